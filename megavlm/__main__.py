@@ -1,0 +1,159 @@
+"""The command line: `megavlm train | plan | tokenizer | generate | eval | report`."""
+
+import argparse
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+from megavlm.config.load import load_run
+from megavlm.config.run import RunSettings
+from megavlm.errors import MegavlmError
+
+USER_ERROR = 2
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; a user's mistake ends in one line on standard error and exit code 2."""
+    options = _parse(arguments)
+    # They advise TransformerEngine and newer spellings on every rank, to nobody's use.
+    for module in ("megatron", "torch.distributed", "deepspeed"):
+        warnings.filterwarnings("ignore", module=rf"{module}\.")
+    try:
+        run = load_run(options.run_file, options.overrides)
+        options.command(run, options)
+    except MegavlmError as error:
+        rank = os.environ.get("RANK")
+        where = f" (rank {rank})" if rank else ""
+        print(f"megavlm: error{where}: {error}", file=sys.stderr, flush=True)
+        return USER_ERROR
+    return 0
+
+
+# Each command imports what it needs, so that a mistake in the settings is told at once.
+
+
+def _train(run: RunSettings, options: argparse.Namespace) -> None:
+    if options.hostfile is None:
+        from megavlm.train.loop import train
+
+        train(run)
+        return
+    import torch
+
+    from megavlm.dist.launch import launch_command, read_hostfile
+    from megavlm.train.preflight import check_run
+
+    check_run(run, ranks=sum(read_hostfile(options.hostfile).values()))
+    command = launch_command(options.hostfile, options.run_file, options.overrides)
+    print(" ".join(command), flush=True)
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    # The launcher beside this interpreter, also when its folder is not on the search path.
+    os.execv(Path(sys.executable).with_name("deepspeed"), command)
+
+
+def _plan(run: RunSettings, options: argparse.Namespace) -> None:
+    from megavlm.dist.launch import launch_command, read_hostfile
+    from megavlm.planner.report import print_plan, write_deepspeed_json
+
+    hosts = read_hostfile(options.hostfile) if options.hostfile else {}
+    print_plan(run, ranks=sum(hosts.values()))
+    if hosts:
+        print(" ".join(launch_command(options.hostfile, options.run_file, options.overrides)))
+    if options.ds_json:
+        write_deepspeed_json(run, options.ds_json)
+
+
+def _tokenizer(run: RunSettings, options: argparse.Namespace) -> None:
+    from megavlm.data.shards import ShardFolder
+    from megavlm.data.tokenizer import train_tokenizer
+
+    folder = ShardFolder(run.data.train)
+    samples = (folder.read(number) for number in range(len(folder)))
+    texts = (t for sample in samples for text in sample.texts for t in (text.prompt, text.answer))
+    train_tokenizer(texts, run.data.tokenizer, run.model.decoder.vocabulary)
+    print(f"tokenizer of {run.model.decoder.vocabulary} pieces: {run.data.tokenizer}")
+
+
+def _generate(run: RunSettings, options: argparse.Namespace) -> None:
+    from megavlm.data.image import decode_picture, fit_square, to_uint8_tensor
+    from megavlm.dist.groups import process_groups
+    from megavlm.infer.generate import Request, generate
+    from megavlm.infer.load import load_trained
+
+    side = run.model.encoder.image_pixels
+    requests = [
+        Request(
+            prompt=options.prompt,
+            pixels=to_uint8_tensor(
+                fit_square(decode_picture(path.read_bytes(), str(path), side), side)
+            ),
+        )
+        for path in options.pictures
+    ]
+    with process_groups(run.seed):
+        model, tokenizer = load_trained(run)
+        answers = generate(
+            model, tokenizer, requests, max_new_tokens=options.max_new_tokens, batch_size=32
+        )
+    for path, answer in zip(options.pictures, answers, strict=True):
+        print(f"{path}\t{answer}")
+
+
+def _eval(run: RunSettings, options: argparse.Namespace) -> None:
+    from megavlm.eval.run import evaluate
+
+    evaluate(run)
+
+
+def _report(run: RunSettings, options: argparse.Namespace) -> None:
+    from megavlm.eval.report import write_report
+
+    print(f"report: {write_report(run)}")
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Options, and overrides wherever they stand among them."""
+    parser = _parser()
+    options, options.overrides = parser.parse_known_args(arguments)
+    for override in options.overrides:
+        if override.startswith("-"):
+            parser.error(f"unknown option {override}")
+    return options
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="megavlm",
+        description="Trains cross-attention vision-language models at scale.",
+        epilog="Every command takes overrides of the run file, such as train.steps=200.",
+    )
+    # DeepSpeed's launcher adds it; the rank is read from the environment.
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    def add(name: str, command: object, help_text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=help_text)
+        sub.add_argument("run_file", type=Path, help="YAML file with the run's settings")
+        sub.set_defaults(command=command)
+        return sub
+
+    train = add("train", _train, "train, from the newest checkpoint if there is one")
+    plan = add("plan", _plan, "check a run and print what it is, without starting it")
+    add("tokenizer", _tokenizer, "train the SentencePiece tokenizer of a run")
+    generate = add("generate", _generate, "answer a prompt about pictures")
+    add("eval", _eval, "caption and answer questions about held-out pictures")
+    add("report", _report, "draw a run as one HTML page")
+    for sub in (train, plan):
+        sub.add_argument("--hostfile", type=Path, help="start (or plan) the run on these hosts")
+    plan.add_argument("--ds-json", type=Path, help="write the run's DeepSpeed configuration here")
+    generate.add_argument("--prompt", default="Caption:")
+    generate.add_argument("--max-new-tokens", type=int, default=64)
+    generate.add_argument("--pictures", type=Path, nargs="+", required=True)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,44 @@
+"""What a checkpoint says of its run beside the tensors, and whether it fits another run."""
+
+import dataclasses
+from pathlib import Path
+
+from megavlm.checkpoint.store import read_state
+from megavlm.config.load import run_as_tree
+from megavlm.config.run import RunSettings
+from megavlm.config.sizes import ModelSizes
+from megavlm.data.tokenizer import Tokenizer
+from megavlm.errors import CheckpointError, TokenizerError
+
+
+def checkpoint_root(run: RunSettings) -> Path:
+    """Where the checkpoints of a run lie."""
+    return run.run_folder / "checkpoints"
+
+
+def check_checkpoint(checkpoint: Path, sizes: ModelSizes, tokenizer: Tokenizer) -> None:
+    """Raise unless the checkpoint is of a model of these sizes and of this tokenizer."""
+    state = read_state(checkpoint)
+    for part, wanted in dataclasses.asdict(sizes).items():
+        for name, value in wanted.items():
+            saved = state["settings"]["model"][part].get(name)
+            if saved != value:
+                raise CheckpointError(
+                    f"checkpoint {checkpoint} has model.{part}.{name}={saved}, the run file says "
+                    f"{value}; match them or choose another run_folder"
+                )
+    if state["tokenizer_sha256"] != tokenizer.fingerprint:
+        raise TokenizerError(
+            f"checkpoint {checkpoint} was trained with another tokenizer (SHA-256 "
+            f"{state['tokenizer_sha256'][:12]}, now {tokenizer.fingerprint[:12]}); restore that "
+            "tokenizer or choose another run_folder"
+        )
+
+
+def checkpoint_state(run: RunSettings, tokenizer: Tokenizer, steps_done: int) -> dict[str, object]:
+    """The plain data that a checkpoint carries beside its tensors."""
+    return {
+        "samples_seen": steps_done * run.train.samples_per_step,
+        "tokenizer_sha256": tokenizer.fingerprint,
+        "settings": run_as_tree(run),
+    }

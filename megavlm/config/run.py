@@ -1,0 +1,169 @@
+"""The settings of a run: one frozen tree, read from a YAML file and dotted overrides."""
+
+from dataclasses import field
+from pathlib import Path
+from typing import Literal
+
+from pydantic.dataclasses import dataclass
+
+from megavlm.config.sizes import STRICT, ModelSizes, divisors
+from megavlm.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class AugmentSettings:
+    """How training pictures are varied (RandAugment, Cubuk et al. 2020)."""
+
+    operations: int = 2
+    """RandAugment operations in a row; 0 switches it off."""
+    magnitude: int = 9
+    """RandAugment strength, 0 to 30."""
+    colour_operations: bool = True
+    """Whether operations that change colours take part; off where colour is the answer."""
+    minimum_area: float = 0.9
+    """Smallest share of the picture that a random crop keeps; 1 keeps the whole picture."""
+
+    def __post_init__(self) -> None:
+        if self.operations < 0:
+            raise ConfigError(f"data.augment.operations={self.operations} must not be negative")
+        if not 0 <= self.magnitude <= 30:
+            raise ConfigError(f"data.augment.magnitude={self.magnitude} must lie in 0 to 30")
+        if not 0 < self.minimum_area <= 1:
+            raise ConfigError(
+                f"data.augment.minimum_area={self.minimum_area} must lie above 0 and at most 1"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class DataSettings:
+    """Where samples come from and how they become batches."""
+
+    train: Path
+    """Folder of training shards."""
+    heldout: Path
+    """Folder of held-out shards, for the held-out loss and the evaluation."""
+    heldout_questions: Path | None = None
+    """Folder of shards with held-out questions about training pictures."""
+    tokenizer: Path
+    """SentencePiece model file."""
+    row_tokens: int
+    """Length of a packed row of text; longer texts are cut to it, and counted."""
+    texts_per_sample: int = 1
+    """Texts drawn for a picture each time it is seen; all of them share its image tokens."""
+    on_bad_sample: Literal["skip", "stop"] = "skip"
+    """A sample that cannot be decoded is skipped, named and counted, or ends the run."""
+    workers: int = 1
+    """Loader processes per rank; 0 loads in the training process."""
+    augment: AugmentSettings = field(default_factory=AugmentSettings)
+
+    def __post_init__(self) -> None:
+        for name in ("row_tokens", "texts_per_sample"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"data.{name}={getattr(self, name)} must be at least 1")
+        if self.workers < 0:
+            raise ConfigError(f"data.workers={self.workers} must not be negative")
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class OptimizerSettings:
+    """AdamW with linear warm-up and cosine decay."""
+
+    learning_rate: float
+    """Peak, reached at the end of the warm-up."""
+    minimum_learning_rate: float = 1e-6
+    """Reached at the last step."""
+    warmup_fraction: float = 0.05
+    """Share of all steps over which the learning rate rises linearly."""
+    beta1: float = 0.9
+    beta2: float = 0.95
+    epsilon: float = 1e-8
+    weight_decay: float = 0.1
+    """Applied to matrices; not to norms, biases, gates and embeddings of position."""
+    clip_norm: float = 1.0
+    """Global gradient norm above which gradients are scaled down; 0 switches clipping off."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.minimum_learning_rate <= self.learning_rate:
+            raise ConfigError(
+                f"optimizer.minimum_learning_rate={self.minimum_learning_rate} must lie between 0 "
+                f"and optimizer.learning_rate={self.learning_rate}"
+            )
+        if not 0 <= self.warmup_fraction < 1:
+            raise ConfigError(
+                f"optimizer.warmup_fraction={self.warmup_fraction} must be at least 0 and below 1"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class TrainSettings:
+    """The length and shape of training."""
+
+    steps: int
+    """Optimiser steps."""
+    samples_per_step: int
+    """Global batch: samples over all ranks and micro-batches of one step."""
+    micro_batches: int
+    """Micro-batches that each rank accumulates in a step."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """Of weights and activations; master weights and moments are always fp32."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Gradient checkpointing: nothing, the attention cores, or whole layers."""
+    checkpoint_every: int
+    """Steps between checkpoints; the last step always writes one."""
+    keep_checkpoints: int = 2
+    """Older checkpoints are deleted."""
+    log_every: int = 10
+    """Steps between lines of the log; metrics.jsonl holds every step."""
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if isinstance(value, int) and value < 1:
+                raise ConfigError(f"train.{name}={value} must be at least 1")
+        if self.samples_per_step % self.micro_batches:
+            raise ConfigError(
+                f"train.samples_per_step={self.samples_per_step} is not divisible by "
+                f"train.micro_batches={self.micro_batches}; try {divisors(self.samples_per_step)}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Zero3Settings:
+    """DeepSpeed ZeRO-3. Sizes count parameters, not bytes."""
+
+    reduce_bucket: int = 500_000_000
+    """Gradients are reduced in groups of this size."""
+    prefetch_bucket: int = 50_000_000
+    """Parameters gathered ahead of their use."""
+    persistence_threshold: int = 100_000
+    """Parameters up to this size are never partitioned."""
+    max_live_parameters: int = 1_000_000_000
+    """Gathered parameters kept at once."""
+    overlap_communication: bool = True
+    """Reduce gradients while the backward pass goes on."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class RunSettings:
+    """Everything a run depends on."""
+
+    run_folder: Path
+    """Checkpoints, metrics and reports go here."""
+    seed: int = 1
+    model: ModelSizes
+    data: DataSettings
+    optimizer: OptimizerSettings
+    train: TrainSettings
+    zero3: Zero3Settings = field(default_factory=Zero3Settings)
+
+
+def samples_per_micro_batch(train: TrainSettings, data_parallel: int) -> int:
+    """Samples that one rank handles at once; raises ConfigError when the sizes do not divide."""
+    shares = train.micro_batches * data_parallel
+    if train.samples_per_step % shares:
+        raise ConfigError(
+            f"train.samples_per_step={train.samples_per_step} is not divisible by "
+            f"train.micro_batches={train.micro_batches} x data_parallel={data_parallel} = "
+            f"{shares}; try {train.samples_per_step // shares * shares or shares} or "
+            f"{(train.samples_per_step // shares + 1) * shares}"
+        )
+    return train.samples_per_step // shares

@@ -1,0 +1,35 @@
+"""Which sample comes at which position of training: a pure function, nothing is stored.
+
+The whole data state of a run is one global sample position.
+"""
+
+import hashlib
+
+FEISTEL_ROUNDS = 4
+
+
+def sample_at(position: int, samples: int, seed: int) -> int:
+    """Number of the sample at a global position; each epoch is a new permutation of all samples.
+
+    Source: cycle-walking Feistel permutation (Black and Rogaway 2002).
+    """
+    epoch, place = divmod(position, samples)
+    return permute(place, samples, key=f"{seed}:{epoch}")
+
+
+def permute(place: int, size: int, key: str) -> int:
+    """A permutation of range(size), chosen by the key, applied to one place."""
+    half_bits = max(1, ((size - 1).bit_length() + 1) // 2)
+    while True:
+        place = _feistel(place, half_bits, key)
+        if place < size:  # outside: walk the cycle until it comes back in
+            return place
+
+
+def _feistel(value: int, half_bits: int, key: str) -> int:
+    mask = (1 << half_bits) - 1
+    left, right = value >> half_bits, value & mask
+    for turn in range(FEISTEL_ROUNDS):
+        digest = hashlib.blake2b(f"{key}:{turn}:{right}".encode(), digest_size=8).digest()
+        left, right = right, left ^ (int.from_bytes(digest, "little") & mask)
+    return left << half_bits | right

@@ -1,0 +1,83 @@
+"""Encoded pictures to square uint8 tensors."""
+
+import io
+import math
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from megavlm.errors import BadSampleError
+
+FORMATS = ("PNG", "JPEG", "WEBP")
+MAX_PICTURE_PIXELS = 64 * 10**6
+"""Larger pictures are refused before they are decoded."""
+
+# Width over height of a random crop (Inception; Szegedy et al. 2015), and tries to place one.
+CROP_ASPECTS = (3 / 4, 4 / 3)
+CROP_TRIES = 10
+
+
+def decode_picture(encoded: bytes, name: str, pixels: int) -> Image.Image:
+    """Decode a PNG, JPEG or WebP file to RGB, upright, transparency on white.
+
+    pixels: the side that the picture will be brought to; a larger JPEG is decoded at a reduced
+    scale that still covers it. Raises BadSampleError, naming the sample, for anything unusable.
+    """
+    try:
+        with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
+            if image.width * image.height > MAX_PICTURE_PIXELS:
+                raise BadSampleError(
+                    f"picture of {name} is {image.width} x {image.height}; the limit is "
+                    f"{MAX_PICTURE_PIXELS} pixels"
+                )
+            image.draft("RGB", (pixels, pixels))
+            image.load()
+            upright = ImageOps.exif_transpose(image)
+    # Pillow's decoders raise many kinds of errors on broken files.
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise BadSampleError(f"picture of {name} cannot be decoded: {error}") from error
+    if upright.has_transparency_data:
+        white = Image.new("RGBA", upright.size, "white")
+        upright = Image.alpha_composite(white, upright.convert("RGBA"))
+    return upright.convert("RGB")
+
+
+def fit_square(image: Image.Image, pixels: int) -> Image.Image:
+    """Resize to fit a square, keeping the aspect, and pad with black at the right and the bottom.
+
+    What Hugging Face Mllama's processor does with a picture of one tile.
+    """
+    scale = min(pixels / image.width, pixels / image.height)
+    width = min(math.floor(image.width * scale) or 1, pixels)
+    height = min(math.floor(image.height * scale) or 1, pixels)
+    square = Image.new("RGB", (pixels, pixels))
+    square.paste(image.resize((width, height), Image.Resampling.BILINEAR))
+    return square
+
+
+def random_resized_crop(
+    image: Image.Image, pixels: int, generator: np.random.Generator, minimum_area: float
+) -> Image.Image:
+    """Crop a random part of random aspect, and resize it to a square.
+
+    minimum_area: smallest share of the picture to keep; 1 keeps all of it, as `fit_square` does.
+    """
+    if minimum_area == 1:
+        return fit_square(image, pixels)
+    for _ in range(CROP_TRIES):
+        area = image.width * image.height * generator.uniform(minimum_area, 1)
+        aspect = math.exp(generator.uniform(*map(math.log, CROP_ASPECTS)))
+        width, height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < width <= image.width and 0 < height <= image.height:
+            left = int(generator.integers(image.width - width + 1))
+            top = int(generator.integers(image.height - height + 1))
+            box = (left, top, left + width, top + height)
+            return image.resize((pixels, pixels), Image.Resampling.BICUBIC, box)
+    return fit_square(image, pixels)
+
+
+def to_uint8_tensor(image: Image.Image) -> Tensor:
+    """RGB image to uint8 (3, height, width)."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()

@@ -1,0 +1,144 @@
+"""Micro-batches by number: what a rank trains on is a pure function of seed and position."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from megavlm.config.run import RunSettings, samples_per_micro_batch
+from megavlm.data.augment import rand_augment
+from megavlm.data.cursor import sample_at
+from megavlm.data.image import decode_picture, fit_square, random_resized_crop, to_uint8_tensor
+from megavlm.data.packing import Batch, PackedText, pack, tokenize
+from megavlm.data.samples import Text
+from megavlm.data.shards import ShardFolder
+from megavlm.data.tokenizer import Tokenizer
+from megavlm.errors import BadSampleError
+
+AUGMENT_FILL = (255, 255, 255)  # what a shear or a rotation uncovers
+
+
+class Share(NamedTuple):
+    """Which part of each micro-batch is this rank's."""
+
+    rank: int
+    ranks: int
+
+
+class MicroBatches(Dataset[Batch]):
+    """Micro-batch i of this rank, for any i, in any order.
+
+    Micro-batch i holds the samples at global positions from i * (samples per step / micro-batches
+    per step) on; each rank takes its consecutive share of them. So the samples of a step are the
+    same whatever the number of ranks.
+    """
+
+    def __init__(
+        self,
+        folder: ShardFolder,
+        tokenizer: Tokenizer,
+        run: RunSettings,
+        share: Share,
+        *,
+        training: bool,
+    ) -> None:
+        self.folder = folder
+        self.tokenizer = tokenizer
+        self.run = run
+        self.share = share
+        self.training = training
+        """Whether to shuffle, draw texts and augment; otherwise samples come whole and in order."""
+        self.samples = samples_per_micro_batch(run.train, share.ranks)
+
+    def __getitem__(self, number: int) -> Batch:
+        """The micro-batch; unusable samples leave their slot empty and are named in it."""
+        first = (number * self.share.ranks + self.share.rank) * self.samples
+        row_tokens = self.run.data.row_tokens
+        side = self.run.model.encoder.image_pixels
+        pixels = torch.zeros((self.samples, 3, side, side), dtype=torch.uint8)
+        packed: list[PackedText] = []
+        skipped: list[str] = []
+        samples = truncated_texts = 0
+        for slot, position in enumerate(range(first, first + self.samples)):
+            if not self.training and position >= len(self.folder):
+                break
+            sample_number = self._sample_number(position)
+            try:
+                picture, texts = self._load(sample_number, position)
+            except BadSampleError as error:
+                skipped.append(f"{self.folder.locate(sample_number)}: {error}")
+                continue
+            samples += 1
+            if picture is not None:
+                pixels[slot] = picture
+            image = None if picture is None else slot
+            for text in texts:
+                tokens, cut = tokenize(self.tokenizer, text.prompt, text.answer, image, row_tokens)
+                packed.append(tokens)
+                truncated_texts += cut
+        batch = pack(
+            packed,
+            pixels,
+            row_tokens=row_tokens,
+            image_tokens=self.run.model.encoder.tokens,
+        )
+        return replace(
+            batch, samples=samples, skipped=tuple(skipped), truncated_texts=truncated_texts
+        )
+
+    def count(self) -> int:
+        """Micro-batches that hold every sample once; the same on all ranks."""
+        return -(-len(self.folder) // (self.samples * self.share.ranks))
+
+    def _sample_number(self, position: int) -> int:
+        if not self.training:
+            return position
+        return sample_at(position, len(self.folder), self.run.seed)
+
+    def _load(self, sample_number: int, position: int) -> tuple[Tensor | None, tuple[Text, ...]]:
+        """The picture as uint8 (3, side, side), and the texts drawn for it."""
+        sample = self.folder.read(sample_number)
+        # Seeded by the position alone, so that a resumed run draws the same.
+        generator = np.random.default_rng((self.run.seed, position))
+        texts = sample.texts
+        if self.training:
+            drawn = min(self.run.data.texts_per_sample, len(texts))
+            texts = tuple(texts[i] for i in generator.choice(len(texts), drawn, replace=False))
+        if sample.picture is None:
+            return None, texts
+        side = self.run.model.encoder.image_pixels
+        image = decode_picture(sample.picture, sample.key, side)
+        if not self.training:
+            return to_uint8_tensor(fit_square(image, side)), texts
+        augment = self.run.data.augment
+        image = random_resized_crop(image, side, generator, augment.minimum_area)
+        image = rand_augment(
+            image,
+            generator,
+            operations=augment.operations,
+            magnitude=augment.magnitude,
+            colour_operations=augment.colour_operations,
+            fill=AUGMENT_FILL,
+        )
+        return to_uint8_tensor(image), texts
+
+
+def load(micro_batches: MicroBatches, numbers: Iterable[int], workers: int) -> Iterator[Batch]:
+    """The numbered micro-batches in order, prepared ahead by worker processes."""
+    return iter(
+        DataLoader(
+            micro_batches,
+            batch_size=None,
+            sampler=numbers,
+            num_workers=workers,
+            collate_fn=_unchanged,
+        )
+    )
+
+
+def _unchanged(batch: Batch) -> Batch:
+    return batch

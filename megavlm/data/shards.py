@@ -1,0 +1,156 @@
+"""WebDataset-style tar shards with an offset index, so that any sample is one read away.
+
+A shard `name.tar` holds, for every sample, `key.json` (its texts) and, unless it is text-only,
+`key.png`, `key.jpg` or `key.webp`. Beside it, `name.index.json` lists where each member lies.
+"""
+
+import io
+import json
+import os
+import tarfile
+from bisect import bisect_right
+from collections.abc import Iterable
+from dataclasses import asdict
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+from megavlm.data.samples import Sample, texts_from_json
+from megavlm.errors import BadSampleError, DataError
+
+PICTURE_SUFFIXES = ("png", "jpg", "jpeg", "webp")
+MAX_MEMBER_BYTES = 64 * 2**20  # one picture file; anything larger is refused before it is read
+
+
+def write_shard(path: Path, samples: Iterable[Sample]) -> int:
+    """Write one tar shard and its index; returns the number of samples.
+
+    Appears under its name only once complete. Member times and owners are fixed, so equal samples
+    give equal bytes.
+    """
+    partial = path.with_suffix(".tar.partial")
+    count = 0
+    with tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for sample in samples:
+            if sample.picture is not None:
+                _add_member(tar, f"{sample.key}.{_suffix_of(sample.picture)}", sample.picture)
+            record = json.dumps({"texts": [asdict(t) for t in sample.texts]}, ensure_ascii=False)
+            _add_member(tar, f"{sample.key}.json", record.encode())
+            count += 1
+    index = json.dumps(index_shard(partial))
+    _index_path(path).write_text(index)
+    partial.rename(path)
+    return count
+
+
+def index_shard(path: Path) -> list[dict[str, Any]]:
+    """List the samples of a tar: `[{"key": ..., "members": {"json": [offset, bytes], ...}}]`."""
+    entries: dict[str, dict[str, Any]] = {}
+    with tarfile.open(path, "r:") as tar:
+        for member in tar:
+            if not member.isfile():
+                continue
+            key, _, suffix = member.name.rpartition(".")
+            entry = entries.setdefault(key, {"key": key, "members": {}})
+            entry["members"][suffix] = [member.offset_data, member.size]
+    return list(entries.values())
+
+
+class ShardFolder:
+    """All shards of a folder, in name order, read by sample number.
+
+    Raises DataError when the folder, an index or part of a shard is missing. Safe to use from
+    several processes: each read opens its file anew.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        if not folder.is_dir():
+            raise DataError(
+                f"data folder {folder} does not exist; build the sample set with `make data` or "
+                "set data.train / data.heldout to a folder of tar shards"
+            )
+        self.paths = sorted(folder.glob("*.tar"))
+        if not self.paths:
+            raise DataError(f"data folder {folder} holds no .tar shard")
+        self._entries = [_read_index(path) for path in self.paths]
+        self._ends = list(accumulate(len(entries) for entries in self._entries))
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def locate(self, number: int) -> str:
+        """Name of a sample for logs: `shard.tar:key`."""
+        path, entry = self._find(number)
+        return f"{path.name}:{entry['key']}"
+
+    def read(self, number: int) -> Sample:
+        """Read one sample; raises BadSampleError when its members are not as the format says."""
+        path, entry = self._find(number)
+        members: dict[str, list[int]] = entry["members"]
+        key = str(entry["key"])
+        if "json" not in members:
+            raise BadSampleError(f"sample {path.name}:{key} has no .json member")
+        suffix = next((s for s in PICTURE_SUFFIXES if s in members), None)
+        with path.open("rb") as file:
+            record = _read_member(file, path, key, members["json"])
+            picture = _read_member(file, path, key, members[suffix]) if suffix else None
+        try:
+            parsed = json.loads(record)
+        except ValueError as error:
+            raise BadSampleError(
+                f"sample {path.name}:{key}: its JSON is broken: {error}"
+            ) from error
+        return Sample(key=key, picture=picture, texts=texts_from_json(key, parsed))
+
+    def _find(self, number: int) -> tuple[Path, dict[str, Any]]:
+        shard = bisect_right(self._ends, number)
+        start = self._ends[shard - 1] if shard else 0
+        return self.paths[shard], self._entries[shard][number - start]
+
+
+def _index_path(path: Path) -> Path:
+    return path.with_suffix(".index.json")
+
+
+def _suffix_of(picture: bytes) -> str:
+    if picture.startswith(b"\x89PNG"):
+        return "png"
+    if picture.startswith(b"RIFF"):
+        return "webp"
+    return "jpg"
+
+
+def _add_member(tar: tarfile.TarFile, name: str, content: bytes) -> None:
+    info = tarfile.TarInfo(name)
+    info.size = len(content)
+    tar.addfile(info, io.BytesIO(content))
+
+
+def _read_index(path: Path) -> list[dict[str, Any]]:
+    index_path = _index_path(path)
+    if not index_path.is_file():
+        raise DataError(f"shard {path} has no index {index_path.name} beside it")
+    try:
+        entries = json.loads(index_path.read_text())
+        end = max(
+            (offset + size for e in entries for offset, size in e["members"].values()), default=0
+        )
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"index {index_path} is broken: {error}") from error
+    if os.path.getsize(path) < end:
+        raise DataError(
+            f"shard {path} is truncated: {os.path.getsize(path)} bytes, but its index reaches "
+            f"{end}; copy it again"
+        )
+    return entries
+
+
+def _read_member(file: io.BufferedReader, path: Path, key: str, extent: list[int]) -> bytes:
+    offset, size = extent
+    if size > MAX_MEMBER_BYTES:
+        raise BadSampleError(
+            f"sample {path.name}:{key} has a member of {size} bytes; the limit is "
+            f"{MAX_MEMBER_BYTES}"
+        )
+    file.seek(offset)
+    return file.read(size)

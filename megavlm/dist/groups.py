@@ -1,0 +1,69 @@
+"""Starting and stopping the process groups of a run."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+
+from megavlm.dist import cpu
+
+
+def device() -> torch.device:
+    """The device of this rank."""
+    return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def local_rank() -> int:
+    """This rank's number on its host, from the launcher; 0 without one."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def world_size() -> int:
+    """Ranks of the run, from the launcher; 1 without one."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def rank() -> int:
+    """This rank's global number, from the launcher; 0 without one."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def local_world_size() -> int:
+    """Ranks on this host, from torchrun or from DeepSpeed's launcher; 1 without one."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
+
+
+def sum_over_ranks(*counts: int) -> list[int]:
+    """Add up each count over all ranks; collective."""
+    totals = torch.tensor(counts, device=device())
+    dist.all_reduce(totals)
+    return totals.tolist()
+
+
+@contextmanager
+def process_groups(
+    seed: int, *, store: dist.Store | None = None, backend: str | None = None
+) -> Iterator[None]:
+    """Run the body inside this run's process groups, and take them down again.
+
+    The launcher's environment says who is who; without one the process is alone. The backend is
+    NCCL on GPUs and gloo on CPUs unless one is named. The groups are destroyed explicitly, because
+    gloo may abort a process that exits without doing so.
+    """
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank())
+    if store is None and "MASTER_ADDR" not in os.environ:
+        store = dist.HashStore()
+    backend = backend or ("nccl" if torch.cuda.is_available() else "gloo")
+    dist.init_process_group(backend, store=store, rank=rank(), world_size=world_size())
+    try:
+        parallel_state.initialize_model_parallel(create_gloo_process_groups=False)
+        cpu.install()
+        tensor_parallel.model_parallel_cuda_manual_seed(seed)
+        yield
+    finally:
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()

@@ -1,0 +1,56 @@
+"""The `deepspeed` launcher: its hostfile (`host slots=8` on each line) and its command line."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from megavlm.errors import LaunchError
+
+_LINE = re.compile(r"^(?P<host>\S+)\s+slots=(?P<slots>\d+)$")
+
+
+def read_hostfile(path: Path) -> dict[str, int]:
+    """Slots (ranks) by host, in file order.
+
+    Raises LaunchError for a missing or empty file, a malformed line, a host without slots and a
+    host that stands there twice.
+    """
+    try:
+        lines = path.read_text().splitlines()
+    except OSError as error:
+        raise LaunchError(f"cannot read hostfile {path}: {error.strerror}") from error
+    slots_by_host: dict[str, int] = {}
+    for number, line in enumerate(lines, start=1):
+        entry = line.partition("#")[0].strip()
+        if not entry:
+            continue
+        match = _LINE.match(entry)
+        if match is None:
+            raise LaunchError(
+                f"{path}:{number}: {entry!r} is not of the form `host slots=8`"
+            )
+        host, slots = match["host"], int(match["slots"])
+        if host in slots_by_host:
+            raise LaunchError(
+                f"{path}:{number}: host {host} is listed twice; give each host one line with all "
+                "its slots"
+            )
+        if slots < 1:
+            raise LaunchError(f"{path}:{number}: host {host} has slots={slots}; at least 1")
+        slots_by_host[host] = slots
+    if not slots_by_host:
+        raise LaunchError(f"hostfile {path} names no host")
+    return slots_by_host
+
+
+def launch_command(hostfile: Path, run_file: Path, overrides: Sequence[str]) -> list[str]:
+    """The command line that trains a run on all hosts of a hostfile.
+
+    A hostfile that names only `localhost` needs no ssh.
+    """
+    local = list(read_hostfile(hostfile)) == ["localhost"]
+    return [
+        *("deepspeed", "--log_level", "warning", "--hostfile", str(hostfile)),
+        *(("--no_ssh_check", "--master_addr", "127.0.0.1") if local else ()),
+        *("--module", "megavlm", "train", str(run_file), *overrides),
+    ]

@@ -1,0 +1,48 @@
+"""What the training loop asks of an engine."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from megavlm.data.packing import Batch
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """What one optimiser step did, the same on every rank."""
+
+    loss: float
+    """Mean over the learned tokens of all micro-batches and ranks, in nats."""
+    gradient_norm: float
+    """Global, before clipping."""
+    learned_tokens: int
+    """Labels that counted, over all micro-batches and ranks."""
+
+
+class Engine(Protocol):
+    """Runs one model over all ranks. Every method is collective."""
+
+    def step(self, micro_batches: Sequence[Batch], learning_rate: float) -> StepResult:
+        """Accumulate this rank's micro-batches, then update the weights once."""
+        ...
+
+    def evaluate(self, batches: Iterable[Batch]) -> tuple[float, int]:
+        """Summed loss and learned tokens over all batches and ranks, without a gradient."""
+        ...
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Whole fp32 tensors of the model and its optimiser on the CPU, in one order on all ranks.
+
+        Keys are `weights/NAME`, `exp_avg/NAME` and `exp_avg_sq/NAME`.
+        """
+        ...
+
+    def load_tensors(self, read: Callable[[str], Tensor], steps_done: int) -> None:
+        """Take over the tensors that `read` returns for the keys of `tensors`."""
+        ...
+
+    def close(self) -> None:
+        """Release what the engine holds."""
+        ...

@@ -1,0 +1,46 @@
+"""AdamW's parameter groups, and the learning rate as a function of the step."""
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from megavlm.config.run import OptimizerSettings
+
+
+def adamw(model: nn.Module, settings: OptimizerSettings) -> torch.optim.AdamW:
+    """AdamW (Loshchilov and Hutter 2019); the learning rate is set before every step."""
+    return torch.optim.AdamW(
+        parameter_groups(model, settings.weight_decay),
+        lr=settings.learning_rate,
+        betas=(settings.beta1, settings.beta2),
+        eps=settings.epsilon,
+    )
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Trained parameters: matrices decay; norms, biases, gates and position embeddings do not."""
+    decayed, kept = [], []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            decays = parameter.ndim >= 2 and not name.endswith("positions")
+            (decayed if decays else kept).append(parameter)
+    groups = [
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": kept, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def learning_rate_at(step: int, steps: int, settings: OptimizerSettings) -> float:
+    """Learning rate of step 0 <= step < steps: linear warm-up, then cosine decay to the minimum.
+
+    The peak is reached at the end of the warm-up, the minimum at the last step.
+    """
+    warmup_steps = math.ceil(steps * settings.warmup_fraction)
+    if step < warmup_steps:
+        return settings.learning_rate * (step + 1) / warmup_steps
+    progress = (step + 1 - warmup_steps) / max(1, steps - warmup_steps)
+    span = settings.learning_rate - settings.minimum_learning_rate
+    return settings.minimum_learning_rate + span * (1 + math.cos(math.pi * progress)) / 2

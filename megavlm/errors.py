@@ -1,0 +1,29 @@
+"""Every exception that a user can meet. The command line prints it as one line and exits with 2."""
+
+
+class MegavlmError(Exception):
+    """Base of the errors that the user can mend; the message names value, rule and remedy."""
+
+
+class ConfigError(MegavlmError):
+    """A setting is unknown, has the wrong type, or breaks a rule."""
+
+
+class LaunchError(MegavlmError):
+    """The hostfile or the launch environment does not fit the run."""
+
+
+class DataError(MegavlmError):
+    """A data folder, shard or index is missing or corrupt."""
+
+
+class BadSampleError(DataError):
+    """One sample cannot be used (a truncated picture, say); skipped or fatal, as configured."""
+
+
+class TokenizerError(MegavlmError):
+    """The tokenizer is missing, or is not the one that the run or checkpoint was made with."""
+
+
+class CheckpointError(MegavlmError):
+    """A checkpoint is missing, incomplete, or of another model."""

@@ -1,0 +1,35 @@
+"""Scores of answers to questions about pictures."""
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+
+from megavlm.data.samples import Text
+
+ANNOTATORS = 10  # VQAv2 has ten answers a question
+_ARTICLES = {"a", "an", "the"}
+
+
+def vqa_accuracy(answer: str, annotated: Sequence[str]) -> float:
+    """VQAv2 accuracy of one answer, 0 to 1 (Antol et al. 2015; Goyal et al. 2017).
+
+    The mean, over annotators, of min(1, matches among the other annotators / 3).
+    """
+    given = normalise_answer(answer)
+    matches = [normalise_answer(a) == given for a in annotated]
+    total = sum(matches)
+    return sum(min(1.0, (total - m) / 3) for m in matches) / len(matches)
+
+
+def normalise_answer(answer: str) -> str:
+    """Lower case, without punctuation and articles, and single spaces."""
+    words = re.sub(r"[^\w\s]", " ", answer.lower()).split()
+    return " ".join(word for word in words if word not in _ARTICLES)
+
+
+def majority_answers(texts: Iterable[Text]) -> dict[str, str]:
+    """The most frequent answer to each prompt: what a model that never looks should say."""
+    answers: dict[str, Counter[str]] = defaultdict(Counter)
+    for text in texts:
+        answers[text.prompt][text.answer] += 1
+    return {prompt: counts.most_common(1)[0][0] for prompt, counts in answers.items()}

@@ -1,0 +1,147 @@
+"""The gated cross-attention layer (Flamingo, Alayrac et al. 2022, section 3.1; Llama 3.2 Vision).
+
+Letters in shapes: t text positions, b rows, v image tokens of the micro-batch, w width, h query
+heads, g key/value heads, d head width; all heads are this tensor-parallel rank's.
+"""
+
+from typing import Any
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.inference.contexts import BaseInferenceContext
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import build_module
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+from torch import Tensor, nn
+
+from megavlm.model.layers import Norm, mlp_spec
+from megavlm.ops.cross_attention import cross_attention
+
+
+class CrossAttention(MegatronModule):
+    """Grouped-query attention from text to image tokens, with RMSNorm on queries and keys."""
+
+    def __init__(
+        self, config: TransformerConfig, layer_number: int, pg_collection: ProcessGroupCollection
+    ) -> None:
+        super().__init__(config)
+        self.layer_number = layer_number
+        self.head_width = config.kv_channels
+        query_width = config.num_attention_heads * config.kv_channels
+        key_width = config.num_query_groups * config.kv_channels
+        common: dict[str, Any] = {
+            "config": config,
+            "bias": False,
+            "skip_bias_add": True,
+            "tp_group": pg_collection.tp,
+        }
+        column: dict[str, Any] = {
+            **common,
+            "init_method": config.init_method,
+            "gather_output": False,
+        }
+        self.linear_q = ColumnParallelLinear(config.hidden_size, query_width, **column)
+        # Keys and values of one head lie together, so that heads split over ranks.
+        self.linear_kv = ColumnParallelLinear(config.hidden_size, 2 * key_width, **column)
+        self.q_norm = Norm(config, config.kv_channels)
+        self.k_norm = Norm(config, config.kv_channels)
+        self.linear_proj = RowParallelLinear(
+            query_width,
+            config.hidden_size,
+            **common,
+            init_method=config.output_layer_init_method,
+            input_is_parallel=True,
+        )
+
+    def forward(
+        self,
+        x_tbw: Tensor,
+        image_v1w: Tensor | None,
+        image_ranges: Tensor,
+        inference_context: BaseInferenceContext | None = None,
+    ) -> Tensor:
+        """Attend; returns (t, b, w).
+
+        image_ranges: int (2, t, b), the first and one past the last image token each text token
+        sees. While decoding, image_v1w is None and keys and values come from the context's cache.
+        """
+        q_tbhd = self.q_norm(self.linear_q(x_tbw)[0].unflatten(-1, (-1, self.head_width)))
+        k_vgd, v_vgd = self._keys_values(image_v1w, inference_context)
+        low, high = image_ranges.flatten(1)
+        operands = (q_tbhd.flatten(0, 1), k_vgd, v_vgd, low, high)
+        if self.config.recompute_granularity == "selective" and self.training:
+            out = tensor_parallel.checkpoint(cross_attention, False, *operands)
+        else:
+            out = cross_attention(*operands)
+        return self.linear_proj(out.view(*q_tbhd.shape[:2], -1))[0]
+
+    def _keys_values(
+        self, image_v1w: Tensor | None, context: BaseInferenceContext | None
+    ) -> tuple[Tensor, Tensor]:
+        """Keys and values of all image tokens, each (v, g, d); computed once per context."""
+        cache = {} if context is None else context.key_value_memory_dict
+        if self.layer_number in cache:
+            return cache[self.layer_number]
+        assert image_v1w is not None, "no cached keys, so image states are needed"
+        kv_vgd2 = self.linear_kv(image_v1w)[0].squeeze(1).unflatten(-1, (-1, 2 * self.head_width))
+        k_vgd, v_vgd = kv_vgd2.chunk(2, dim=-1)
+        cache[self.layer_number] = (self.k_norm(k_vgd), v_vgd)
+        return cache[self.layer_number]
+
+
+class CrossAttentionLayer(MegatronModule):
+    """Text attends to its images, then a feed-forward network; both branches scaled by tanh(gate).
+
+    A text token that sees no image passes unchanged: both its branches are exactly zero.
+    Takes the place of a TransformerLayer in megatron-core's TransformerBlock.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        pg_collection: ProcessGroupCollection,
+        initial_gate: float,
+        vp_stage: int | None = None,
+    ) -> None:
+        super().__init__(config)
+        self.layer_number = layer_number + get_transformer_layer_offset(config, vp_stage)
+        self.input_norm = Norm(config, config.hidden_size)
+        self.cross_attention = CrossAttention(config, self.layer_number, pg_collection)
+        self.attention_gate = _gate(config, initial_gate)
+        self.mlp_norm = Norm(config, config.hidden_size)
+        self.mlp = build_module(mlp_spec(), config=config)
+        self.mlp_gate = _gate(config, initial_gate)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        context: Tensor | None = None,
+        context_mask: Tensor | None = None,
+        inference_context: BaseInferenceContext | None = None,
+        **_: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Returns the new hidden states and the unchanged context.
+
+        hidden_states: (t, b, w). context: image states (v, 1, w). context_mask: image ranges, int
+        (2, t, b). The names are TransformerBlock's.
+        """
+        assert context_mask is not None, "cross-attention needs image ranges"
+        x = hidden_states
+        attended = self.cross_attention(
+            self.input_norm(x), context, context_mask, inference_context
+        )
+        x = x + torch.tanh(self.attention_gate) * attended
+        low, high = context_mask
+        sees_image = (low < high).unsqueeze(-1)
+        x = x + torch.tanh(self.mlp_gate) * self.mlp(self.mlp_norm(x))[0] * sees_image
+        return x, context
+
+
+def _gate(config: TransformerConfig, initial: float) -> nn.Parameter:
+    gate = nn.Parameter(torch.full((1,), initial, dtype=config.params_dtype))
+    gate.sequence_parallel = config.sequence_parallel  # pyright: ignore
+    return gate

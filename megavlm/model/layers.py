@@ -1,0 +1,176 @@
+"""What the encoder and the decoder are both built from, on megatron-core's parallel layers.
+
+megatron-core's layout is sequence first. Letters: t tokens, b rows (batch), h heads, d head width.
+"""
+
+from typing import Any
+
+import torch
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from torch import Tensor, nn
+from torch.nn import functional
+
+NORM_EPSILON = 1e-5  # as in Llama 3.2 Vision
+
+
+class Norm(nn.Module):
+    """RMSNorm or LayerNorm, as the configuration says.
+
+    megatron-core's own torch norm refuses sequence parallelism; this one marks its parameters for
+    it, so that their gradients are summed over the tensor-parallel ranks.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, hidden_size: int, eps: float = NORM_EPSILON
+    ) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        self.bias = (
+            nn.Parameter(torch.zeros(hidden_size, dtype=config.params_dtype))
+            if config.normalization == "LayerNorm"
+            else None
+        )
+        for parameter in self.parameters():
+            parameter.sequence_parallel = config.sequence_parallel  # pyright: ignore
+
+    def forward(self, x: Tensor) -> Tensor:
+        shape = (x.shape[-1],)
+        if self.bias is None:
+            return functional.rms_norm(x, shape, self.weight, self.eps)
+        return functional.layer_norm(x, shape, self.weight, self.bias, self.eps)
+
+
+class AttentionCore(MegatronModule):
+    """softmax(q k / sqrt(d)) v with grouped key/value heads, by torch's fused attention."""
+
+    def __init__(self, config: TransformerConfig, attn_mask_type: AttnMaskType, **_: Any) -> None:
+        super().__init__(config)
+        self.attn_mask_type = attn_mask_type
+
+    def forward(
+        self,
+        q_tbhd: Tensor,
+        k_tbhd: Tensor,
+        v_tbhd: Tensor,
+        hidden_mask: Tensor | None,
+        attn_mask_type: AttnMaskType | None = None,
+        **_: Any,
+    ) -> Tensor:
+        """hidden_mask: bool, broadcastable to (b, h, t, t), True where a key is hidden.
+
+        Without it, keys are causally hidden if the mask type says so. Returns (t, b, h * d).
+        """
+        mask_type = attn_mask_type or self.attn_mask_type
+        q, k, v = (x.permute(1, 2, 0, 3) for x in (q_tbhd, k_tbhd, v_tbhd))
+        out_bhtd = functional.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=None if hidden_mask is None else ~hidden_mask,
+            is_causal=hidden_mask is None and mask_type == AttnMaskType.causal,
+            enable_gqa=True,
+        )
+        return out_bhtd.permute(2, 0, 1, 3).flatten(2)
+
+
+class BiasFreeColumnLinear(ColumnParallelLinear):
+    """A column-parallel linear layer without bias, whatever the configuration says."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **(kwargs | {"bias": False}))
+
+
+class BiasFreeRowLinear(RowParallelLinear):
+    """A row-parallel linear layer without bias, whatever the configuration says."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **(kwargs | {"bias": False}))
+
+
+def mlp_spec() -> ModuleSpec:
+    """The feed-forward network; its activation and gating come from the configuration."""
+    return ModuleSpec(
+        module=MLP,
+        submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
+    )
+
+
+def self_attention_layer_spec(mask_type: AttnMaskType) -> ModuleSpec:
+    """Pre-norm self-attention and feed-forward network; no biases in the attention."""
+    attention = ModuleSpec(
+        module=SelfAttention,
+        params={"attn_mask_type": mask_type},
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=BiasFreeColumnLinear,
+            core_attention=AttentionCore,
+            linear_proj=BiasFreeRowLinear,
+        ),
+    )
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=Norm,
+            self_attention=attention,
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=Norm,
+            mlp=mlp_spec(),
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
+
+
+def layer_config(
+    *,
+    dtype: torch.dtype,
+    recompute: str,
+    layers: int,
+    width: int,
+    heads: int,
+    kv_heads: int,
+    mlp_width: int,
+    **style: Any,
+) -> TransformerConfig:
+    """megatron-core's configuration for layers of these sizes.
+
+    Fusions that need CUDA extensions are off; `style` sets the norm, the activation and biases.
+    """
+    recompute_settings: dict[str, Any] = {
+        "none": {},
+        "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+        "full": {
+            "recompute_granularity": "full",
+            "recompute_method": "uniform",
+            "recompute_num_layers": 1,
+        },
+    }[recompute]
+    return TransformerConfig(
+        num_layers=layers,
+        hidden_size=width,
+        num_attention_heads=heads,
+        num_query_groups=kv_heads,
+        ffn_hidden_size=mlp_width,
+        layernorm_epsilon=NORM_EPSILON,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        use_cpu_initialization=not torch.cuda.is_available(),
+        gradient_accumulation_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        apply_rope_fusion=False,
+        persist_layer_norm=False,
+        **recompute_settings,
+        **style,
+    )

@@ -1,0 +1,124 @@
+"""The training loop. It knows no engine, and every rank runs it alike."""
+
+import itertools
+import os
+import sys
+import time
+from collections.abc import Sequence
+
+import torch
+
+from megavlm.checkpoint.state import checkpoint_root, checkpoint_state
+from megavlm.checkpoint.store import latest_checkpoint, read_state, save_checkpoint, tensor_reader
+from megavlm.config.run import RunSettings
+from megavlm.data.loader import MicroBatches, Share, load
+from megavlm.data.packing import Batch
+from megavlm.data.shards import ShardFolder
+from megavlm.data.tokenizer import Tokenizer
+from megavlm.dist import groups
+from megavlm.engine.base import Engine
+from megavlm.engine.optim import learning_rate_at
+from megavlm.engine.zero3 import Zero3Engine
+from megavlm.errors import BadSampleError
+from megavlm.model.vlm import VisionLanguageModel
+from megavlm.train.metrics import MetricsLog
+from megavlm.train.preflight import check_run
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def train(run: RunSettings) -> None:
+    """Train until the last step, from the newest checkpoint if there is one."""
+    check_run(run, groups.world_size())
+    if not torch.cuda.is_available():
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // groups.local_world_size()))
+    with groups.process_groups(run.seed):
+        torch.manual_seed(run.seed)
+        model = VisionLanguageModel(
+            run.model, dtype=DTYPES[run.train.precision], recompute=run.train.recompute
+        )
+        engine = Zero3Engine(model, run, groups.device())
+        try:
+            _run_steps(run, engine, first_step=_resume(run, engine))
+        finally:
+            engine.close()
+
+
+def _resume(run: RunSettings, engine: Engine) -> int:
+    """Load the newest checkpoint; returns the number of steps already done."""
+    checkpoint = latest_checkpoint(checkpoint_root(run))
+    if checkpoint is None:
+        return 0
+    steps_done = read_state(checkpoint)["step"]
+    engine.load_tensors(tensor_reader(checkpoint), steps_done)
+    if groups.rank() == 0:
+        print(f"resumed from {checkpoint}", flush=True)
+    return steps_done
+
+
+def _run_steps(run: RunSettings, engine: Engine, first_step: int) -> None:
+    tokenizer = Tokenizer(run.data.tokenizer)
+    share = Share(groups.rank(), groups.world_size())
+    training = MicroBatches(ShardFolder(run.data.train), tokenizer, run, share, training=True)
+    heldout = MicroBatches(ShardFolder(run.data.heldout), tokenizer, run, share, training=False)
+    steps, per_step = run.train.steps, run.train.micro_batches
+    numbers = range(first_step * per_step, steps * per_step)
+    batches = load(training, numbers, run.data.workers)
+    with MetricsLog(
+        run.run_folder, first_step, steps, run.train.log_every, enabled=groups.rank() == 0
+    ) as log:
+        if first_step == 0:
+            log.record({"step": 0, "heldout_loss": _heldout_loss(engine, heldout, run)})
+        for step in range(first_step, steps):
+            started = time.perf_counter()
+            micro_batches = list(itertools.islice(batches, per_step))
+            data_seconds = time.perf_counter() - started
+            counts = _count_samples(micro_batches, run)
+            learning_rate = learning_rate_at(step, steps, run.optimizer)
+            result = engine.step(micro_batches, learning_rate)
+            step_seconds = time.perf_counter() - started
+            log.step(
+                {
+                    "step": step,
+                    "loss": result.loss,
+                    "gradient_norm": result.gradient_norm,
+                    "learning_rate": learning_rate,
+                    "learned_tokens": result.learned_tokens,
+                    **counts,
+                    "step_seconds": step_seconds,
+                    "data_seconds": data_seconds,
+                    "samples_per_second": counts["samples"] / step_seconds,
+                }
+            )
+            done = step + 1
+            if done % run.train.checkpoint_every == 0 or done == steps:
+                state = checkpoint_state(run, tokenizer, done)
+                keep = run.train.keep_checkpoints
+                save_checkpoint(checkpoint_root(run), done, engine.tensors(), state, keep)
+        if first_step < steps:
+            log.record({"step": steps, "heldout_loss": _heldout_loss(engine, heldout, run)})
+
+
+def _count_samples(micro_batches: Sequence[Batch], run: RunSettings) -> dict[str, int]:
+    """Samples of a step over all ranks. Names the bad ones, and stops the run if it is told to."""
+    skipped = [name for batch in micro_batches for name in batch.skipped]
+    for name in skipped:
+        print(f"rank {groups.rank()}: skipped {name}", file=sys.stderr, flush=True)
+    samples, all_skipped, truncated = groups.sum_over_ranks(
+        sum(batch.samples for batch in micro_batches),
+        len(skipped),
+        sum(batch.truncated_texts for batch in micro_batches),
+    )
+    if all_skipped and run.data.on_bad_sample == "stop":
+        raise BadSampleError(
+            f"stopped at {all_skipped} bad samples ({', '.join(skipped) or 'on other ranks'}); "
+            "mend them or set data.on_bad_sample=skip"
+        )
+    return {"samples": samples, "skipped_samples": all_skipped, "truncated_texts": truncated}
+
+
+def _heldout_loss(engine: Engine, heldout: MicroBatches, run: RunSettings) -> float:
+    """Mean loss over the held-out samples, in nats per learned token."""
+    batches = load(heldout, range(heldout.count()), run.data.workers)
+    loss, learned_tokens = engine.evaluate(batches)
+    return loss / max(1, learned_tokens)

@@ -1,0 +1,110 @@
+"""What happened in each step: one JSON line, one TensorBoard point, a progress bar."""
+
+import json
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from torch.utils.tensorboard import SummaryWriter
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class MetricsLog:
+    """Writes the metrics of a run on the rank where it is enabled, and is silent on the others.
+
+    After a resume, lines from steps that will be done again are dropped.
+    """
+
+    def __init__(
+        self, folder: Path, first_step: int, steps: int, log_every: int, *, enabled: bool
+    ) -> None:
+        self._enabled = enabled
+        if not enabled:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / METRICS_FILE
+        kept = [line for line in read_metrics(folder) if line["step"] < first_step]
+        path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        self._file = path.open("a", buffering=1)
+        self._tensorboard = SummaryWriter(folder / "tensorboard", purge_step=first_step)
+        self._log_every = log_every
+        self._console = Console(stderr=True)
+        self._progress = Progress(
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]:.3f}"),
+            TimeRemainingColumn(),
+            console=self._console,
+            disable=not self._console.is_terminal,
+        )
+        self._task = self._progress.add_task("steps", total=steps, completed=first_step, loss=0.0)
+
+    def __enter__(self) -> "MetricsLog":
+        if self._enabled:
+            self._progress.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if not self._enabled:
+            return
+        self._progress.stop()
+        self._file.close()
+        self._tensorboard.close()
+
+    def step(self, values: dict[str, Any]) -> None:
+        """Record a finished training step; `values` holds at least step and loss."""
+        if not self._enabled:
+            return
+        self.record(values)
+        done = values["step"] + 1
+        self._progress.update(self._task, completed=done, loss=values["loss"])
+        if done % self._log_every == 0:
+            self.say(
+                f"step {done}  loss {values['loss']:.4f}  "
+                f"gradient norm {values['gradient_norm']:.3f}  "
+                f"learning rate {values['learning_rate']:.2e}  "
+                f"{values['samples_per_second']:.1f} samples/s"
+            )
+
+    def record(self, values: dict[str, Any]) -> None:
+        """Record figures of a step."""
+        if not self._enabled:
+            return
+        self._file.write(json.dumps({**values, "unix_seconds": time.time()}) + "\n")
+        for name, value in values.items():
+            if name != "step":
+                self._tensorboard.add_scalar(name, value, values["step"])
+
+    def say(self, message: str) -> None:
+        """Print a line without disturbing the progress bar."""
+        if self._enabled:
+            self._console.print(message, highlight=False, soft_wrap=True)
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """All metrics lines of a run folder; empty when there are none. A torn last line is dropped."""
+    path = folder / METRICS_FILE
+    lines: list[dict[str, Any]] = []
+    if path.is_file():
+        for line in path.read_text().splitlines():
+            try:
+                lines.append(json.loads(line))
+            except ValueError:
+                break
+    return lines

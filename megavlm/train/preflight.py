@@ -1,0 +1,24 @@
+"""Everything that can be wrong with a run, found before any process starts."""
+
+from megavlm.checkpoint.state import check_checkpoint, checkpoint_root
+from megavlm.checkpoint.store import latest_checkpoint
+from megavlm.config.run import RunSettings, samples_per_micro_batch
+from megavlm.data.shards import ShardFolder
+from megavlm.data.tokenizer import Tokenizer
+from megavlm.errors import ConfigError
+
+
+def check_run(run: RunSettings, ranks: int) -> None:
+    """Raise the error that training on so many ranks would meet in sizes, data or checkpoint."""
+    samples_per_micro_batch(run.train, ranks)
+    ShardFolder(run.data.train)
+    ShardFolder(run.data.heldout)
+    tokenizer = Tokenizer(run.data.tokenizer)
+    if tokenizer.vocabulary != run.model.decoder.vocabulary:
+        raise ConfigError(
+            f"model.decoder.vocabulary={run.model.decoder.vocabulary} must equal the "
+            f"{tokenizer.vocabulary} pieces of tokenizer {run.data.tokenizer}"
+        )
+    checkpoint = latest_checkpoint(checkpoint_root(run))
+    if checkpoint is not None:
+        check_checkpoint(checkpoint, run.model, tokenizer)

@@ -1,0 +1,83 @@
+from pathlib import Path
+
+import pytest
+
+from megavlm.config.load import load_run, run_as_tree
+from megavlm.config.presets import PRESETS
+from megavlm.config.run import samples_per_micro_batch
+from megavlm.errors import ConfigError
+
+ROOT = Path(__file__).parents[2]
+DEMO = ROOT / "configs" / "demo.yaml"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_shipped_run_file_loads(path):
+    assert load_run(path).train.steps > 0
+
+
+def test_overrides_reach_every_level():
+    overrides = ["train.steps=7", "model.decoder.self_layers=6", "optimizer.learning_rate=3e-5"]
+    run = load_run(DEMO, overrides)
+    assert run.train.steps == 7
+    assert run.model.decoder.self_layers == 6
+    assert run.model.encoder == PRESETS["vlm-demo"].encoder
+    assert run.optimizer.learning_rate == 3e-5
+
+
+def test_settings_survive_a_round_trip_through_plain_data(tmp_path):
+    run = load_run(DEMO)
+    path = tmp_path / "run.yaml"
+    path.write_text(str(run_as_tree(run)))  # JSON-like, hence YAML
+    assert load_run(path) == run
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("train.stepz=5", "train.stepz is not a known setting; did you mean steps?"),
+        ("model.decoder.widht=8", "model.decoder.widht is not a known setting; did you mean width"),
+        ("nonsense=1", "nonsense is not a known setting; known: run_folder,"),
+        ("train.steps=many", "train.steps='many': input should be a valid integer"),
+        ("train.steps", "override 'train.steps' must have the form section.name=value"),
+        ("train.steps.x=1", "steps is a value, not a section"),
+        ("train.precision=fp8", "train.precision='fp8': input should be 'bf16' or 'fp32'"),
+        ("model.preset=vlm-9000b", "model.preset='vlm-9000b' is unknown; choose from"),
+        ("train.micro_batches=3", "not divisible by train.micro_batches=3; try [1, 2, 4"),
+        ("train.steps=0", "train.steps=0 must be at least 1"),
+        ("optimizer.warmup_fraction=1", "must be at least 0 and below 1"),
+        ("optimizer.minimum_learning_rate=1", "must lie between 0 and optimizer.learning_rate"),
+        ("data.augment.magnitude=31", "must lie in 0 to 30"),
+        ("data.row_tokens=0", "data.row_tokens=0 must be at least 1"),
+    ],
+)
+def test_a_mistake_is_told_in_one_line(override, says):
+    with pytest.raises(ConfigError) as caught:
+        load_run(DEMO, [override])
+    assert says in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", ["- a list", "a: [", ""])
+def test_broken_files(tmp_path, content):
+    path = tmp_path / "run.yaml"
+    path.write_text(content)
+    with pytest.raises(ConfigError) as caught:
+        load_run(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_file_and_missing_setting(tmp_path):
+    with pytest.raises(ConfigError, match="cannot read run file"):
+        load_run(tmp_path / "none.yaml")
+    path = tmp_path / "run.yaml"
+    path.write_text("run_folder: x")
+    with pytest.raises(ConfigError, match="model is missing"):
+        load_run(path)
+
+
+def test_the_batch_must_divide_over_the_ranks():
+    train = load_run(DEMO).train
+    assert samples_per_micro_batch(train, 2) * 2 * train.micro_batches == train.samples_per_step
+    with pytest.raises(ConfigError, match=r"x data_parallel=3 = 6; try 60 or 66"):
+        samples_per_micro_batch(train, 3)

@@ -1,0 +1,55 @@
+import numpy as np
+import pytest
+import torch
+
+from megavlm.data.packing import NO_TEXT, PackedText, pack
+from megavlm.data.tokenizer import BEGIN, END, PADDING
+
+IMAGE_TOKENS = 5
+ROW_TOKENS = 24
+
+
+def random_texts(seed: int) -> list[PackedText]:
+    generator = np.random.default_rng(seed)
+    texts = []
+    for _ in range(int(generator.integers(0, 12))):
+        length = int(generator.integers(3, ROW_TOKENS + 2))
+        tokens = [BEGIN, *generator.integers(10, 99, length - 2).tolist(), END]
+        image = int(generator.integers(0, 4)) if generator.random() < 0.7 else None
+        texts.append(PackedText(tokens, int(generator.integers(1, length)), image))
+    return texts
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_no_token_is_lost_and_none_is_mixed_up(seed):
+    texts = random_texts(seed)
+    batch = pack(texts, torch.zeros(4, 3, 8, 8), row_tokens=ROW_TOKENS, image_tokens=IMAGE_TOKENS)
+    found = []
+    for row in range(len(batch.tokens_bt)):
+        for number in set(batch.text_numbers_bt[row].tolist()) - {NO_TEXT}:
+            place = batch.text_numbers_bt[row] == number
+            tokens, labels = batch.tokens_bt[row, place], batch.labels_bt[row, place]
+            assert tokens[1:].tolist() == labels[:-1].tolist()
+            low, high = batch.image_ranges_2bt[:, row, place].unique(dim=1).flatten().tolist()
+            image = None if low == high else low // IMAGE_TOKENS
+            assert high - low in (0, IMAGE_TOKENS)
+            answer_start = len(tokens) + 1 - int(batch.learned_bt[row, place].sum())
+            whole = [*tokens.tolist(), int(labels[-1])]
+            found.append(PackedText(whole, answer_start, image))
+    assert sorted(map(repr, found)) == sorted(map(repr, texts))
+    padding = batch.text_numbers_bt == NO_TEXT
+    assert (batch.tokens_bt[padding] == PADDING).all()
+    assert not batch.learned_bt[padding].any()
+    assert (batch.image_ranges_2bt[0] == batch.image_ranges_2bt[1])[padding].all()
+
+
+def test_texts_share_rows():
+    texts = [PackedText([BEGIN, *[9] * 10, END], 1, None)] * 4  # 11 tokens each go into a row
+    batch = pack(texts, torch.zeros(1, 3, 8, 8), row_tokens=ROW_TOKENS, image_tokens=IMAGE_TOKENS)
+    assert batch.tokens_bt.shape == (2, ROW_TOKENS)
+
+
+def test_a_batch_without_texts_still_has_a_row():
+    batch = pack([], torch.zeros(2, 3, 8, 8), row_tokens=ROW_TOKENS, image_tokens=IMAGE_TOKENS)
+    assert batch.tokens_bt.shape == (1, ROW_TOKENS)
+    assert not batch.learned_bt.any()

@@ -1,0 +1,86 @@
+"""Runs a function on several real ranks over gloo, forked from the test process.
+
+Forking shares the imports, which cost twenty seconds, so that a case takes about one.
+"""
+
+import os
+import signal
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import deepspeed.ops
+import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from megavlm.dist.groups import process_groups
+
+# Probed with the compiler when first asked for, which takes seconds; forked ranks inherit it.
+_ = deepspeed.ops.__compatible_ops__
+
+TIMEOUT_SECONDS = 120
+
+
+def alone() -> AbstractContextManager[None]:
+    """Process groups of this one process, on the fake backend.
+
+    gloo must never start here: it keeps a thread that forked ranks would miss, and hang.
+    """
+    return process_groups(seed=1, store=FakeStore(), backend="fake")
+
+
+def run_on_ranks(ranks: int, function: Callable[[int], Any], seed: int = 1) -> list[Any]:
+    """Call `function(rank)` inside process groups on every rank; returns what each returned.
+
+    Results travel through files, so they are plain data or tensors. A rank that fails, or that
+    hangs, fails the test; the others are killed.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        children = [_fork(rank, ranks, function, folder, seed) for rank in range(ranks)]
+        failure = _wait(children)
+        errors = [path.read_text() for path in sorted(folder.glob("*.error"))]
+        assert not failure and not errors, "\n".join([failure, *errors])
+        return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(ranks)]
+
+
+def _fork(rank: int, ranks: int, function: Callable[[int], Any], folder: Path, seed: int) -> int:
+    child = os.fork()
+    if child:
+        return child
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank))
+    code = 1
+    try:
+        with process_groups(seed, store=dist.FileStore(str(folder / "store"), ranks)):
+            result = function(rank)
+        torch.save(result, folder / f"{rank}.pt")
+        code = 0
+    except BaseException:
+        (folder / f"{rank}.error").write_text(f"rank {rank}:\n{traceback.format_exc()}")
+    finally:
+        os._exit(code)
+
+
+def _wait(children: list[int]) -> str:
+    """Wait for all children; on a failure or a hang kill the rest, and say what happened."""
+    deadline = time.monotonic() + TIMEOUT_SECONDS
+    running, failure = set(children), ""
+    while running:
+        for child in list(running):
+            done, status = os.waitpid(child, os.WNOHANG)
+            if done:
+                running.discard(child)
+                if status and not failure:
+                    failure = f"rank {children.index(child)} ended with status {status}"
+        if time.monotonic() > deadline and not failure:
+            failure = f"ranks {[children.index(c) for c in running]} hang"
+        if failure:
+            for child in running:
+                os.kill(child, signal.SIGKILL)
+        time.sleep(0.01)
+    return failure
