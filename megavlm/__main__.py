@@ -6,10 +6,14 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megavlm.config.load import load_run
 from megavlm.config.run import RunSettings
-from megavlm.errors import MegavlmError
+from megavlm.errors import DataError, MegavlmError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 USER_ERROR = 2
 
@@ -78,19 +82,13 @@ def _tokenizer(run: RunSettings, options: argparse.Namespace) -> None:
 
 
 def _generate(run: RunSettings, options: argparse.Namespace) -> None:
-    from megavlm.data.image import decode_picture, fit_square, to_uint8_tensor
     from megavlm.dist.groups import process_groups
     from megavlm.infer.generate import Request, generate
     from megavlm.infer.load import load_trained
 
     side = run.model.encoder.image_pixels
     requests = [
-        Request(
-            prompt=options.prompt,
-            pixels=to_uint8_tensor(
-                fit_square(decode_picture(path.read_bytes(), str(path), side), side)
-            ),
-        )
+        Request(prompt=options.prompt, pixels=_read_picture(path, side))
         for path in options.pictures
     ]
     with process_groups(run.seed):
@@ -100,6 +98,16 @@ def _generate(run: RunSettings, options: argparse.Namespace) -> None:
         )
     for path, answer in zip(options.pictures, answers, strict=True):
         print(f"{path}\t{answer}")
+
+
+def _read_picture(path: Path, side: int) -> "Tensor":
+    from megavlm.data.image import decode_picture, fit_square, to_uint8_tensor
+
+    try:
+        encoded = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"cannot read picture {path}: {error.strerror}") from error
+    return to_uint8_tensor(fit_square(decode_picture(encoded, str(path), side), side))
 
 
 def _eval(run: RunSettings, options: argparse.Namespace) -> None:
@@ -141,7 +149,7 @@ def _parser() -> argparse.ArgumentParser:
         return sub
 
     train = add("train", _train, "train, from the newest checkpoint if there is one")
-    plan = add("plan", _plan, "check a run and print what it is, without starting it")
+    plan = add("plan", _plan, "print what a run is, without starting it")
     add("tokenizer", _tokenizer, "train the SentencePiece tokenizer of a run")
     generate = add("generate", _generate, "answer a prompt about pictures")
     add("eval", _eval, "caption and answer questions about held-out pictures")

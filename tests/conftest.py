@@ -1,10 +1,97 @@
-"""Runs before any test imports the package."""
+"""What all tests share. Set before anything imports torch's or DeepSpeed's modules."""
 
 import os
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
+import io
+from pathlib import Path
+
+import pytest
 import torch
+import yaml
+from PIL import Image
+
+from megavlm.config.load import run_as_tree
+from megavlm.config.presets import PRESETS
+from megavlm.config.run import (
+    AugmentSettings,
+    DataSettings,
+    OptimizerSettings,
+    RunSettings,
+    TrainSettings,
+    Zero3Settings,
+)
+from megavlm.data.samples import Sample, Text
+from megavlm.data.shards import write_shard
+from megavlm.data.tokenizer import train_tokenizer
 
 # Ranks are forked from this process; a fork copies no worker threads, so have none.
 torch.set_num_threads(1)
+
+COLOURS = ("red", "green", "blue", "black", "white", "yellow", "purple", "orange")
+
+
+def picture(colour: str, side: int = 40) -> bytes:
+    """A PNG of one colour."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (side, side), colour).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def coloured_sample(number: int) -> Sample:
+    """A coloured square with a caption and a question; every fifth sample is text-only."""
+    colour = COLOURS[number % len(COLOURS)]
+    caption = Text(prompt="Caption:", answer=f"a {colour} square", task="caption", kind="en")
+    question = Text(prompt="Which colour?", answer=colour, task="vqa", kind="colour")
+    if number % 5 == 4:
+        texts = (Text(prompt="Say it.", answer=f"number {number}", task="text"),)
+        return Sample(key=f"{number:06d}", picture=None, texts=texts)
+    return Sample(key=f"{number:06d}", picture=picture(colour), texts=(caption, question))
+
+
+@pytest.fixture(scope="session")
+def coloured_squares(tmp_path_factory) -> Path:
+    """Folder with splits `train` (40 samples in 4 shards) and `heldout`, and a tokenizer."""
+    folder = tmp_path_factory.mktemp("squares")
+    for split, shards in (("train", 4), ("heldout", 1)):
+        (folder / split).mkdir()
+        for shard in range(shards):
+            samples = (coloured_sample(n) for n in range(shard * 10, shard * 10 + 10))
+            write_shard(folder / split / f"{shard:06d}.tar", samples)
+    texts = [t for n in range(40) for x in coloured_sample(n).texts for t in (x.prompt, x.answer)]
+    words = [f"{a} {b} {n}" for n, a in enumerate(texts) for b in texts[:9]]
+    vocabulary = PRESETS["vlm-tiny"].decoder.vocabulary
+    train_tokenizer([*words, *texts], folder / "tokenizer.model", vocabulary)
+    return folder
+
+
+@pytest.fixture
+def tiny_run(coloured_squares, tmp_path) -> RunSettings:
+    """Settings of a run of seconds."""
+    return RunSettings(
+        run_folder=tmp_path / "run",
+        model=PRESETS["vlm-tiny"],
+        data=DataSettings(
+            train=coloured_squares / "train",
+            heldout=coloured_squares / "heldout",
+            tokenizer=coloured_squares / "tokenizer.model",
+            row_tokens=24,
+            texts_per_sample=2,
+            workers=0,
+            augment=AugmentSettings(minimum_area=0.5),
+        ),
+        optimizer=OptimizerSettings(learning_rate=2e-3),
+        train=TrainSettings(
+            steps=6, samples_per_step=8, micro_batches=2, precision="fp32", checkpoint_every=2
+        ),
+        zero3=Zero3Settings(reduce_bucket=20_000, prefetch_bucket=10_000, persistence_threshold=40),
+    )
+
+
+@pytest.fixture
+def tiny_run_file(tiny_run, tmp_path) -> Path:
+    """The same as a YAML file."""
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(run_as_tree(tiny_run)))
+    return path

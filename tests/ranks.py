@@ -5,6 +5,7 @@ Forking shares the imports, which cost twenty seconds, so that a case takes abou
 
 import os
 import signal
+import socket
 import tempfile
 import time
 import traceback
@@ -13,15 +14,10 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-import deepspeed.ops
 import torch
-import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megavlm.dist.groups import process_groups
-
-# Probed with the compiler when first asked for, which takes seconds; forked ranks inherit it.
-_ = deepspeed.ops.__compatible_ops__
 
 TIMEOUT_SECONDS = 120
 
@@ -34,29 +30,43 @@ def alone() -> AbstractContextManager[None]:
     return process_groups(seed=1, store=FakeStore(), backend="fake")
 
 
-def run_on_ranks(ranks: int, function: Callable[[int], Any], seed: int = 1) -> list[Any]:
-    """Call `function(rank)` inside process groups on every rank; returns what each returned.
+def run_on_ranks(ranks: int, function: Callable[[int], Any], *, groups: bool = True) -> list[Any]:
+    """Call `function(rank)` on every rank; returns what each returned.
 
+    It runs inside process groups, or, without `groups`, in the environment that a launcher sets.
     Results travel through files, so they are plain data or tensors. A rank that fails, or that
     hangs, fails the test; the others are killed.
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        children = [_fork(rank, ranks, function, folder, seed) for rank in range(ranks)]
+        port = _free_port()
+        children = [_fork(rank, ranks, port, function, folder, groups) for rank in range(ranks)]
         failure = _wait(children)
         errors = [path.read_text() for path in sorted(folder.glob("*.error"))]
         assert not failure and not errors, "\n".join([failure, *errors])
         return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(ranks)]
 
 
-def _fork(rank: int, ranks: int, function: Callable[[int], Any], folder: Path, seed: int) -> int:
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def _fork(
+    rank: int, ranks: int, port: int, function: Callable[[int], Any], folder: Path, groups: bool
+) -> int:
     child = os.fork()
     if child:
         return child
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank))
+    os.environ.update(LOCAL_WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     code = 1
     try:
-        with process_groups(seed, store=dist.FileStore(str(folder / "store"), ranks)):
+        if groups:
+            with process_groups(seed=1):
+                result = function(rank)
+        else:
             result = function(rank)
         torch.save(result, folder / f"{rank}.pt")
         code = 0

@@ -37,7 +37,7 @@ SPLITS = ("train", "heldout", "heldout_questions")
 FONT_SIZE = 109  # pixels; the only size that the bitmap font holds
 SIDE = 136  # pixels; the font's glyphs are 136 x 128
 SHARD_SAMPLES = 1_000
-MAX_KEYWORDS = 6
+MAX_KEYWORDS = 3
 MAX_YES = 150  # pictures that answer yes to one question, in one split; as many answer no
 
 TONES = {

@@ -52,9 +52,10 @@ def _apply(tree: Tree, override: str) -> None:
         raise ConfigError(f"override {override!r} must have the form section.name=value")
     *sections, leaf = name.split(".")
     for section in sections:
-        tree = tree.setdefault(section, {})
-        if not isinstance(tree, dict):
+        below: Any = tree.setdefault(section, {})
+        if not isinstance(below, dict):
             raise ConfigError(f"override {override!r}: {section} is a value, not a section")
+        tree = cast(Tree, below)
     try:
         tree[leaf] = yaml.safe_load(text)
     except yaml.YAMLError as error:
@@ -63,8 +64,8 @@ def _apply(tree: Tree, override: str) -> None:
 
 def _with_preset(model: Any) -> Any:
     if not isinstance(model, dict) or "preset" not in model:
-        return model
-    changes = cast(Tree, dict(model))
+        return cast(Any, model)
+    changes = dict(cast(Tree, model))
     name = changes.pop("preset")
     if name not in PRESETS:
         raise ConfigError(f"model.preset={name!r} is unknown; choose from {sorted(PRESETS)}")
@@ -74,8 +75,9 @@ def _with_preset(model: Any) -> Any:
 def _merged(base: Tree, changes: Tree) -> Tree:
     merged = dict(base)
     for name, value in changes.items():
-        both_trees = isinstance(merged.get(name), dict) and isinstance(value, dict)
-        merged[name] = _merged(merged[name], value) if both_trees else value
+        below: Any = merged.get(name)
+        both_trees = isinstance(below, dict) and isinstance(value, dict)
+        merged[name] = _merged(cast(Tree, below), cast(Tree, value)) if both_trees else value
     return merged
 
 
@@ -97,5 +99,6 @@ def _suggestion(place: tuple[int | str, ...]) -> str:
     for section in place[:-1]:
         reference = fields["properties"][section]["$ref"]
         fields = definitions[reference.rsplit("/", 1)[1]]
-    near = difflib.get_close_matches(str(place[-1]), fields["properties"], n=1)
-    return f"; did you mean {near[0]}?" if near else f"; known: {', '.join(fields['properties'])}"
+    known = list(fields["properties"])
+    near = difflib.get_close_matches(str(place[-1]), known, n=1)
+    return f"; did you mean {near[0]}?" if near else f"; known: {', '.join(known)}"

@@ -1,19 +1,41 @@
-"""RandAugment (Cubuk et al. 2020, arXiv:1909.13719), with torchvision's operations and strengths.
+"""RandAugment (Cubuk et al. 2020, arXiv:1909.13719) on RGB images of any size.
 
-All randomness comes from the generator that is passed in.
+Operations and values are those of torchvision.transforms.RandAugment with 31 magnitudes and
+nearest interpolation. All randomness comes from the generator that is passed in.
 """
 
-from collections.abc import Callable
-
 import numpy as np
+import torch
 from PIL import Image, ImageEnhance, ImageOps
 
 Fill = tuple[int, int, int]
 
 MAX_MAGNITUDE = 30
-# Each operation's value at full magnitude.
-_SHEAR, _TRANSLATE_SHARE, _ROTATE_DEGREES, _ENHANCE = 0.3, 150 / 331, 30.0, 0.9
-_POSTERIZE_BITS = 4  # taken away from 8
+
+# Each operation's value at magnitude 0 and at magnitude 30.
+GEOMETRIC = {
+    "Identity": (0.0, 0.0),
+    "ShearX": (0.0, 0.3),  # slope
+    "ShearY": (0.0, 0.3),
+    "TranslateX": (0.0, 150 / 331),  # share of the width
+    "TranslateY": (0.0, 150 / 331),
+    "Rotate": (0.0, 30.0),  # degrees, counter-clockwise
+}
+COLOUR = {
+    "Brightness": (0.0, 0.9),  # added to a factor of 1
+    "Color": (0.0, 0.9),
+    "Contrast": (0.0, 0.9),
+    "Sharpness": (0.0, 0.9),
+    "Posterize": (8.0, 4.0),  # bits that stay
+    "Solarize": (255.0, 0.0),  # levels from here on are inverted
+    "AutoContrast": (0.0, 0.0),
+    "Equalize": (0.0, 0.0),
+}
+SIGNED = {
+    *("ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate"),
+    *("Brightness", "Color", "Contrast", "Sharpness"),
+}
+"""Operations that go either way."""
 
 
 def rand_augment(
@@ -30,21 +52,58 @@ def rand_augment(
     magnitude: 0 (hardly anything) to 30. colour_operations: whether those that change colours may
     be drawn. fill: colour of what a shear, a shift or a rotation uncovers.
     """
-    names = [*_GEOMETRIC, *(_COLOUR if colour_operations else ())]
+    names = [*GEOMETRIC, *(COLOUR if colour_operations else ())]
     for _ in range(operations):
         name = names[int(generator.integers(len(names)))]
-        strength = magnitude / MAX_MAGNITUDE
-        if name in _SIGNED and generator.integers(2):
-            strength = -strength
-        image = apply_operation(image, name, strength, fill)
+        value = magnitude_value(name, magnitude, image.size)
+        if name in SIGNED and generator.integers(2):
+            value = -value
+        image = apply_operation(image, name, value, fill)
     return image
 
 
-def apply_operation(image: Image.Image, name: str, strength: float, fill: Fill) -> Image.Image:
-    """Apply one operation to an RGB image; strength 0 to 1, or -1 to 1 where it has a direction."""
-    if name in _GEOMETRIC:
-        return _GEOMETRIC[name](image, strength, fill)
-    return _COLOUR[name](image, strength)
+def magnitude_value(name: str, magnitude: int, size: tuple[int, int]) -> float:
+    """An operation's value at a magnitude for an image of (width, height); shifts in pixels."""
+    first, last = (GEOMETRIC | COLOUR)[name]
+    if name.startswith("Translate"):
+        last *= size[name == "TranslateY"]
+    # In float32, as torchvision: blends cut off fractions, so the last bit can move a level.
+    return float(torch.linspace(first, last, MAX_MAGNITUDE + 1)[magnitude])
+
+
+def apply_operation(image: Image.Image, name: str, value: float, fill: Fill) -> Image.Image:
+    """Apply one operation to an RGB image, at what `magnitude_value` gives or its negative."""
+    match name:
+        case "Identity":
+            return image
+        case "ShearX":
+            return _affine(image, (1, value, 0, 0, 1, 0), fill)
+        case "ShearY":
+            return _affine(image, (1, 0, 0, value, 1, 0), fill)
+        case "TranslateX":
+            return _affine(image, (1, 0, -int(value), 0, 1, 0), fill)
+        case "TranslateY":
+            return _affine(image, (1, 0, 0, 0, 1, -int(value)), fill)
+        case "Rotate":
+            return image.rotate(value, Image.Resampling.NEAREST, fillcolor=fill)
+        case "Brightness":
+            return ImageEnhance.Brightness(image).enhance(1 + value)
+        case "Color":
+            return ImageEnhance.Color(image).enhance(1 + value)
+        case "Contrast":
+            return ImageEnhance.Contrast(image).enhance(1 + value)
+        case "Sharpness":
+            return ImageEnhance.Sharpness(image).enhance(1 + value)
+        case "Posterize":
+            return ImageOps.posterize(image, round(value))
+        case "Solarize":
+            return ImageOps.solarize(image, value)  # pyright: ignore[reportArgumentType]
+        case "AutoContrast":
+            return ImageOps.autocontrast(image)
+        case "Equalize":
+            return ImageOps.equalize(image)
+        case _:
+            raise AssertionError(f"no operation is called {name}")
 
 
 def _affine(image: Image.Image, matrix: tuple[float, ...], fill: Fill) -> Image.Image:
@@ -56,47 +115,3 @@ def _affine(image: Image.Image, matrix: tuple[float, ...], fill: Fill) -> Image.
         resample=Image.Resampling.NEAREST,
         fillcolor=fill,
     )
-
-
-_GEOMETRIC: dict[str, Callable[[Image.Image, float, Fill], Image.Image]] = {
-    "Identity": lambda image, strength, fill: image,
-    "ShearX": lambda image, strength, fill: _affine(
-        image, (1, _SHEAR * strength, 0, 0, 1, 0), fill
-    ),
-    "ShearY": lambda image, strength, fill: _affine(
-        image, (1, 0, 0, _SHEAR * strength, 1, 0), fill
-    ),
-    "TranslateX": lambda image, strength, fill: _affine(
-        image, (1, 0, -int(_TRANSLATE_SHARE * image.width * strength), 0, 1, 0), fill
-    ),
-    "TranslateY": lambda image, strength, fill: _affine(
-        image, (1, 0, 0, 0, 1, -int(_TRANSLATE_SHARE * image.height * strength)), fill
-    ),
-    "Rotate": lambda image, strength, fill: image.rotate(
-        _ROTATE_DEGREES * strength, Image.Resampling.NEAREST, fillcolor=fill
-    ),
-}
-
-_COLOUR: dict[str, Callable[[Image.Image, float], Image.Image]] = {
-    "Brightness": lambda image, strength: ImageEnhance.Brightness(image).enhance(
-        1 + _ENHANCE * strength
-    ),
-    "Color": lambda image, strength: ImageEnhance.Color(image).enhance(1 + _ENHANCE * strength),
-    "Contrast": lambda image, strength: ImageEnhance.Contrast(image).enhance(
-        1 + _ENHANCE * strength
-    ),
-    "Sharpness": lambda image, strength: ImageEnhance.Sharpness(image).enhance(
-        1 + _ENHANCE * strength
-    ),
-    "Posterize": lambda image, strength: ImageOps.posterize(
-        image, 8 - round(_POSTERIZE_BITS * strength)
-    ),
-    "Solarize": lambda image, strength: ImageOps.solarize(image, 255 * (1 - strength)),
-    "AutoContrast": lambda image, strength: ImageOps.autocontrast(image),
-    "Equalize": lambda image, strength: ImageOps.equalize(image),
-}
-
-_SIGNED = {
-    *("ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate"),
-    *("Brightness", "Color", "Contrast", "Sharpness"),
-}

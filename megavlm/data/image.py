@@ -28,30 +28,36 @@ def decode_picture(encoded: bytes, name: str, pixels: int) -> Image.Image:
     try:
         with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
             if image.width * image.height > MAX_PICTURE_PIXELS:
-                raise BadSampleError(
-                    f"picture of {name} is {image.width} x {image.height}; the limit is "
-                    f"{MAX_PICTURE_PIXELS} pixels"
+                raise ValueError(
+                    f"{image.width} x {image.height} is over the limit of {MAX_PICTURE_PIXELS} "
+                    "pixels; shrink it"
                 )
             image.draft("RGB", (pixels, pixels))
-            image.load()
-            upright = ImageOps.exif_transpose(image)
-    # Pillow's decoders raise many kinds of errors on broken files.
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise BadSampleError(f"picture of {name} cannot be decoded: {error}") from error
-    if upright.has_transparency_data:
-        white = Image.new("RGBA", upright.size, "white")
-        upright = Image.alpha_composite(white, upright.convert("RGBA"))
-    return upright.convert("RGB")
+            return _to_rgb(ImageOps.exif_transpose(image))
+    # Pillow's decoders raise whatever they stumble over in a broken file: struct.error, TypeError.
+    except Exception as error:
+        raise BadSampleError(f"picture of {name} cannot be used: {error}") from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "I;16":  # convert() would clip 16-bit grey to its lowest 256 levels
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    return image.convert("RGB")
 
 
 def fit_square(image: Image.Image, pixels: int) -> Image.Image:
     """Resize to fit a square, keeping the aspect, and pad with black at the right and the bottom.
 
-    What Hugging Face Mllama's processor does with a picture of one tile.
+    What Hugging Face Mllama's processor does with a picture of one tile, bit for bit.
     """
-    scale = min(pixels / image.width, pixels / image.height)
-    width = min(math.floor(image.width * scale) or 1, pixels)
-    height = min(math.floor(image.height * scale) or 1, pixels)
+    # In floats, as there, so that both round alike: 71 x 71 becomes 223 x 224.
+    if image.width > image.height:
+        width, height = pixels, max(1, math.floor(image.height * (pixels / image.width)))
+    else:
+        width, height = max(1, math.floor(image.width * (pixels / image.height))), pixels
     square = Image.new("RGB", (pixels, pixels))
     square.paste(image.resize((width, height), Image.Resampling.BILINEAR))
     return square
@@ -62,13 +68,15 @@ def random_resized_crop(
 ) -> Image.Image:
     """Crop a random part of random aspect, and resize it to a square.
 
-    minimum_area: smallest share of the picture to keep; 1 keeps all of it, as `fit_square` does.
+    minimum_area: smallest share of the picture to keep; 1 keeps all of it, as `fit_square` does,
+    which also serves pictures too narrow for any crop.
     """
     if minimum_area == 1:
         return fit_square(image, pixels)
+    narrowest, widest = map(math.log, CROP_ASPECTS)
     for _ in range(CROP_TRIES):
         area = image.width * image.height * generator.uniform(minimum_area, 1)
-        aspect = math.exp(generator.uniform(*map(math.log, CROP_ASPECTS)))
+        aspect = math.exp(generator.uniform(narrowest, widest))
         width, height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < width <= image.width and 0 < height <= image.height:
             left = int(generator.integers(image.width - width + 1))
@@ -80,4 +88,4 @@ def random_resized_crop(
 
 def to_uint8_tensor(image: Image.Image) -> Tensor:
     """RGB image to uint8 (3, height, width)."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+    return torch.as_tensor(np.array(image)).permute(2, 0, 1).contiguous()

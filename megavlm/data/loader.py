@@ -1,5 +1,6 @@
 """Micro-batches by number: what a rank trains on is a pure function of seed and position."""
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import NamedTuple
@@ -12,7 +13,13 @@ from torch.utils.data import DataLoader, Dataset
 from megavlm.config.run import RunSettings, samples_per_micro_batch
 from megavlm.data.augment import rand_augment
 from megavlm.data.cursor import sample_at
-from megavlm.data.image import decode_picture, fit_square, random_resized_crop, to_uint8_tensor
+from megavlm.data.image import (
+    CROP_ASPECTS,
+    decode_picture,
+    fit_square,
+    random_resized_crop,
+    to_uint8_tensor,
+)
 from megavlm.data.packing import Batch, PackedText, pack, tokenize
 from megavlm.data.samples import Text
 from megavlm.data.shards import ShardFolder
@@ -107,14 +114,18 @@ class MicroBatches(Dataset[Batch]):
         texts = sample.texts
         if self.training:
             drawn = min(self.run.data.texts_per_sample, len(texts))
-            texts = tuple(texts[i] for i in generator.choice(len(texts), drawn, replace=False))
+            chosen: list[int] = generator.choice(len(texts), drawn, replace=False).tolist()
+            texts = tuple(texts[i] for i in chosen)
         if sample.picture is None:
             return None, texts
         side = self.run.model.encoder.image_pixels
-        image = decode_picture(sample.picture, sample.key, side)
-        if not self.training:
-            return to_uint8_tensor(fit_square(image, side)), texts
         augment = self.run.data.augment
+        if not self.training:
+            image = decode_picture(sample.picture, sample.key, side)
+            return to_uint8_tensor(fit_square(image, side)), texts
+        # A crop is enlarged to the square, so its source must be larger than the square.
+        source = math.ceil(side / math.sqrt(augment.minimum_area * min(CROP_ASPECTS)))
+        image = decode_picture(sample.picture, sample.key, source)
         image = random_resized_crop(image, side, generator, augment.minimum_area)
         image = rand_augment(
             image,
@@ -135,7 +146,7 @@ def load(micro_batches: MicroBatches, numbers: Iterable[int], workers: int) -> I
             batch_size=None,
             sampler=numbers,
             num_workers=workers,
-            collate_fn=_unchanged,
+            collate_fn=_unchanged,  # pyright: ignore[reportArgumentType] (batches come as they are)
         )
     )
 

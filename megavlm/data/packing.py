@@ -3,9 +3,10 @@
 Letters in shapes: b rows, t tokens of a row, n image slots.
 """
 
-from collections.abc import Sequence
+import importlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -77,29 +78,29 @@ def pack(
 
     image_tokens: tokens of one image; slot i holds tokens i * image_tokens and on.
     """
-    rows = _first_fit_decreasing([len(text.tokens) - 1 for text in texts], row_tokens)
-    shape = (max(1, len(rows)), row_tokens)
+    rows: Sequence[int] = first_fit_decreasing([len(text.tokens) - 1 for text in texts], row_tokens)
+    shape = (max(rows, default=0) + 1, row_tokens)
     tokens = torch.full(shape, PADDING)
     labels = torch.full(shape, PADDING)
     learned = torch.zeros(shape, dtype=torch.bool)
     numbers = torch.full(shape, NO_TEXT, dtype=torch.int32)
     ranges = torch.zeros((2, *shape), dtype=torch.int32)
-    for row, members in enumerate(rows):
-        start = 0
-        for number, member in enumerate(members):
-            text = texts[member]
-            end = start + len(text.tokens) - 1
-            place = (row, slice(start, end))
-            sequence = torch.tensor(text.tokens)
-            tokens[place] = sequence[:-1]
-            labels[place] = sequence[1:]
-            # The token before the answer predicts the answer's first token.
-            learned[row, start + text.answer_start - 1 : end] = True
-            numbers[place] = number
-            if text.image is not None:
-                ranges[0, row, start:end] = text.image * image_tokens
-                ranges[1, row, start:end] = (text.image + 1) * image_tokens
-            start = end
+    used = [0] * shape[0]
+    texts_in_row = [0] * shape[0]
+    for text, row in zip(texts, rows, strict=True):
+        start, end = used[row], used[row] + len(text.tokens) - 1
+        place = (row, slice(start, end))
+        sequence = torch.tensor(text.tokens)
+        tokens[place] = sequence[:-1]
+        labels[place] = sequence[1:]
+        # The token before the answer predicts the answer's first token.
+        learned[row, start + text.answer_start - 1 : end] = True
+        numbers[place] = texts_in_row[row]
+        if text.image is not None:
+            ranges[0, row, start:end] = text.image * image_tokens
+            ranges[1, row, start:end] = (text.image + 1) * image_tokens
+        used[row] = end
+        texts_in_row[row] += 1
     return Batch(
         tokens_bt=tokens,
         labels_bt=labels,
@@ -110,16 +111,22 @@ def pack(
     )
 
 
-def _first_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Members of each row, by first-fit decreasing; every length fits the capacity."""
-    rows: list[list[int]] = []
-    free: list[int] = []
-    for member in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        row = next((r for r, space in enumerate(free) if space >= lengths[member]), None)
-        if row is None:
-            rows.append([])
-            free.append(capacity)
-            row = len(rows) - 1
-        rows[row].append(member)
-        free[row] -= lengths[member]
-    return rows
+def python_first_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[int]:
+    """Row of each item: the longest first, each into the first row with room."""
+    room: list[int] = []
+    row_of = [0] * len(lengths)
+    for item in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        fits = (row for row, space in enumerate(room) if space >= lengths[item])
+        row = next(fits, len(room))
+        if row == len(room):
+            room.append(capacity)
+        room[row] -= lengths[item]
+        row_of[item] = row
+    return row_of
+
+
+try:
+    _data = cast(Any, importlib.import_module("megavlm._data"))
+    first_fit_decreasing: Callable[[Sequence[int], int], Sequence[int]] = _data.first_fit_decreasing
+except ImportError:  # installed without a compiler
+    first_fit_decreasing = python_first_fit_decreasing

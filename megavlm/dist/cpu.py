@@ -1,7 +1,7 @@
-"""Lets megatron-core run on CPU over gloo; does nothing where CUDA is available.
+"""Lets megatron-core and DeepSpeed run on CPU over gloo; does nothing where CUDA is available.
 
 megatron-core 0.16 hard-codes `torch.cuda.current_device()`, `device="cuda"` and the type string
-"torch.cuda.FloatTensor". This file is the only place that makes up for it:
+"torch.cuda.FloatTensor". This file is the only place that makes up for it, in `install`:
   1. `torch.cuda` functions that can only raise on a CPU build get CPU meanings;
   2. loaded megatron modules see a stand-in for `torch` whose factories map "cuda" to "cpu" (a
      TorchFunctionMode would not do: autograd switches it off while it recomputes);
@@ -55,6 +55,20 @@ def install() -> None:
             setattr(module, "torch", stand_in)
     if torch.Tensor.type is not _cuda_type:
         _replace_cuda_functions()
+
+
+def use_gloo_for_deepspeed() -> None:
+    """Keep DeepSpeed from its own shared-memory collectives on CPUs.
+
+    They compile for half a minute, and spin while they wait, which starves ranks that share cores;
+    measured on two ranks, gloo is as fast (48.8 against 46.9 samples/s). With the table of compiled
+    operators empty, DeepSpeed does not probe for them with the compiler either.
+    """
+    if torch.cuda.is_available():
+        return
+    from deepspeed import ops
+
+    setattr(ops, "__compatible_ops__", {})  # noqa: B010 (the module makes the attribute on demand)
 
 
 def _replace_cuda_functions() -> None:

@@ -3,10 +3,12 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
+from torch.distributed.distributed_c10d import Store
 
 from megavlm.dist import cpu
 
@@ -45,7 +47,7 @@ def sum_over_ranks(*counts: int) -> list[int]:
 
 @contextmanager
 def process_groups(
-    seed: int, *, store: dist.Store | None = None, backend: str | None = None
+    seed: int, *, store: Store | None = None, backend: str | None = None
 ) -> Iterator[None]:
     """Run the body inside this run's process groups, and take them down again.
 
@@ -56,7 +58,7 @@ def process_groups(
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank())
     if store is None and "MASTER_ADDR" not in os.environ:
-        store = dist.HashStore()
+        store = cast(Any, dist).HashStore()
     backend = backend or ("nccl" if torch.cuda.is_available() else "gloo")
     dist.init_process_group(backend, store=store, rank=rank(), world_size=world_size())
     try:

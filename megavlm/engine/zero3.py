@@ -18,6 +18,7 @@ from torch.nn import functional
 from megavlm.config.deepspeed_json import deepspeed_config
 from megavlm.config.run import RunSettings
 from megavlm.data.packing import Batch
+from megavlm.dist import cpu
 from megavlm.engine.base import StepResult
 from megavlm.engine.optim import adamw
 from megavlm.stages.captioning import loss_sum
@@ -30,6 +31,7 @@ class Zero3Engine:
 
     def __init__(self, model: nn.Module, run: RunSettings, device: torch.device) -> None:
         self._device = device
+        cpu.use_gloo_for_deepspeed()
         self._engine: Any = deepspeed.initialize(
             model=model.to(device),
             optimizer=adamw(model, run.optimizer),
@@ -67,9 +69,10 @@ class Zero3Engine:
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in self._engine.module.named_parameters():
-            yield f"weights/{name}", safe_get_full_fp32_param(parameter).cpu()
+            weights: Any = safe_get_full_fp32_param(parameter)
+            yield f"weights/{name}", weights.cpu()
             for moment in MOMENTS:
-                full = safe_get_full_optimizer_state(parameter, moment)
+                full: Any = safe_get_full_optimizer_state(parameter, moment)
                 yield f"{moment}/{name}", full.cpu()
 
     def load_tensors(self, read: Callable[[str], Tensor], steps_done: int) -> None:

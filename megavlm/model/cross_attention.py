@@ -4,11 +4,11 @@ Letters in shapes: t text positions, b rows, v image tokens of the micro-batch, 
 heads, g key/value heads, d head width; all heads are this tensor-parallel rank's.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from megatron.core import tensor_parallel
-from megatron.core.inference.contexts import BaseInferenceContext
+from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.module import MegatronModule
@@ -29,9 +29,10 @@ class CrossAttention(MegatronModule):
     ) -> None:
         super().__init__(config)
         self.layer_number = layer_number
-        self.head_width = config.kv_channels
-        query_width = config.num_attention_heads * config.kv_channels
-        key_width = config.num_query_groups * config.kv_channels
+        assert config.kv_channels is not None and config.num_query_groups is not None
+        self.head_width: int = config.kv_channels
+        query_width = config.num_attention_heads * self.head_width
+        key_width = config.num_query_groups * self.head_width
         common: dict[str, Any] = {
             "config": config,
             "bias": False,
@@ -46,13 +47,13 @@ class CrossAttention(MegatronModule):
         self.linear_q = ColumnParallelLinear(config.hidden_size, query_width, **column)
         # Keys and values of one head lie together, so that heads split over ranks.
         self.linear_kv = ColumnParallelLinear(config.hidden_size, 2 * key_width, **column)
-        self.q_norm = Norm(config, config.kv_channels)
-        self.k_norm = Norm(config, config.kv_channels)
+        self.q_norm = Norm(config, self.head_width)
+        self.k_norm = Norm(config, self.head_width)
         self.linear_proj = RowParallelLinear(
             query_width,
             config.hidden_size,
             **common,
-            init_method=config.output_layer_init_method,
+            init_method=cast(Any, config.output_layer_init_method),
             input_is_parallel=True,
         )
 
@@ -61,7 +62,7 @@ class CrossAttention(MegatronModule):
         x_tbw: Tensor,
         image_v1w: Tensor | None,
         image_ranges: Tensor,
-        inference_context: BaseInferenceContext | None = None,
+        inference_context: StaticInferenceContext | None = None,
     ) -> Tensor:
         """Attend; returns (t, b, w).
 
@@ -79,7 +80,7 @@ class CrossAttention(MegatronModule):
         return self.linear_proj(out.view(*q_tbhd.shape[:2], -1))[0]
 
     def _keys_values(
-        self, image_v1w: Tensor | None, context: BaseInferenceContext | None
+        self, image_v1w: Tensor | None, context: StaticInferenceContext | None
     ) -> tuple[Tensor, Tensor]:
         """Keys and values of all image tokens, each (v, g, d); computed once per context."""
         cache = {} if context is None else context.key_value_memory_dict
@@ -121,7 +122,7 @@ class CrossAttentionLayer(MegatronModule):
         hidden_states: Tensor,
         context: Tensor | None = None,
         context_mask: Tensor | None = None,
-        inference_context: BaseInferenceContext | None = None,
+        inference_context: StaticInferenceContext | None = None,
         **_: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """Returns the new hidden states and the unchanged context.

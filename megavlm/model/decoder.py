@@ -55,5 +55,5 @@ def _block_spec(config: TransformerConfig, sizes: DecoderSizes) -> TransformerBl
     positions = range(first, first + get_num_layers_to_build(config))
     return TransformerBlockSubmodules(
         [cross_layer if p in sizes.cross_layers else self_layer for p in positions],
-        layer_norm=Norm,
+        layer_norm=Norm,  # pyright: ignore[reportArgumentType] (its hint forgets classes)
     )

@@ -3,7 +3,8 @@
 megatron-core's layout is sequence first. Letters: t tokens, b rows (batch), h heads, d head width.
 """
 
-from typing import Any
+import math
+from typing import Any, cast
 
 import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
@@ -120,10 +121,10 @@ def self_attention_layer_spec(mask_type: AttnMaskType) -> ModuleSpec:
         submodules=TransformerLayerSubmodules(
             input_layernorm=Norm,
             self_attention=attention,
-            self_attn_bda=get_bias_dropout_add,
+            self_attn_bda=cast(Any, get_bias_dropout_add),
             pre_mlp_layernorm=Norm,
             mlp=mlp_spec(),
-            mlp_bda=get_bias_dropout_add,
+            mlp_bda=cast(Any, get_bias_dropout_add),
         ),
     )
 
@@ -153,6 +154,7 @@ def layer_config(
         },
     }[recompute]
     return TransformerConfig(
+        init_method_std=math.sqrt(2 / (5 * width)),  # Nguyen and Salazar 2019, "SmallInit"
         num_layers=layers,
         hidden_size=width,
         num_attention_heads=heads,

@@ -40,7 +40,7 @@ def parameters(sizes: ModelSizes) -> list[Parameter]:
 
 def count_by_part(sizes: ModelSizes) -> dict[str, int]:
     """Number of parameters of each part of the model."""
-    counts = dict.fromkeys(
+    counts: dict[str, int] = dict.fromkeys(
         (
             "image encoder",
             "projector",

@@ -45,12 +45,16 @@ class VisionTransformer(MegatronModule):
         )
         self.class_token = nn.Parameter(torch.empty(sizes.width, dtype=dtype))
         self.positions = nn.Parameter(torch.empty(sizes.tokens, sizes.width, dtype=dtype))
-        for parameter in (self.patch.weight, self.class_token, self.positions):
-            nn.init.normal_(parameter, std=config.init_method_std)
+        for parameter in (self.class_token, self.positions):
+            nn.init.normal_(parameter, std=sizes.width**-0.5)
         self.norm_pre = Norm(config, sizes.width)
         layer = self_attention_layer_spec(AttnMaskType.no_mask)
         self.block = TransformerBlock(
-            config, TransformerBlockSubmodules([layer] * sizes.layers, layer_norm=Norm)
+            config,
+            TransformerBlockSubmodules(
+                [layer] * sizes.layers,
+                layer_norm=Norm,  # pyright: ignore[reportArgumentType] (its hint forgets classes)
+            ),
         )
 
     def forward(self, pixels: Tensor) -> Tensor:

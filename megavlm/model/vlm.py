@@ -30,7 +30,8 @@ class VisionLanguageModel(MegatronModule):
         self.sizes = sizes
         self.encoder = encoder
         self.projector = nn.Linear(sizes.encoder.width, sizes.decoder.width, dtype=dtype)
-        nn.init.normal_(self.projector.weight, std=language.config.init_method_std)
+        # Image states come out of a norm; keep their unit variance.
+        nn.init.normal_(self.projector.weight, std=sizes.encoder.width**-0.5)
         nn.init.zeros_(self.projector.bias)
         self.language = language
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from megavlm.data.packing import NO_TEXT, PackedText, pack
+from megavlm.data.packing import NO_TEXT, PackedText, pack, python_first_fit_decreasing
 from megavlm.data.tokenizer import BEGIN, END, PADDING
 
 IMAGE_TOKENS = 5
@@ -53,3 +53,22 @@ def test_a_batch_without_texts_still_has_a_row():
     batch = pack([], torch.zeros(2, 3, 8, 8), row_tokens=ROW_TOKENS, image_tokens=IMAGE_TOKENS)
     assert batch.tokens_bt.shape == (1, ROW_TOKENS)
     assert not batch.learned_bt.any()
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_extension_packs_like_the_python_version(seed):
+    extension = pytest.importorskip("megavlm._data", reason="installed without a compiler")
+    generator = np.random.default_rng(seed)
+    lengths = generator.integers(1, ROW_TOKENS + 1, int(generator.integers(0, 200))).tolist()
+    rows = extension.first_fit_decreasing(lengths, ROW_TOKENS)
+    assert rows.tolist() == python_first_fit_decreasing(lengths, ROW_TOKENS)
+    loads = np.bincount(rows, weights=lengths) if lengths else np.zeros(0)
+    assert (loads <= ROW_TOKENS).all()
+    # No two rows could be one: each item went into the first row with room.
+    assert (loads[:-1] + loads[1:] > ROW_TOKENS).all()
+
+
+def test_the_extension_refuses_what_cannot_fit():
+    extension = pytest.importorskip("megavlm._data", reason="installed without a compiler")
+    with pytest.raises(ValueError, match="exceeds the row's capacity"):
+        extension.first_fit_decreasing([3, 9], 8)

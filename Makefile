@@ -1,0 +1,71 @@
+PYTHON ?= python3
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+
+DEMO := configs/demo.yaml
+DATA := data/emoji
+FONT := /usr/share/fonts/truetype/noto/NotoColorEmoji.ttf
+CLDR := /usr/share/unicode/cldr/common/annotations/en.xml
+FRIBIDI := $(wildcard /usr/lib/*/libfribidi.so.0)
+
+.PHONY: setup packages data demo test test-slow check format configs clean
+
+setup: .venv/installed
+
+# torch comes first and exactly pinned: an open range would fetch gigabytes of CUDA packages where
+# a CPU build is at hand, and extensions are built against the torch that is installed.
+.venv/installed: constraints.txt pyproject.toml setup.py $(wildcard csrc/data/*)
+	$(PYTHON) -m venv .venv
+	pip install -q -c constraints.txt setuptools wheel pybind11 ninja
+	pip install -q -c constraints.txt torch
+	pip install -q -c constraints.txt --no-build-isolation -e '.[dev]'
+	touch $@
+
+# The sample data is drawn from two Debian packages; libfribidi0 lets Pillow join their sequences.
+packages:
+	@if [ ! -f $(FONT) ] || [ ! -f $(CLDR) ] || [ -z "$(FRIBIDI)" ]; then \
+	  packages="fonts-noto-color-emoji unicode-cldr-core libfribidi0"; \
+	  if [ "$$(id -u)" = 0 ]; then \
+	    echo "installing $$packages"; \
+	    { apt-get update -qq && apt-get install -y -qq $$packages; } >/dev/null || exit 2; \
+	  else \
+	    echo "the sample data needs Debian packages; run: sudo apt-get install $$packages"; \
+	    exit 2; \
+	  fi; \
+	fi
+
+data: $(DATA)/summary.json
+
+$(DATA)/summary.json: tools/make_sample_data.py | setup packages
+	python tools/make_sample_data.py --out $(DATA)
+
+demo: data
+	@[ -f runs/demo/tokenizer.model ] || megavlm tokenizer $(DEMO)
+	megavlm train $(DEMO) --hostfile configs/hostfile.demo
+	megavlm eval $(DEMO)
+	megavlm report $(DEMO)
+
+test: setup packages
+	pytest -m 'not slow'
+
+test-slow: setup packages
+	pytest
+
+check: setup
+	ruff check .
+	ruff format --check .
+	clang-format --dry-run --Werror $$(git ls-files 'csrc/*')
+	pyright
+
+format: setup
+	ruff check --fix .
+	ruff format .
+	clang-format -i $$(git ls-files 'csrc/*')
+
+# The DeepSpeed configurations are derived from the run files, and checked in.
+configs: setup
+	for run in configs/*.yaml; do \
+	  megavlm plan $$run --ds-json configs/ds/$$(basename $$run .yaml).json || exit 1; \
+	done
+
+clean:
+	rm -rf .venv build *.egg-info megavlm/*.so runs data

@@ -1,0 +1,105 @@
+from dataclasses import replace
+
+import pytest
+import torch
+
+from megavlm.data.loader import MicroBatches, Share, load
+from megavlm.data.packing import NO_TEXT
+from megavlm.data.shards import ShardFolder, write_shard
+from megavlm.data.tokenizer import Tokenizer
+from tests.conftest import coloured_sample
+
+
+def micro_batches(run, rank=0, ranks=1, training=True):
+    tokenizer = Tokenizer(run.data.tokenizer)
+    folder = run.data.train if training else run.data.heldout
+    share = Share(rank, ranks)
+    return MicroBatches(ShardFolder(folder), tokenizer, run, share, training=training)
+
+
+def texts_of(batch, tokenizer):
+    """Every text of a batch with the picture that it sees, in no order."""
+    texts = []
+    for row in range(len(batch.tokens_bt)):
+        for number in set(batch.text_numbers_bt[row].tolist()) - {NO_TEXT}:
+            place = batch.text_numbers_bt[row] == number
+            low, high = batch.image_ranges_2bt[:, row, place][:, 0].tolist()
+            image = None if low == high else low // (high - low)
+            seen = b"" if image is None else batch.pixels[image].numpy().tobytes()
+            texts.append((tokenizer.decode(batch.tokens_bt[row, place].tolist()), seen))
+    return sorted(texts)
+
+
+def test_the_samples_of_a_step_do_not_depend_on_ranks(tiny_run):
+    tokenizer = Tokenizer(tiny_run.data.tokenizer)
+    for number in (0, 1, 7):
+        whole = texts_of(micro_batches(tiny_run)[number], tokenizer)
+        for ranks in (2, 4):
+            parts = [micro_batches(tiny_run, rank, ranks)[number] for rank in range(ranks)]
+            assert sorted(t for part in parts for t in texts_of(part, tokenizer)) == whole
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_any_start_gives_the_same_batches(tiny_run, workers):
+    batches = list(load(micro_batches(tiny_run), range(8), workers=0))
+    resumed = list(load(micro_batches(tiny_run), range(5, 8), workers=workers))
+    assert len(resumed) == 3
+    for a, b in zip(batches[5:], resumed, strict=True):
+        for name in ("tokens_bt", "pixels", "image_ranges_2bt"):
+            assert torch.equal(getattr(a, name), getattr(b, name))
+
+
+def test_epochs_show_every_sample_once_and_augment_anew(tiny_run):
+    run = replace(tiny_run, data=replace(tiny_run.data, texts_per_sample=1))
+    data = micro_batches(run)
+    epochs = [[data[n] for n in range(e * 10, e * 10 + 10)] for e in range(2)]
+    for epoch in epochs:
+        assert sum(batch.samples for batch in epoch) == 40
+    pictures = [
+        {batch.pixels[i].numpy().tobytes() for batch in epoch for i in range(len(batch.pixels))}
+        for epoch in epochs
+    ]
+    assert pictures[0] != pictures[1]
+
+
+def test_heldout_comes_whole_in_order_and_plain(tiny_run):
+    tokenizer = Tokenizer(tiny_run.data.tokenizer)
+    data = micro_batches(tiny_run, training=False)
+    batches = [data[n] for n in range(data.count())]
+    assert sum(batch.samples for batch in batches) == 10
+    expected = [
+        f"{text.prompt}{text.answer}" for n in range(10) for text in coloured_sample(n).texts
+    ]
+    found = [text for batch in batches for text, _ in texts_of(batch, tokenizer)]
+    assert sorted(found) == sorted(expected)
+    assert (batches[0].pixels[0] == torch.tensor([255, 0, 0])[:, None, None]).all()  # red
+
+
+def test_heldout_is_whole_on_ranks_that_do_not_divide_it(tiny_run):
+    parts = [micro_batches(tiny_run, rank, 4, training=False) for rank in range(4)]
+    assert len({part.count() for part in parts}) == 1
+    assert sum(part[n].samples for part in parts for n in range(part.count())) == 10
+
+
+def test_a_truncated_picture_is_named_and_nothing_else_is_lost(tiny_run, tmp_path):
+    samples = [coloured_sample(n) for n in range(8)]
+    assert samples[2].picture is not None
+    samples[2] = replace(samples[2], picture=samples[2].picture[:60])
+    write_shard(tmp_path / "000000.tar", samples)
+    run = replace(tiny_run, data=replace(tiny_run.data, train=tmp_path))
+    data = micro_batches(run)
+    batches = [data[n] for n in range(2)]
+    assert sum(batch.samples for batch in batches) == 7
+    [name] = [name for batch in batches for name in batch.skipped]
+    assert name.startswith("000000.tar:000002: picture of 000002 cannot be used")
+    assert "\n" not in name
+
+
+def test_long_texts_are_cut_and_counted(tiny_run):
+    run = replace(tiny_run, data=replace(tiny_run.data, row_tokens=6))
+    data = micro_batches(run)
+    batches = [data[n] for n in range(10)]
+    assert all(batch.tokens_bt.shape[1] == 6 for batch in batches)
+    assert sum(batch.truncated_texts for batch in batches) > 0
+    whole = micro_batches(tiny_run)
+    assert sum(whole[n].truncated_texts for n in range(10)) == 0

@@ -1,0 +1,135 @@
+"""The command line as a user meets it."""
+
+import json
+import shutil
+
+import pytest
+
+# The commands import these when they run; forked ranks shall find them imported.
+import megavlm.eval.report
+import megavlm.infer.load
+import megavlm.train.loop  # noqa: F401
+from megavlm.__main__ import main
+from megavlm.data.tokenizer import train_tokenizer
+from megavlm.train.metrics import read_metrics
+from tests.conftest import picture as coloured_square
+from tests.ranks import run_on_ranks
+
+
+def error_of(capsys, *arguments):
+    """Run a command that must end in one line and exit code 2; returns the line."""
+    assert main([str(a) for a in arguments]) == 2
+    captured = capsys.readouterr().err
+    assert captured.startswith("megavlm: error: ")
+    assert captured.count("\n") == 1, captured
+    return captured
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("data.train=nowhere", "data folder nowhere does not exist"),
+        ("data.tokenizer=none.model", "tokenizer none.model does not exist"),
+        ("train.samples_per_step=6", "not divisible by train.micro_batches=2 x data_parallel=2"),
+        ("train.setps=6", "train.setps is not a known setting; did you mean steps?"),
+        ("model.decoder.vocabulary=500", "vocabulary=500 must equal the 512 pieces"),
+    ],
+)
+def test_mistakes_are_told_before_anything_starts(capsys, tiny_run_file, tmp_path, override, says):
+    hostfile = tmp_path / "hostfile"
+    hostfile.write_text("localhost slots=2\n")
+    assert says in error_of(capsys, "train", tiny_run_file, "--hostfile", hostfile, override)
+
+
+def test_a_hostfile_with_a_host_twice(capsys, tiny_run_file, tmp_path):
+    hostfile = tmp_path / "hostfile"
+    hostfile.write_text("localhost slots=1\nlocalhost slots=1\n")
+    says = error_of(capsys, "train", tiny_run_file, "--hostfile", hostfile)
+    assert "hostfile:2: host localhost is listed twice" in says
+    assert says == error_of(capsys, "plan", tiny_run_file, "--hostfile", hostfile)
+
+
+def test_a_missing_or_broken_picture(capsys, tiny_run_file, tmp_path):
+    missing = tmp_path / "none.png"
+    says = error_of(capsys, "generate", tiny_run_file, "--pictures", missing)
+    assert f"cannot read picture {missing}" in says
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(coloured_square("red")[:50])
+    assert str(broken) in error_of(capsys, "generate", tiny_run_file, "--pictures", broken)
+
+
+def trained(run_file, *overrides):
+    """Train in forked ranks, as the launcher would start them; returns the exit codes."""
+    return run_on_ranks(2, lambda rank: main(["train", str(run_file), *overrides]), groups=False)
+
+
+def test_a_run_from_training_to_report(capsys, tiny_run, tiny_run_file):
+    assert trained(tiny_run_file) == [0, 0]
+    metrics = read_metrics(tiny_run.run_folder)
+    losses = [m["loss"] for m in metrics if "loss" in m]
+    heldout = [m["heldout_loss"] for m in metrics if "heldout_loss" in m]
+    assert len(losses) == tiny_run.train.steps and len(heldout) == 2
+    assert heldout[1] < heldout[0]
+    assert [m["samples"] for m in metrics if "loss" in m] == [8] * 6
+    assert list((tiny_run.run_folder / "tensorboard").iterdir())
+
+    def evaluate_and_report(_):
+        picture = tiny_run.run_folder / "picture.png"
+        picture.write_bytes(coloured_square("red"))
+        return [
+            main(["eval", str(tiny_run_file)]),
+            main(["report", str(tiny_run_file)]),
+            main(["generate", str(tiny_run_file), "--pictures", str(picture)]),
+        ]
+
+    assert run_on_ranks(1, evaluate_and_report, groups=False) == [[0, 0, 0]]
+    scores = json.loads((tiny_run.run_folder / "evaluation.json").read_text())["scores"]
+    assert {row["measure"] for row in scores} >= {"VQA accuracy", "caption, en, exact match"}
+    page = (tiny_run.run_folder / "report.html").read_text()
+    assert "<svg" in page and page.count('class="card"') == 8
+
+    # Another tokenizer, or another model, does not fit the checkpoint.
+    other = tiny_run.run_folder / "other.model"
+    train_tokenizer([f"{a} {b}" for a in range(90) for b in "abcdefghij"] * 2, other, 300)
+    overrides = [f"data.tokenizer={other}", "model.decoder.vocabulary=300"]
+    assert "has model.decoder.vocabulary=512" in error_of(
+        capsys, "train", tiny_run_file, *overrides
+    )
+    says = error_of(capsys, "eval", tiny_run_file, "model.encoder.layers=3")
+    assert "has model.encoder.layers=2, the run file says 3" in says
+
+
+def test_stopping_and_resuming_changes_nothing(tiny_run, tiny_run_file):
+    assert trained(tiny_run_file) == [0, 0]
+    whole = read_metrics(tiny_run.run_folder)
+    # As after a crash in step 5: the checkpoints are those of step 4 and before.
+    checkpoints = tiny_run.run_folder / "checkpoints"
+    shutil.rmtree(checkpoints / "step-00000006")
+    assert trained(tiny_run_file) == [0, 0]
+    resumed = read_metrics(tiny_run.run_folder)
+    for name in ("loss", "heldout_loss", "gradient_norm", "learning_rate"):
+        assert [(m["step"], m[name]) for m in whole if name in m] == [
+            (m["step"], m[name]) for m in resumed if name in m
+        ]
+
+
+def test_bad_samples_are_skipped_or_stop_the_run(capfd, tiny_run, tiny_run_file, tmp_path):
+    damaged = tmp_path / "damaged"
+    shutil.copytree(tiny_run.data.train, damaged)
+    shard = damaged / "000001.tar"
+    content = bytearray(shard.read_bytes())
+    entry = json.loads((damaged / "000001.index.json").read_text())[1]
+    offset, size = entry["members"]["png"]
+    content[offset + size // 2 : offset + size] = bytes(size - size // 2)
+    shard.write_bytes(content)
+    overrides = [f"data.train={damaged}", "train.steps=5"]  # one epoch
+    assert trained(tiny_run_file, *overrides) == [0, 0]
+    metrics = [m for m in read_metrics(tiny_run.run_folder) if "loss" in m]
+    assert sum(m["skipped_samples"] for m in metrics) == 1
+    assert sum(m["samples"] for m in metrics) == 39
+    assert "skipped 000001.tar:000011: picture of 000011 cannot be used" in capfd.readouterr().err
+
+    shutil.rmtree(tiny_run.run_folder)
+    assert trained(tiny_run_file, *overrides, "data.on_bad_sample=stop") == [2, 2]
+    errors = [e for e in capfd.readouterr().err.splitlines() if e.startswith("megavlm: error")]
+    assert len(errors) == 2 and all("set data.on_bad_sample=skip" in e for e in errors)
