@@ -18,6 +18,8 @@ setup: .venv/installed
 	pip install -q -c constraints.txt setuptools wheel pybind11 ninja
 	pip install -q -c constraints.txt torch
 	pip install -q -c constraints.txt --no-build-isolation -e '.[dev]'
+	@python -c "import megavlm._data" 2>/dev/null || \
+	  echo "no C++ compiler or no Python.h (python3-dev): packing runs in Python"
 	touch $@
 
 # The sample data is drawn from two Debian packages; libfribidi0 lets Pillow join their sequences.
@@ -38,9 +40,13 @@ data: $(DATA)/summary.json
 $(DATA)/summary.json: tools/make_sample_data.py | setup packages
 	python tools/make_sample_data.py --out $(DATA)
 
+# Two ranks on the CPUs, or one on each of up to two GPUs.
 demo: data
+	@mkdir -p runs/demo
 	@[ -f runs/demo/tokenizer.model ] || megavlm tokenizer $(DEMO)
-	megavlm train $(DEMO) --hostfile configs/hostfile.demo
+	@python -c "import torch; print('localhost slots=%d' % (min(2, torch.cuda.device_count()) or 2))" \
+	  > runs/demo/hostfile
+	megavlm train $(DEMO) --hostfile runs/demo/hostfile
 	megavlm eval $(DEMO)
 	megavlm report $(DEMO)
 
@@ -68,4 +74,4 @@ configs: setup
 	done
 
 clean:
-	rm -rf .venv build *.egg-info megavlm/*.so runs data
+	rm -rf .venv build *.egg-info megavlm/*.so

@@ -74,10 +74,9 @@ def _tokenizer(run: RunSettings, options: argparse.Namespace) -> None:
     from megavlm.data.shards import ShardFolder
     from megavlm.data.tokenizer import train_tokenizer
 
-    folder = ShardFolder(run.data.train)
-    samples = (folder.read(number) for number in range(len(folder)))
-    texts = (t for sample in samples for text in sample.texts for t in (text.prompt, text.answer))
-    train_tokenizer(texts, run.data.tokenizer, run.model.decoder.vocabulary)
+    texts = ShardFolder(run.data.train).readable_texts()
+    parts = (part for text in texts for part in (text.prompt, text.answer))
+    train_tokenizer(parts, run.data.tokenizer, run.model.decoder.vocabulary)
     print(f"tokenizer of {run.model.decoder.vocabulary} pieces: {run.data.tokenizer}")
 
 
@@ -122,6 +121,12 @@ def _report(run: RunSettings, options: argparse.Namespace) -> None:
     print(f"report: {write_report(run)}")
 
 
+def _positive(text: str) -> int:
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return int(text)
+
+
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Options, and overrides wherever they stand among them."""
     parser = _parser()
@@ -158,8 +163,10 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--hostfile", type=Path, help="start (or plan) the run on these hosts")
     plan.add_argument("--ds-json", type=Path, help="write the run's DeepSpeed configuration here")
     generate.add_argument("--prompt", default="Caption:")
-    generate.add_argument("--max-new-tokens", type=int, default=64)
-    generate.add_argument("--pictures", type=Path, nargs="+", required=True)
+    generate.add_argument("--max-new-tokens", type=_positive, default=64)
+    generate.add_argument(
+        "--picture", type=Path, action="append", required=True, dest="pictures", help="repeatable"
+    )
     return parser
 
 

@@ -476,21 +476,24 @@ def build(out: Path, font_path: Path, cldr: Path, limit: int | None, console: Co
     """Build the data set in `out`, in place of an earlier one; raises DataError."""
     font = load_font(font_path)
     emojis = read_cldr(cldr)
-    for folder in (out / split for split in SPLITS):
-        if folder.exists() and not (out / "summary.json").is_file():
-            raise DataError(f"{folder} exists and was not built by this tool; choose another --out")
-        shutil.rmtree(folder, ignore_errors=True)
+    if out.exists() and not (out / "summary.json").is_file():
+        raise DataError(f"{out} exists and was not built by this tool; choose another --out")
+    partial = out.with_name(f"{out.name}.partial")  # gets its name when it is complete
+    shutil.rmtree(partial, ignore_errors=True)
     pictures, left_out = draw_all(spread(emojis, limit) if limit else emojis, font, console)
     splits = texts_of_splits(sorted(pictures, key=lambda emoji: emoji.key))
     for split, texts in splits.items():
-        save_split(out / split, texts, pictures)
+        save_split(partial / split, texts, pictures)
     counts = {split: Counter(_kinds(texts)) for split, texts in splits.items()}
     summary = {
         "pictures": {split: len(texts) for split, texts in splits.items()},
         "texts": counts,
         "left_out": left_out,
     }
-    (out / "summary.json").write_text(json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
+    content = json.dumps(summary, indent=1, ensure_ascii=False) + "\n"
+    (partial / "summary.json").write_text(content)
+    shutil.rmtree(out, ignore_errors=True)
+    partial.rename(out)
 
     table = Table("", *splits, title=str(out))
     table.add_row("pictures", *(f"{len(texts):,}" for texts in splits.values()))

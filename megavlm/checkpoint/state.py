@@ -35,10 +35,36 @@ def check_checkpoint(checkpoint: Path, sizes: ModelSizes, tokenizer: Tokenizer) 
         )
 
 
-def checkpoint_state(run: RunSettings, tokenizer: Tokenizer, steps_done: int) -> dict[str, object]:
+def check_data_position(checkpoint: Path, run: RunSettings, training_samples: int) -> None:
+    """Raise unless the run would go on with exactly the samples that the checkpoint has not seen.
+
+    Which sample comes at which step depends on the seed, the global batch and the data set's size.
+    """
+    state = read_state(checkpoint)
+    saved, now = state["settings"], run_as_tree(run)
+    for name, before, after in (
+        ("seed", saved["seed"], now["seed"]),
+        (
+            "train.samples_per_step",
+            saved["train"]["samples_per_step"],
+            now["train"]["samples_per_step"],
+        ),
+        ("the number of training samples", state["training_samples"], training_samples),
+    ):
+        if before != after:
+            raise CheckpointError(
+                f"checkpoint {checkpoint} was trained with {name}={before}, now {after}: samples "
+                "would be repeated or skipped; restore it or choose another run_folder"
+            )
+
+
+def checkpoint_state(
+    run: RunSettings, tokenizer: Tokenizer, steps_done: int, training_samples: int
+) -> dict[str, object]:
     """The plain data that a checkpoint carries beside its tensors."""
     return {
         "samples_seen": steps_done * run.train.samples_per_step,
+        "training_samples": training_samples,
         "tokenizer_sha256": tokenizer.fingerprint,
         "settings": run_as_tree(run),
     }

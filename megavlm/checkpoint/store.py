@@ -40,12 +40,14 @@ def save_checkpoint(
     mine = {key: t.contiguous() for i, (key, t) in enumerate(tensors) if i % ranks == rank}
     name = f"tensors-{rank:05d}-of-{ranks:05d}.safetensors"
     save_file(mine, partial / name)
+    _sync(partial / name)
     written: list[Any] = [None] * ranks
     dist.all_gather_object(written, (name, _sha256(partial / name), list(mine)))
     if rank == 0:
         files = {name: {"sha256": digest, "tensors": keys} for name, digest, keys in written}
         content = {"format": FORMAT, "step": step, **state, "files": files}
         (partial / STATE_FILE).write_text(json.dumps(content, indent=1))
+        _sync(partial / STATE_FILE)
         shutil.rmtree(folder, ignore_errors=True)
         os.rename(partial, folder)
         for old in _checkpoints(root)[:-keep]:
@@ -64,11 +66,12 @@ def read_state(folder: Path) -> dict[str, Any]:
     path = folder / STATE_FILE
     try:
         state = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        version = state["format"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"cannot read checkpoint {path}: {error}") from error
-    if state.get("format") != FORMAT:
+    if version != FORMAT:
         raise CheckpointError(
-            f"checkpoint {folder} has format {state.get('format')}; this version reads {FORMAT}"
+            f"checkpoint {folder} has format {version}; this version reads {FORMAT}"
         )
     return state
 
@@ -83,9 +86,14 @@ def tensor_reader(folder: Path) -> Callable[[str], Tensor]:
     for name, entry in files.items():
         path = folder / name
         if not path.is_file():
-            raise CheckpointError(f"checkpoint file {path} is missing")
+            raise CheckpointError(
+                f"checkpoint file {path} is missing; delete {folder} to go on from an earlier one"
+            )
         if _sha256(path) != entry["sha256"]:
-            raise CheckpointError(f"checkpoint file {path} is corrupt: its SHA-256 does not match")
+            raise CheckpointError(
+                f"checkpoint file {path} is corrupt (its SHA-256 does not match); delete {folder} "
+                "to go on from an earlier one"
+            )
     file_of = {key: folder / name for name, entry in files.items() for key in entry["tensors"]}
 
     def read(key: str) -> Tensor:
@@ -104,6 +112,12 @@ def tensor_reader(folder: Path) -> Callable[[str], Tensor]:
 
 def _checkpoints(root: Path) -> list[Path]:
     return sorted(path.parent for path in root.glob(f"step-*[0-9]/{STATE_FILE}"))
+
+
+def _sync(path: Path) -> None:
+    """Have the file on disk before the folder gets its name."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 def _sha256(path: Path) -> str:

@@ -15,6 +15,8 @@ def deepspeed_config(run: RunSettings) -> dict[str, Any]:
         "gradient_accumulation_steps": run.train.micro_batches,
         "gradient_clipping": run.optimizer.clip_norm,
         "bf16": {"enabled": run.train.precision == "bf16"},
+        # Sums over micro-batches lose small gradients in bf16.
+        "data_types": {"grad_accum_dtype": "fp32"},
         "zero_optimization": {
             "stage": 3,
             "reduce_bucket_size": run.zero3.reduce_bucket,

@@ -24,8 +24,8 @@ def load_run(path: Path, overrides: Sequence[str] = ()) -> RunSettings:
     """
     try:
         tree = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise ConfigError(f"cannot read run file {path}: {error.strerror}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read run file {path}: {error}") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):
@@ -67,7 +67,7 @@ def _with_preset(model: Any) -> Any:
         return cast(Any, model)
     changes = dict(cast(Tree, model))
     name = changes.pop("preset")
-    if name not in PRESETS:
+    if not isinstance(name, str) or name not in PRESETS:
         raise ConfigError(f"model.preset={name!r} is unknown; choose from {sorted(PRESETS)}")
     return _merged(asdict(PRESETS[name]), changes)
 

@@ -1,5 +1,6 @@
 """The settings of a run: one frozen tree, read from a YAML file and dotted overrides."""
 
+import math
 from dataclasses import field
 from pathlib import Path
 from typing import Literal
@@ -83,6 +84,14 @@ class OptimizerSettings:
     """Global gradient norm above which gradients are scaled down; 0 switches clipping off."""
 
     def __post_init__(self) -> None:
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(
+                    f"optimizer.{name}={getattr(self, name)} must be at least 0 and below 1"
+                )
+        for name in ("learning_rate", "epsilon", "weight_decay", "clip_norm"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ConfigError(f"optimizer.{name}={getattr(self, name)} must not be negative")
         if not 0 <= self.minimum_learning_rate <= self.learning_rate:
             raise ConfigError(
                 f"optimizer.minimum_learning_rate={self.minimum_learning_rate} must lie between 0 "
@@ -141,6 +150,11 @@ class Zero3Settings:
     overlap_communication: bool = True
     """Reduce gradients while the backward pass goes on."""
 
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if isinstance(value, int) and value < 0:
+                raise ConfigError(f"zero3.{name}={value} must not be negative")
+
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class RunSettings:
@@ -154,6 +168,10 @@ class RunSettings:
     optimizer: OptimizerSettings
     train: TrainSettings
     zero3: Zero3Settings = field(default_factory=Zero3Settings)
+
+    def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise ConfigError(f"seed={self.seed} must not be negative")
 
 
 def samples_per_micro_batch(train: TrainSettings, data_parallel: int) -> int:

@@ -1,5 +1,7 @@
 """The sizes of a model: all that fixes its parameters' shapes."""
 
+import math
+
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
@@ -65,6 +67,8 @@ class DecoderSizes:
         _require_heads("decoder", self.width, self.heads)
         _require_divides("decoder.kv_heads", self.kv_heads, "heads", self.heads)
         _require_divides("decoder.cross_every", self.cross_every, "self_layers", self.self_layers)
+        if not math.isfinite(self.initial_gate):
+            raise ConfigError(f"decoder.initial_gate={self.initial_gate} must be finite")
         if self.head_width % 2:
             raise ConfigError(
                 f"decoder: width / heads = {self.head_width} must be even for rotary embeddings"

@@ -29,22 +29,21 @@ class Sample:
     texts: tuple[Text, ...]
 
 
+def _text(*, prompt: Any, answer: Any, task: Any, kind: Any = "") -> Text:
+    values = (prompt, answer, task, kind)
+    if not all(isinstance(value, str) for value in values):
+        raise TypeError(f"all of a text's values must be strings, not {values}")
+    return Text(prompt=prompt, answer=answer, task=task, kind=kind)
+
+
 def texts_from_json(key: str, record: Any) -> tuple[Text, ...]:
     """Read the `texts` of a sample's JSON record; raises BadSampleError when its form is wrong."""
     try:
-        texts = tuple(
-            Text(
-                prompt=str(text["prompt"]),
-                answer=str(text["answer"]),
-                task=str(text["task"]),
-                kind=str(text.get("kind", "")),
-            )
-            for text in record["texts"]
-        )
-    except (KeyError, TypeError, AttributeError) as error:
+        texts = tuple(_text(**text) for text in record["texts"])
+    except (KeyError, TypeError) as error:
         raise BadSampleError(
-            f"sample {key}: its JSON must hold a list `texts` of objects with `prompt`, `answer` "
-            f"and `task` ({type(error).__name__}: {error})"
+            f"sample {key}: its JSON must hold a list `texts` of objects with `prompt`, `answer`, "
+            f"`task` and perhaps `kind` ({type(error).__name__}: {error})"
         ) from error
     if not texts:
         raise BadSampleError(f"sample {key}: its list `texts` is empty")

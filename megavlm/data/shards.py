@@ -7,18 +7,20 @@ A shard `name.tar` holds, for every sample, `key.json` (its texts) and, unless i
 import io
 import json
 import os
+import sys
 import tarfile
 from bisect import bisect_right
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from megavlm.data.samples import Sample, texts_from_json
+from megavlm.data.samples import Sample, Text, texts_from_json
 from megavlm.errors import BadSampleError, DataError
 
 PICTURE_SUFFIXES = ("png", "jpg", "jpeg", "webp")
+MAX_INDEX_BYTES = 256 * 2**20
 MAX_MEMBER_BYTES = 64 * 2**20  # one picture file; anything larger is refused before it is read
 
 
@@ -52,7 +54,7 @@ def index_shard(path: Path) -> list[dict[str, Any]]:
                 continue
             key, _, suffix = member.name.rpartition(".")
             entry = entries.setdefault(key, {"key": key, "members": {}})
-            entry["members"][suffix] = [member.offset_data, member.size]
+            entry["members"][suffix.lower()] = [member.offset_data, member.size]
     return list(entries.values())
 
 
@@ -88,19 +90,36 @@ class ShardFolder:
         path, entry = self._find(number)
         members: dict[str, list[int]] = entry["members"]
         key = str(entry["key"])
-        if "json" not in members:
+        pictures = [suffix for suffix in members if suffix != "json"]
+        if len(pictures) > 1 or not set(pictures) <= set(PICTURE_SUFFIXES):
+            raise BadSampleError(
+                f"sample {path.name}:{key} has the members {pictures}; besides its JSON it may "
+                f"have one of {PICTURE_SUFFIXES}"
+            )
+        picture = _read_member(path, key, members[pictures[0]]) if pictures else None
+        return Sample(key=key, picture=picture, texts=self.read_texts(number))
+
+    def read_texts(self, number: int) -> tuple[Text, ...]:
+        """Read the texts of one sample alone; raises BadSampleError."""
+        path, entry = self._find(number)
+        key = str(entry["key"])
+        if "json" not in entry["members"]:
             raise BadSampleError(f"sample {path.name}:{key} has no .json member")
-        suffix = next((s for s in PICTURE_SUFFIXES if s in members), None)
-        with path.open("rb") as file:
-            record = _read_member(file, path, key, members["json"])
-            picture = _read_member(file, path, key, members[suffix]) if suffix else None
         try:
-            parsed = json.loads(record)
+            parsed = json.loads(_read_member(path, key, entry["members"]["json"]))
         except ValueError as error:
             raise BadSampleError(
                 f"sample {path.name}:{key}: its JSON is broken: {error}"
             ) from error
-        return Sample(key=key, picture=picture, texts=texts_from_json(key, parsed))
+        return texts_from_json(key, parsed)
+
+    def readable_texts(self) -> Iterator[Text]:
+        """All texts of all samples in order; samples whose texts are bad are named and left out."""
+        for number in range(len(self)):
+            try:
+                yield from self.read_texts(number)
+            except BadSampleError as error:
+                print(f"skipped {error}", file=sys.stderr, flush=True)
 
     def _find(self, number: int) -> tuple[Path, dict[str, Any]]:
         shard = bisect_right(self._ends, number)
@@ -131,11 +150,14 @@ def _read_index(path: Path) -> list[dict[str, Any]]:
     if not index_path.is_file():
         raise DataError(f"shard {path} has no index {index_path.name} beside it")
     try:
+        if os.path.getsize(index_path) > MAX_INDEX_BYTES:
+            raise ValueError(f"it is larger than {MAX_INDEX_BYTES} bytes")
         entries = json.loads(index_path.read_text())
-        end = max(
-            (offset + size for e in entries for offset, size in e["members"].values()), default=0
-        )
-    except (ValueError, KeyError, TypeError) as error:
+        extents = [extent for e in entries for extent in e["members"].values()]
+        if any(type(n) is not int or n < 0 for extent in extents for n in extent):
+            raise ValueError("offsets and sizes must be whole numbers from 0 on")
+        end = max((offset + size for offset, size in extents), default=0)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"index {index_path} is broken: {error}") from error
     if os.path.getsize(path) < end:
         raise DataError(
@@ -145,12 +167,16 @@ def _read_index(path: Path) -> list[dict[str, Any]]:
     return entries
 
 
-def _read_member(file: io.BufferedReader, path: Path, key: str, extent: list[int]) -> bytes:
+def _read_member(path: Path, key: str, extent: list[int]) -> bytes:
     offset, size = extent
     if size > MAX_MEMBER_BYTES:
         raise BadSampleError(
             f"sample {path.name}:{key} has a member of {size} bytes; the limit is "
             f"{MAX_MEMBER_BYTES}"
         )
-    file.seek(offset)
-    return file.read(size)
+    try:
+        with path.open("rb") as file:
+            file.seek(offset)
+            return file.read(size)
+    except OSError as error:
+        raise DataError(f"cannot read shard {path}: {error.strerror}") from error

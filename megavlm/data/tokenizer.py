@@ -34,6 +34,12 @@ class Tokenizer:
             self._pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
         except RuntimeError as error:
             raise TokenizerError(f"{path} is not a SentencePiece model: {error}") from error
+        pieces = self._pieces
+        if (pieces.bos_id(), pieces.eos_id(), pieces.pad_id()) != (BEGIN, END, PADDING):
+            raise TokenizerError(
+                f"tokenizer {path} must number its begin, end and padding symbols {BEGIN}, {END} "
+                f"and {PADDING}; train it with `megavlm tokenizer`"
+            )
         self.image, self.user, self.assistant = (self._symbol(s, path) for s in CONTROL_SYMBOLS)
 
     @property

@@ -11,6 +11,7 @@ from megatron.core import parallel_state, tensor_parallel
 from torch.distributed.distributed_c10d import Store
 
 from megavlm.dist import cpu
+from megavlm.errors import LaunchError
 
 
 def device() -> torch.device:
@@ -56,6 +57,11 @@ def process_groups(
     gloo may abort a process that exits without doing so.
     """
     if torch.cuda.is_available():
+        if local_rank() >= torch.cuda.device_count():
+            raise LaunchError(
+                f"this host starts {local_world_size()} ranks but has {torch.cuda.device_count()} "
+                "GPUs; lower its slots in the hostfile"
+            )
         torch.cuda.set_device(local_rank())
     if store is None and "MASTER_ADDR" not in os.environ:
         store = cast(Any, dist).HashStore()

@@ -17,8 +17,8 @@ def read_hostfile(path: Path) -> dict[str, int]:
     """
     try:
         lines = path.read_text().splitlines()
-    except OSError as error:
-        raise LaunchError(f"cannot read hostfile {path}: {error.strerror}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise LaunchError(f"cannot read hostfile {path}: {error}") from error
     slots_by_host: dict[str, int] = {}
     for number, line in enumerate(lines, start=1):
         entry = line.partition("#")[0].strip()

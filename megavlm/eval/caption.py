@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pycocoevalcap.cider.cider import Cider
 
 # Scripts without spaces between words are scored by character.
-_WORD_OR_CHARACTER = re.compile(r"[ぁ-ヿ㐀-鿿ｦ-ﾟ]|[^\W_]+")
+_CHARACTERS = "々ぁ-ヿ㐀-鿿ｦ-ﾟ"
+_WORD_OR_CHARACTER = re.compile(rf"[{_CHARACTERS}]|[^\W_{_CHARACTERS}]+")
 
 
 def exact_match(predicted: Sequence[str], truths: Sequence[str]) -> float:

@@ -1,6 +1,7 @@
 """Evaluates a trained model on held-out pictures and questions."""
 
 import json
+import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -18,6 +19,7 @@ from megavlm.data.image import decode_picture, fit_square, to_uint8_tensor
 from megavlm.data.samples import Text
 from megavlm.data.shards import ShardFolder
 from megavlm.dist.groups import process_groups
+from megavlm.errors import BadSampleError
 from megavlm.eval.caption import cider, exact_match
 from megavlm.eval.vqa import ANNOTATORS, majority_answers, vqa_accuracy
 from megavlm.infer.generate import Request, generate
@@ -59,10 +61,7 @@ class Score:
 
 def evaluate(run: RunSettings) -> list[Score]:
     """Caption and answer everything held out; print the table and write it to the run folder."""
-    training = ShardFolder(run.data.train)
-    majority = majority_answers(
-        text for n in range(len(training)) for text in training.read(n).texts
-    )
+    majority = majority_answers(ShardFolder(run.data.train).readable_texts())
     with process_groups(run.seed):
         model, tokenizer = load_trained(run)
         predictions: list[Prediction] = []
@@ -169,10 +168,14 @@ def _read_split(folder: ShardFolder, side: int) -> tuple[list[int], list[Text], 
     texts: list[Text] = []
     pixels: dict[int, Tensor] = {}
     for number in range(len(folder)):
-        sample = folder.read(number)
-        if sample.picture is None:
+        try:
+            sample = folder.read(number)
+            if sample.picture is None:
+                continue
+            picture = decode_picture(sample.picture, sample.key, side)
+        except BadSampleError as error:
+            print(f"skipped {folder.locate(number)}: {error}", file=sys.stderr)
             continue
-        picture = decode_picture(sample.picture, sample.key, side)
         pixels[number] = to_uint8_tensor(fit_square(picture, side))
         for text in sample.texts:
             if text.task in EVALUATED_TASKS:

@@ -8,6 +8,8 @@ from megavlm.data.samples import Text
 
 ANNOTATORS = 10  # VQAv2 has ten answers a question
 _ARTICLES = {"a", "an", "the"}
+_NUMBERS = "zero one two three four five six seven eight nine ten".split()
+_DIGITS = {"none": "0"} | {word: str(number) for number, word in enumerate(_NUMBERS)}
 
 
 def vqa_accuracy(answer: str, annotated: Sequence[str]) -> float:
@@ -22,9 +24,9 @@ def vqa_accuracy(answer: str, annotated: Sequence[str]) -> float:
 
 
 def normalise_answer(answer: str) -> str:
-    """Lower case, without punctuation and articles, and single spaces."""
+    """Lower case, number words as digits, without punctuation and articles, single spaces."""
     words = re.sub(r"[^\w\s]", " ", answer.lower()).split()
-    return " ".join(word for word in words if word not in _ARTICLES)
+    return " ".join(_DIGITS.get(word, word) for word in words if word not in _ARTICLES)
 
 
 def majority_answers(texts: Iterable[Text]) -> dict[str, str]:

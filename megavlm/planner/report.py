@@ -47,4 +47,5 @@ def print_plan(run: RunSettings, ranks: int) -> None:
 
 def write_deepspeed_json(run: RunSettings, path: Path) -> None:
     """Write the DeepSpeed configuration that the run uses."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(deepspeed_config(run), indent=2) + "\n")

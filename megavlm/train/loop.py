@@ -1,10 +1,13 @@
 """The training loop. It knows no engine, and every rank runs it alike."""
 
+import fcntl
 import itertools
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 
 import torch
 
@@ -19,7 +22,7 @@ from megavlm.dist import groups
 from megavlm.engine.base import Engine
 from megavlm.engine.optim import learning_rate_at
 from megavlm.engine.zero3 import Zero3Engine
-from megavlm.errors import BadSampleError
+from megavlm.errors import BadSampleError, LaunchError
 from megavlm.model.vlm import VisionLanguageModel
 from megavlm.train.metrics import MetricsLog
 from megavlm.train.preflight import check_run
@@ -32,7 +35,8 @@ def train(run: RunSettings) -> None:
     check_run(run, groups.world_size())
     if not torch.cuda.is_available():
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // groups.local_world_size()))
-    with groups.process_groups(run.seed):
+    hold = _alone_in(run.run_folder) if groups.rank() == 0 else nullcontext()
+    with hold, groups.process_groups(run.seed):
         torch.manual_seed(run.seed)
         model = VisionLanguageModel(
             run.model, dtype=DTYPES[run.train.precision], recompute=run.train.recompute
@@ -92,18 +96,15 @@ def _run_steps(run: RunSettings, engine: Engine, first_step: int) -> None:
             )
             done = step + 1
             if done % run.train.checkpoint_every == 0 or done == steps:
-                state = checkpoint_state(run, tokenizer, done)
+                state = checkpoint_state(run, tokenizer, done, len(training.folder))
                 keep = run.train.keep_checkpoints
                 save_checkpoint(checkpoint_root(run), done, engine.tensors(), state, keep)
-        if first_step < steps:
-            log.record({"step": steps, "heldout_loss": _heldout_loss(engine, heldout, run)})
+        log.record({"step": steps, "heldout_loss": _heldout_loss(engine, heldout, run)})
 
 
 def _count_samples(micro_batches: Sequence[Batch], run: RunSettings) -> dict[str, int]:
     """Samples of a step over all ranks. Names the bad ones, and stops the run if it is told to."""
-    skipped = [name for batch in micro_batches for name in batch.skipped]
-    for name in skipped:
-        print(f"rank {groups.rank()}: skipped {name}", file=sys.stderr, flush=True)
+    skipped = [name for batch in micro_batches for name in _name_skipped(batch)]
     samples, all_skipped, truncated = groups.sum_over_ranks(
         sum(batch.samples for batch in micro_batches),
         len(skipped),
@@ -119,6 +120,31 @@ def _count_samples(micro_batches: Sequence[Batch], run: RunSettings) -> dict[str
 
 def _heldout_loss(engine: Engine, heldout: MicroBatches, run: RunSettings) -> float:
     """Mean loss over the held-out samples, in nats per learned token."""
-    batches = load(heldout, range(heldout.count()), run.data.workers)
-    loss, learned_tokens = engine.evaluate(batches)
+
+    def batches() -> Iterator[Batch]:
+        for batch in load(heldout, range(heldout.count()), run.data.workers):
+            _name_skipped(batch)
+            yield batch
+
+    loss, learned_tokens = engine.evaluate(batches())
     return loss / max(1, learned_tokens)
+
+
+def _name_skipped(batch: Batch) -> tuple[str, ...]:
+    """Tell which samples were bad."""
+    for name in batch.skipped:
+        print(f"rank {groups.rank()}: skipped {name}", file=sys.stderr, flush=True)
+    return batch.skipped
+
+
+@contextmanager
+def _alone_in(run_folder: Path) -> Iterator[None]:
+    """Hold a run folder; raises LaunchError while another run writes to it."""
+    with (run_folder / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise LaunchError(
+                f"another run is writing to {run_folder}; stop it or choose another run_folder"
+            ) from error
+        yield

@@ -34,7 +34,9 @@ class MetricsLog:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / METRICS_FILE
         kept = [line for line in read_metrics(folder) if line["step"] < first_step]
-        path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        rewritten = path.with_suffix(".partial")
+        rewritten.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        rewritten.rename(path)
         self._file = path.open("a", buffering=1)
         self._tensorboard = SummaryWriter(folder / "tensorboard", purge_step=first_step)
         self._log_every = log_every

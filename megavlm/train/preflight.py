@@ -1,6 +1,6 @@
 """Everything that can be wrong with a run, found before any process starts."""
 
-from megavlm.checkpoint.state import check_checkpoint, checkpoint_root
+from megavlm.checkpoint.state import check_checkpoint, check_data_position, checkpoint_root
 from megavlm.checkpoint.store import latest_checkpoint
 from megavlm.config.run import RunSettings, samples_per_micro_batch
 from megavlm.data.shards import ShardFolder
@@ -11,8 +11,10 @@ from megavlm.errors import ConfigError
 def check_run(run: RunSettings, ranks: int) -> None:
     """Raise the error that training on so many ranks would meet in sizes, data or checkpoint."""
     samples_per_micro_batch(run.train, ranks)
-    ShardFolder(run.data.train)
+    training = ShardFolder(run.data.train)
     ShardFolder(run.data.heldout)
+    if run.data.heldout_questions is not None:
+        ShardFolder(run.data.heldout_questions)
     tokenizer = Tokenizer(run.data.tokenizer)
     if tokenizer.vocabulary != run.model.decoder.vocabulary:
         raise ConfigError(
@@ -22,3 +24,8 @@ def check_run(run: RunSettings, ranks: int) -> None:
     checkpoint = latest_checkpoint(checkpoint_root(run))
     if checkpoint is not None:
         check_checkpoint(checkpoint, run.model, tokenizer)
+        check_data_position(checkpoint, run, len(training))
+    try:
+        run.run_folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"cannot create run_folder {run.run_folder}: {error.strerror}") from error

@@ -49,6 +49,12 @@ def test_settings_survive_a_round_trip_through_plain_data(tmp_path):
         ("optimizer.minimum_learning_rate=1", "must lie between 0 and optimizer.learning_rate"),
         ("data.augment.magnitude=31", "must lie in 0 to 30"),
         ("data.row_tokens=0", "data.row_tokens=0 must be at least 1"),
+        ("seed=-1", "seed=-1 must not be negative"),
+        ("optimizer.beta1=2", "optimizer.beta1=2.0 must be at least 0 and below 1"),
+        ("optimizer.epsilon=-1", "optimizer.epsilon=-1.0 must not be negative"),
+        ("zero3.reduce_bucket=-1", "zero3.reduce_bucket=-1 must not be negative"),
+        ("model.decoder.initial_gate=.nan", "decoder.initial_gate=nan must be finite"),
+        ("model.preset=[a]", "model.preset=['a'] is unknown"),
     ],
 )
 def test_a_mistake_is_told_in_one_line(override, says):
@@ -77,7 +83,7 @@ def test_missing_file_and_missing_setting(tmp_path):
 
 
 def test_the_batch_must_divide_over_the_ranks():
-    train = load_run(DEMO).train
+    train = load_run(DEMO, ["train.samples_per_step=64", "train.micro_batches=2"]).train
     assert samples_per_micro_batch(train, 2) * 2 * train.micro_batches == train.samples_per_step
     with pytest.raises(ConfigError, match=r"x data_parallel=3 = 6; try 60 or 66"):
         samples_per_micro_batch(train, 3)

@@ -30,6 +30,7 @@ def test_vqa_accuracy_by_agreement(matching, accuracy):
 
 def test_answers_are_normalised():
     assert normalise_answer(" The  Cat, a DOG. ") == "cat dog"
+    assert normalise_answer("Three people") == normalise_answer("3 people")
 
 
 def test_majority_answers():

@@ -51,11 +51,11 @@ def test_a_hostfile_with_a_host_twice(capsys, tiny_run_file, tmp_path):
 
 def test_a_missing_or_broken_picture(capsys, tiny_run_file, tmp_path):
     missing = tmp_path / "none.png"
-    says = error_of(capsys, "generate", tiny_run_file, "--pictures", missing)
+    says = error_of(capsys, "generate", tiny_run_file, "--picture", missing)
     assert f"cannot read picture {missing}" in says
     broken = tmp_path / "broken.png"
     broken.write_bytes(coloured_square("red")[:50])
-    assert str(broken) in error_of(capsys, "generate", tiny_run_file, "--pictures", broken)
+    assert str(broken) in error_of(capsys, "generate", tiny_run_file, "--picture", broken)
 
 
 def trained(run_file, *overrides):
@@ -79,7 +79,7 @@ def test_a_run_from_training_to_report(capsys, tiny_run, tiny_run_file):
         return [
             main(["eval", str(tiny_run_file)]),
             main(["report", str(tiny_run_file)]),
-            main(["generate", str(tiny_run_file), "--pictures", str(picture)]),
+            main(["generate", str(tiny_run_file), "--picture", str(picture)]),
         ]
 
     assert run_on_ranks(1, evaluate_and_report, groups=False) == [[0, 0, 0]]
@@ -95,8 +95,13 @@ def test_a_run_from_training_to_report(capsys, tiny_run, tiny_run_file):
     assert "has model.decoder.vocabulary=512" in error_of(
         capsys, "train", tiny_run_file, *overrides
     )
-    says = error_of(capsys, "eval", tiny_run_file, "model.encoder.layers=3")
+    says = error_of(capsys, "train", tiny_run_file, "model.encoder.layers=3")
     assert "has model.encoder.layers=2, the run file says 3" in says
+    says = error_of(capsys, "train", tiny_run_file, "train.samples_per_step=16")
+    assert "trained with train.samples_per_step=8, now 16" in says
+    # gloo must not start in this process; see tests/ranks.py.
+    other_model = ["eval", str(tiny_run_file), "model.encoder.layers=3"]
+    assert run_on_ranks(1, lambda _: main(other_model), groups=False) == [2]
 
 
 def test_stopping_and_resuming_changes_nothing(tiny_run, tiny_run_file):

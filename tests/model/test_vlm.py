@@ -133,11 +133,14 @@ def test_closed_gates_are_the_identity():
 @pytest.mark.parametrize("recompute", ["selective", "full"])
 def test_recompute_changes_nothing(recompute):
     batch = random_batch(5, samples=3)
-    gradients = []
+    gradients, runs = [], []
     for mode in ("none", recompute):
         model = random_model(recompute=mode)
+        attention = model.language.decoder.layers[0].self_attention.core_attention
+        attention.register_forward_hook(lambda *_: runs.append(mode))  # noqa: B023
         losses(model, batch)[batch.learned_bt].sum().backward()
         gradients.append([p.grad for p in model.parameters()])
+    assert runs == ["none", recompute, recompute]
     for plain, recomputed in zip(*gradients, strict=True):
         torch.testing.assert_close(plain, recomputed, atol=0, rtol=0)
 
