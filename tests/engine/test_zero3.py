@@ -98,32 +98,38 @@ def plain_steps(run, text_only=()):
     return on_rank
 
 
+# Worst measured over 1, 2 and 4 ranks: loss 7.7e-7 and gradient norm 9.4e-6, relative. AdamW turns
+# rounding into steps where a gradient is near zero: weights 1.5e-4 after 5 steps of 1e-3.
+LOSS_RTOL, NORM_RTOL, WEIGHT_ATOL = 4e-6, 5e-5, 8e-4
+
+
+def assert_equal_runs(actual, expected):
+    """Compare (loss, gradient norm, learned tokens) of each step, and the weights at the end."""
+    results, weights = actual
+    expected_results, expected_weights = expected
+    columns = zip(torch.tensor(results).T, torch.tensor(expected_results).T, strict=True)
+    for (column, expected_column), rtol in zip(columns, (LOSS_RTOL, NORM_RTOL, 0), strict=True):
+        torch.testing.assert_close(column, expected_column, atol=0, rtol=rtol)
+    for name, weight in expected_weights.items():
+        torch.testing.assert_close(weights[name], weight, atol=WEIGHT_ATOL, rtol=0)
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 @pytest.mark.parametrize("recompute", ["none", "full"])
 def test_equals_one_plain_process(ranks, recompute):
     run = settings(ranks)
-    [(expected, expected_weights)] = run_on_ranks(1, plain_steps(run))
-    results = run_on_ranks(ranks, zero3_steps(run, range(STEPS), recompute=recompute))
-    for losses_and_norms, weights in results:
-        # worst measured: see MEASURED
-        torch.testing.assert_close(
-            torch.tensor(losses_and_norms), torch.tensor(expected), atol=0, rtol=1e-5
-        )
-        for name, weight in expected_weights.items():
-            torch.testing.assert_close(weights[name], weight, atol=1e-4, rtol=0)
+    [expected] = run_on_ranks(1, plain_steps(run))
+    for actual in run_on_ranks(ranks, zero3_steps(run, range(STEPS), recompute=recompute)):
+        assert_equal_runs(actual, expected)
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
 @pytest.mark.parametrize("text_only", [(0,), (1, 3), (0, 1, 2, 3)], ids=str)
 def test_text_only_micro_batches_on_some_ranks(ranks, text_only):
     run = settings(ranks)
-    [(expected, _)] = run_on_ranks(1, plain_steps(run, text_only))
-    for losses_and_norms, _ in run_on_ranks(
-        ranks, zero3_steps(run, range(STEPS), text_only=text_only)
-    ):
-        torch.testing.assert_close(
-            torch.tensor(losses_and_norms), torch.tensor(expected), atol=0, rtol=1e-5
-        )
+    [expected] = run_on_ranks(1, plain_steps(run, text_only))
+    for actual in run_on_ranks(ranks, zero3_steps(run, range(STEPS), text_only=text_only)):
+        assert_equal_runs(actual, expected)
 
 
 def test_bf16_keeps_fp32_master_weights():
@@ -131,25 +137,34 @@ def test_bf16_keeps_fp32_master_weights():
     [(expected, _)] = run_on_ranks(1, plain_steps(settings(2)))
     (results, weights), _ = run_on_ranks(2, zero3_steps(run, range(STEPS)))
     losses = torch.tensor(results)[:, 0]
-    # worst measured: see MEASURED
-    torch.testing.assert_close(losses, torch.tensor(expected)[:, 0], atol=0.02, rtol=0)
+    # worst measured 3.2e-3
+    torch.testing.assert_close(losses, torch.tensor(expected)[:, 0], atol=0.01, rtol=0)
     master = weights["weights/projector.weight"]
     assert master.dtype == torch.float32
     assert (master != master.bfloat16().float()).any()
 
 
 @pytest.mark.parametrize(
-    ("ranks", "ranks_after"), [(2, 2), (2, 1), (2, 4), pytest.param(4, 2, marks=pytest.mark.slow)]
+    ("ranks", "ranks_after", "precision"),
+    [
+        (2, 2, "fp32"),
+        (2, 2, "bf16"),
+        (2, 1, "fp32"),
+        (2, 4, "fp32"),
+        pytest.param(4, 2, "fp32", marks=pytest.mark.slow),
+    ],
 )
-def test_resume_on_any_number_of_ranks(tmp_path, ranks, ranks_after):
-    unbroken = run_on_ranks(ranks, zero3_steps(settings(ranks), range(STEPS)))[0]
-    run_on_ranks(ranks, zero3_steps(settings(ranks), range(3), save=tmp_path))
-    resumed = run_on_ranks(
-        ranks_after,
-        zero3_steps(settings(ranks_after), range(3, STEPS), resume=tmp_path / "step-00000003"),
-    )[0]
-    exact = ranks == ranks_after
-    tolerance = {"atol": 0, "rtol": 0 if exact else 1e-5}
-    torch.testing.assert_close(torch.tensor(resumed[0]), torch.tensor(unbroken[0][3:]), **tolerance)
-    for name, weight in unbroken[1].items():
-        torch.testing.assert_close(resumed[1][name], weight, atol=0 if exact else 1e-4, rtol=0)
+def test_resume_on_any_number_of_ranks(tmp_path, ranks, ranks_after, precision):
+    override = f"train.precision={precision}"
+    before, after = settings(ranks, override), settings(ranks_after, override)
+    unbroken = run_on_ranks(ranks, zero3_steps(before, range(STEPS)))[0]
+    run_on_ranks(ranks, zero3_steps(before, range(3), save=tmp_path))
+    checkpoint = tmp_path / "step-00000003"
+    resumed = run_on_ranks(ranks_after, zero3_steps(after, range(3, STEPS), resume=checkpoint))[0]
+    expected = (unbroken[0][3:], unbroken[1])
+    if ranks != ranks_after:
+        assert_equal_runs(resumed, expected)
+        return
+    assert resumed[0] == expected[0]
+    for name, weight in expected[1].items():
+        assert torch.equal(resumed[1][name], weight), name
