@@ -41,6 +41,11 @@ def check_data_position(checkpoint: Path, run: RunSettings, training_samples: in
     Which sample comes at which step depends on the seed, the global batch and the data set's size.
     """
     state = read_state(checkpoint)
+    if state["step"] > run.train.steps:
+        raise CheckpointError(
+            f"checkpoint {checkpoint} is past train.steps={run.train.steps}; raise train.steps or "
+            "choose another run_folder"
+        )
     saved, now = state["settings"], run_as_tree(run)
     for name, before, after in (
         ("seed", saved["seed"], now["seed"]),

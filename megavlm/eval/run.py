@@ -150,7 +150,8 @@ def print_scores(run_folder: Path, scores: Sequence[Score]) -> None:
         majority = "" if row.majority is None else f"{row.majority:.3f}"
         figures = (str(row.items), f"{row.model:.3f}", f"{row.wrong_picture:.3f}", majority)
         table.add_row(row.split, row.measure, *figures)
-    console = Console()
+    # Wide enough for the table where nothing says how wide the page is.
+    console = Console() if Console().is_terminal else Console(width=110)
     losses = [m["heldout_loss"] for m in read_metrics(run_folder) if "heldout_loss" in m]
     if len(losses) > 1:
         console.print(f"held-out loss {losses[0]:.3f} before, {losses[-1]:.3f} after training")

@@ -72,7 +72,7 @@ def _run_steps(run: RunSettings, engine: Engine, first_step: int) -> None:
         run.run_folder, first_step, steps, run.train.log_every, enabled=groups.rank() == 0
     ) as log:
         if first_step == 0:
-            log.record({"step": 0, "heldout_loss": _heldout_loss(engine, heldout, run)})
+            _log_heldout_loss(engine, heldout, run, log, step=0)
         for step in range(first_step, steps):
             started = time.perf_counter()
             micro_batches = list(itertools.islice(batches, per_step))
@@ -99,7 +99,7 @@ def _run_steps(run: RunSettings, engine: Engine, first_step: int) -> None:
                 state = checkpoint_state(run, tokenizer, done, len(training.folder))
                 keep = run.train.keep_checkpoints
                 save_checkpoint(checkpoint_root(run), done, engine.tensors(), state, keep)
-        log.record({"step": steps, "heldout_loss": _heldout_loss(engine, heldout, run)})
+        _log_heldout_loss(engine, heldout, run, log, step=steps)
 
 
 def _count_samples(micro_batches: Sequence[Batch], run: RunSettings) -> dict[str, int]:
@@ -118,16 +118,21 @@ def _count_samples(micro_batches: Sequence[Batch], run: RunSettings) -> dict[str
     return {"samples": samples, "skipped_samples": all_skipped, "truncated_texts": truncated}
 
 
-def _heldout_loss(engine: Engine, heldout: MicroBatches, run: RunSettings) -> float:
-    """Mean loss over the held-out samples, in nats per learned token."""
+def _log_heldout_loss(
+    engine: Engine, heldout: MicroBatches, run: RunSettings, log: MetricsLog, step: int
+) -> None:
+    """Log the mean loss over the held-out samples, in nats per learned token."""
+    log.say("measuring the held-out loss")
 
     def batches() -> Iterator[Batch]:
         for batch in load(heldout, range(heldout.count()), run.data.workers):
             _name_skipped(batch)
             yield batch
 
-    loss, learned_tokens = engine.evaluate(batches())
-    return loss / max(1, learned_tokens)
+    loss_sum, learned_tokens = engine.evaluate(batches())
+    loss = loss_sum / max(1, learned_tokens)
+    log.record({"step": step, "heldout_loss": loss})
+    log.say(f"step {step}  held-out loss {loss:.4f}")
 
 
 def _name_skipped(batch: Batch) -> tuple[str, ...]:

@@ -99,6 +99,8 @@ def test_a_run_from_training_to_report(capsys, tiny_run, tiny_run_file):
     assert "has model.encoder.layers=2, the run file says 3" in says
     says = error_of(capsys, "train", tiny_run_file, "train.samples_per_step=16")
     assert "trained with train.samples_per_step=8, now 16" in says
+    says = error_of(capsys, "train", tiny_run_file, "train.steps=5")
+    assert "step-00000006 is past train.steps=5" in says
     # gloo must not start in this process; see tests/ranks.py.
     other_model = ["eval", str(tiny_run_file), "model.encoder.layers=3"]
     assert run_on_ranks(1, lambda _: main(other_model), groups=False) == [2]
