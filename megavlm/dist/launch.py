@@ -1,6 +1,7 @@
 """The `deepspeed` launcher: its hostfile (`host slots=8` on each line) and its command line."""
 
 import re
+import socket
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -46,11 +47,20 @@ def read_hostfile(path: Path) -> dict[str, int]:
 def launch_command(hostfile: Path, run_file: Path, overrides: Sequence[str]) -> list[str]:
     """The command line that trains a run on all hosts of a hostfile.
 
-    A hostfile that names only `localhost` needs no ssh.
+    A hostfile that names only `localhost` needs no ssh, and its run gets a free port, so that
+    several fit on one machine.
     """
-    local = list(read_hostfile(hostfile)) == ["localhost"]
+    local: list[str] = []
+    if list(read_hostfile(hostfile)) == ["localhost"]:
+        local += ["--no_ssh_check", "--master_addr", "127.0.0.1"]
+        local += ["--master_port", str(_free_port())]
     return [
-        *("deepspeed", "--log_level", "warning", "--hostfile", str(hostfile)),
-        *(("--no_ssh_check", "--master_addr", "127.0.0.1") if local else ()),
+        *("deepspeed", "--log_level", "warning", "--hostfile", str(hostfile), *local),
         *("--module", "megavlm", "train", str(run_file), *overrides),
     ]
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
