@@ -37,6 +37,6 @@ static py::array_t<int64_t> first_fit_decreasing(const Lengths& lengths, int64_t
 
 PYBIND11_MODULE(_data, module) {
   module.doc() = "Index builders of the data pipeline.";
-  module.def("first_fit_decreasing", &first_fit_decreasing, py::arg("lengths"),
-             py::arg("capacity"), "Row of each item, int64 (items,).");
+  module.def("first_fit_decreasing", &first_fit_decreasing, py::arg("lengths"), py::arg("capacity"),
+             "Row of each item, int64 (items,).");
 }
