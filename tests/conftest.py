@@ -15,6 +15,7 @@ import yaml
 from PIL import Image
 
 from megavlm.config.load import run_as_tree
+from megavlm.config.engines import Zero3Settings
 from megavlm.config.presets import PRESETS
 from megavlm.config.run import (
     AugmentSettings,
@@ -22,7 +23,6 @@ from megavlm.config.run import (
     OptimizerSettings,
     RunSettings,
     TrainSettings,
-    Zero3Settings,
 )
 from megavlm.data.samples import Sample, Text
 from megavlm.data.shards import write_shard

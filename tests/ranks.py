@@ -10,14 +10,15 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from megavlm.dist.groups import process_groups
+from megavlm.config.engines import MegatronSettings
+from megavlm.dist.groups import UNDIVIDED, process_groups
 
 TIMEOUT_SECONDS = 120
 
@@ -30,17 +31,25 @@ def alone() -> AbstractContextManager[None]:
     return process_groups(seed=1, store=FakeStore(), backend="fake")
 
 
-def run_on_ranks(ranks: int, function: Callable[[int], Any], *, groups: bool = True) -> list[Any]:
+def run_on_ranks(
+    ranks: int,
+    function: Callable[[int], Any],
+    *,
+    groups: bool = True,
+    parallel: MegatronSettings = UNDIVIDED,
+) -> list[Any]:
     """Call `function(rank)` on every rank; returns what each returned.
 
-    It runs inside process groups, or, without `groups`, in the environment that a launcher sets.
+    It runs inside process groups, divided as `parallel` says, or, without `groups`, in the
+    environment that a launcher sets.
     Results travel through files, so they are plain data or tensors. A rank that fails, or that
     hangs, fails the test; the others are killed.
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         port = _free_port()
-        children = [_fork(rank, ranks, port, function, folder, groups) for rank in range(ranks)]
+        divided = parallel if groups else None
+        children = [_fork(rank, ranks, port, function, folder, divided) for rank in range(ranks)]
         failure = _wait(children)
         errors = [path.read_text() for path in sorted(folder.glob("*.error"))]
         assert not failure and not errors, "\n".join([failure, *errors])
@@ -54,7 +63,12 @@ def _free_port() -> int:
 
 
 def _fork(
-    rank: int, ranks: int, port: int, function: Callable[[int], Any], folder: Path, groups: bool
+    rank: int,
+    ranks: int,
+    port: int,
+    function: Callable[[int], Any],
+    folder: Path,
+    parallel: MegatronSettings | None,
 ) -> int:
     child = os.fork()
     if child:
@@ -63,10 +77,7 @@ def _fork(
     os.environ.update(LOCAL_WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     code = 1
     try:
-        if groups:
-            with process_groups(seed=1):
-                result = function(rank)
-        else:
+        with nullcontext() if parallel is None else process_groups(1, parallel):
             result = function(rank)
         torch.save(result, folder / f"{rank}.pt")
         code = 0

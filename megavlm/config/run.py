@@ -7,6 +7,7 @@ from typing import Literal
 
 from pydantic.dataclasses import dataclass
 
+from megavlm.config.engines import Fsdp2Settings, MegatronSettings, Zero3Settings
 from megavlm.config.sizes import STRICT, ModelSizes, divisors
 from megavlm.errors import ConfigError
 
@@ -117,6 +118,9 @@ class TrainSettings:
     """Of weights and activations; master weights and moments are always fp32."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Gradient checkpointing: nothing, the attention cores, or whole layers."""
+    frozen: tuple[Literal["encoder", "decoder"], ...] = ()
+    """Parts that are not trained. `decoder` leaves the cross-attention layers trained, as in
+    Flamingo; the projector is always trained."""
     checkpoint_every: int
     """Steps between checkpoints; the last step always writes one."""
     keep_checkpoints: int = 2
@@ -136,27 +140,6 @@ class TrainSettings:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class Zero3Settings:
-    """DeepSpeed ZeRO-3. Sizes count parameters, not bytes."""
-
-    reduce_bucket: int = 500_000_000
-    """Gradients are reduced in groups of this size."""
-    prefetch_bucket: int = 50_000_000
-    """Parameters gathered ahead of their use."""
-    persistence_threshold: int = 100_000
-    """Parameters up to this size are never partitioned."""
-    max_live_parameters: int = 1_000_000_000
-    """Gathered parameters kept at once."""
-    overlap_communication: bool = True
-    """Reduce gradients while the backward pass goes on."""
-
-    def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if isinstance(value, int) and value < 0:
-                raise ConfigError(f"zero3.{name}={value} must not be negative")
-
-
-@dataclass(frozen=True, kw_only=True, config=STRICT)
 class RunSettings:
     """Everything a run depends on."""
 
@@ -167,11 +150,40 @@ class RunSettings:
     data: DataSettings
     optimizer: OptimizerSettings
     train: TrainSettings
+    engine: Literal["zero3", "fsdp2", "megatron"] = "zero3"
+    """zero3: DeepSpeed ZeRO-3. fsdp2: PyTorch fully_shard. megatron: Megatron-core."""
     zero3: Zero3Settings = field(default_factory=Zero3Settings)
+    fsdp2: Fsdp2Settings = field(default_factory=Fsdp2Settings)
+    megatron: MegatronSettings = field(default_factory=MegatronSettings)
+
+    @property
+    def model_parallel(self) -> MegatronSettings:
+        """How each copy of the model is divided; ZeRO-3 and FSDP2 split no matrix."""
+        return self.megatron if self.engine == "megatron" else MegatronSettings()
 
     def __post_init__(self) -> None:
         if self.seed < 0:
             raise ConfigError(f"seed={self.seed} must not be negative")
+        self.model_parallel.check_model(self.model, self.data.row_tokens)
+        self.model_parallel.check_micro_batches(self.train.micro_batches)
+
+
+def data_parallel_ranks(run: RunSettings, ranks: int) -> int:
+    """Copies of the model among so many ranks; raises ConfigError when they do not divide."""
+    model_ranks = run.model_parallel.model_ranks
+    if ranks % model_ranks:
+        raise ConfigError(
+            f"{ranks} ranks are not divisible by megatron.tensor_parallel="
+            f"{run.megatron.tensor_parallel} x pipeline_parallel={run.megatron.pipeline_parallel} "
+            f"= {model_ranks}; use a multiple of {model_ranks} ranks"
+        )
+    shard_ranks = run.fsdp2.shard_ranks
+    if run.engine == "fsdp2" and shard_ranks is not None and ranks % shard_ranks:
+        raise ConfigError(
+            f"fsdp2.shard_ranks={shard_ranks} does not divide the {ranks} ranks; try "
+            f"{divisors(ranks)}"
+        )
+    return ranks // model_ranks
 
 
 def samples_per_micro_batch(train: TrainSettings, data_parallel: int) -> int:

@@ -28,7 +28,7 @@ class EncoderSizes:
 
     def __post_init__(self) -> None:
         _require_positive(self)
-        _require_divides(
+        require_divides(
             "encoder.patch_pixels", self.patch_pixels, "image_pixels", self.image_pixels
         )
         _require_heads("encoder", self.width, self.heads)
@@ -65,8 +65,8 @@ class DecoderSizes:
     def __post_init__(self) -> None:
         _require_positive(self, except_for=("initial_gate",))
         _require_heads("decoder", self.width, self.heads)
-        _require_divides("decoder.kv_heads", self.kv_heads, "heads", self.heads)
-        _require_divides("decoder.cross_every", self.cross_every, "self_layers", self.self_layers)
+        require_divides("decoder.kv_heads", self.kv_heads, "heads", self.heads)
+        require_divides("decoder.cross_every", self.cross_every, "self_layers", self.self_layers)
         if not math.isfinite(self.initial_gate):
             raise ConfigError(f"decoder.initial_gate={self.initial_gate} must be finite")
         if self.head_width % 2:
@@ -109,13 +109,14 @@ def _require_positive(sizes: EncoderSizes | DecoderSizes, except_for: tuple[str,
             raise ConfigError(f"{type(sizes).__name__}.{name}={value} must be at least 1")
 
 
-def _require_divides(name: str, value: int, of_name: str, of: int) -> None:
+def require_divides(name: str, value: int, of_name: str, of: int) -> None:
+    """Raise ConfigError, offering the divisors, unless `value` divides `of`."""
     if of % value:
         raise ConfigError(f"{name}={value} does not divide {of_name}={of}; try {divisors(of)}")
 
 
 def _require_heads(part: str, width: int, heads: int) -> None:
-    _require_divides(f"{part}.heads", heads, "width", width)
+    require_divides(f"{part}.heads", heads, "width", width)
     if width // heads > MAX_HEAD_WIDTH:
         raise ConfigError(
             f"{part}: width / heads = {width // heads} exceeds {MAX_HEAD_WIDTH}; "

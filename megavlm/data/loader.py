@@ -1,7 +1,7 @@
 """Micro-batches by number: what a rank trains on is a pure function of seed and position."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from megavlm.config.run import RunSettings, samples_per_micro_batch
 from megavlm.data.augment import rand_augment
+from megavlm.data.balance import deal
 from megavlm.data.cursor import sample_at
 from megavlm.data.image import (
     CROP_ASPECTS,
@@ -30,18 +31,20 @@ AUGMENT_FILL = (255, 255, 255)  # what a shear or a rotation uncovers
 
 
 class Share(NamedTuple):
-    """Which part of each micro-batch is this rank's."""
+    """Which part of each micro-batch is ours."""
 
     rank: int
+    """Which copy of the model this is."""
     ranks: int
+    """Copies of the model."""
 
 
 class MicroBatches(Dataset[Batch]):
-    """Micro-batch i of this rank, for any i, in any order.
+    """Micro-batch i of this share, for any i, in any order.
 
-    Micro-batch i holds the samples at global positions from i * (samples per step / micro-batches
-    per step) on; each rank takes its consecutive share of them. So the samples of a step are the
-    same whatever the number of ranks.
+    Training step s holds the samples at global positions from s * samples_per_step on, whatever the
+    number of ranks. They are dealt to its micro-batches and ranks so that each has as many images
+    as the next; all of them have the same number of image slots. Held-out samples come in order.
     """
 
     def __init__(
@@ -60,19 +63,18 @@ class MicroBatches(Dataset[Batch]):
         self.training = training
         """Whether to shuffle, draw texts and augment; otherwise samples come whole and in order."""
         self.samples = samples_per_micro_batch(run.train, share.ranks)
+        self._dealt: tuple[int, list[list[int]], int] | None = None
 
     def __getitem__(self, number: int) -> Batch:
         """The micro-batch; unusable samples leave their slot empty and are named in it."""
-        first = (number * self.share.ranks + self.share.rank) * self.samples
+        positions, slots = self._positions(number)
         row_tokens = self.run.data.row_tokens
         side = self.run.model.encoder.image_pixels
-        pixels = torch.zeros((self.samples, 3, side, side), dtype=torch.uint8)
+        pixels = torch.zeros((slots, 3, side, side), dtype=torch.uint8)
         packed: list[PackedText] = []
         skipped: list[str] = []
-        samples = truncated_texts = 0
-        for slot, position in enumerate(range(first, first + self.samples)):
-            if not self.training and position >= len(self.folder):
-                break
+        samples = truncated_texts = images = 0
+        for position in positions:
             sample_number = self._sample_number(position)
             try:
                 picture, texts = self._load(sample_number, position)
@@ -80,9 +82,11 @@ class MicroBatches(Dataset[Batch]):
                 skipped.append(f"{self.folder.locate(sample_number)}: {error}")
                 continue
             samples += 1
+            image = None
             if picture is not None:
-                pixels[slot] = picture
-            image = None if picture is None else slot
+                image = images
+                pixels[image] = picture
+                images += 1
             for text in texts:
                 tokens, cut = tokenize(self.tokenizer, text.prompt, text.answer, image, row_tokens)
                 packed.append(tokens)
@@ -100,6 +104,26 @@ class MicroBatches(Dataset[Batch]):
     def count(self) -> int:
         """Micro-batches that hold every sample once; the same on all ranks."""
         return -(-len(self.folder) // (self.samples * self.share.ranks))
+
+    def _positions(self, number: int) -> tuple[Sequence[int], int]:
+        """Global positions of a micro-batch's samples, and how many image slots it has."""
+        if not self.training:
+            first = (number * self.share.ranks + self.share.rank) * self.samples
+            return range(first, min(first + self.samples, len(self.folder))), self.samples
+        step, micro_batch = divmod(number, self.run.train.micro_batches)
+        cells, slots = self._deal_step(step)
+        return cells[micro_batch * self.share.ranks + self.share.rank], slots
+
+    def _deal_step(self, step: int) -> tuple[list[list[int]], int]:
+        """Positions of every micro-batch of every share in a step, and their image slots."""
+        if self._dealt is None or self._dealt[0] != step:
+            size = self.run.train.samples_per_step
+            positions = range(step * size, (step + 1) * size)
+            images = [int(self.folder.has_picture(self._sample_number(p))) for p in positions]
+            cells = deal(images, self.run.train.micro_batches * self.share.ranks)
+            slots = max(1, *(sum(images[i] for i in cell) for cell in cells))
+            self._dealt = (step, [[positions[i] for i in cell] for cell in cells], slots)
+        return self._dealt[1:]
 
     def _sample_number(self, position: int) -> int:
         if not self.training:

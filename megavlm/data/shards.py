@@ -85,6 +85,11 @@ class ShardFolder:
         path, entry = self._find(number)
         return f"{path.name}:{entry['key']}"
 
+    def has_picture(self, number: int) -> bool:
+        """Whether a sample has a picture, by the index alone."""
+        _, entry = self._find(number)
+        return any(suffix != "json" for suffix in entry["members"])
+
     def read(self, number: int) -> Sample:
         """Read one sample; raises BadSampleError when its members are not as the format says."""
         path, entry = self._find(number)

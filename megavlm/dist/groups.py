@@ -3,15 +3,19 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from torch.distributed.distributed_c10d import Store
 
+from megavlm.config.engines import MegatronSettings
 from megavlm.dist import cpu
 from megavlm.errors import LaunchError
+
+UNDIVIDED = MegatronSettings()
+Plain = TypeVar("Plain")
 
 
 def device() -> torch.device:
@@ -39,18 +43,53 @@ def local_world_size() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
 
 
-def sum_over_ranks(*counts: int) -> list[int]:
-    """Add up each count over all ranks; collective."""
+def data_rank() -> int:
+    """Which copy of the model this rank belongs to; all its ranks work on the same samples."""
+    return parallel_state.get_data_parallel_rank()
+
+
+def data_ranks() -> int:
+    """Copies of the model."""
+    return parallel_state.get_data_parallel_world_size()
+
+
+def is_first_model_rank() -> bool:
+    """Whether this rank is the first of its copy of the model."""
+    return dist.get_rank(parallel_state.get_model_parallel_group()) == 0
+
+
+def from_first_model_rank(value: Plain | None) -> Plain:
+    """What the first rank of this copy of the model has, on all of its ranks; collective.
+
+    It travels pickled: both ends are this run's own ranks.
+    """
+    group = parallel_state.get_model_parallel_group()
+    if group.size() > 1:
+        box: list[Any] = [value]
+        dist.broadcast_object_list(box, group=group, group_src=0, device=device())
+        [value] = box
+    return cast(Plain, value)
+
+
+def sum_over_copies(*counts: int) -> list[int]:
+    """Add up each count over the copies of the model; collective."""
     totals = torch.tensor(counts, device=device())
-    dist.all_reduce(totals)
+    dist.all_reduce(totals, group=parallel_state.get_data_parallel_group())
     return totals.tolist()
 
 
 @contextmanager
 def process_groups(
-    seed: int, *, store: Store | None = None, backend: str | None = None
+    seed: int,
+    parallel: MegatronSettings = UNDIVIDED,
+    *,
+    store: Store | None = None,
+    backend: str | None = None,
 ) -> Iterator[None]:
     """Run the body inside this run's process groups, and take them down again.
+
+    `parallel` says how each copy of the model is divided over ranks. Tensor-parallel ranks are
+    neighbours, so that they share a host; the stages of a pipeline lie farthest apart.
 
     The launcher's environment says who is who; without one the process is alone. The backend is
     NCCL on GPUs and gloo on CPUs unless one is named. The groups are destroyed explicitly, because
@@ -68,7 +107,12 @@ def process_groups(
     backend = backend or ("nccl" if torch.cuda.is_available() else "gloo")
     dist.init_process_group(backend, store=store, rank=rank(), world_size=world_size())
     try:
-        parallel_state.initialize_model_parallel(create_gloo_process_groups=False)
+        parallel_state.initialize_model_parallel(
+            parallel.tensor_parallel,
+            parallel.pipeline_parallel,
+            parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
+            create_gloo_process_groups=False,
+        )
         cpu.install()
         tensor_parallel.model_parallel_cuda_manual_seed(seed)
         yield

@@ -4,9 +4,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from megavlm.data.packing import Batch
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""AdamW's states of a parameter."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +40,8 @@ class Engine(Protocol):
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Whole fp32 tensors of the model and its optimiser on the CPU, in one order on all ranks.
 
-        Keys are `weights/NAME`, `exp_avg/NAME` and `exp_avg_sq/NAME`.
+        Keys are `weights/NAME`, and for trained parameters `exp_avg/NAME` and `exp_avg_sq/NAME`;
+        names are the ledger's.
         """
         ...
 

@@ -19,13 +19,17 @@ def adamw(model: nn.Module, settings: OptimizerSettings) -> torch.optim.AdamW:
     )
 
 
+def decays(name: str, parameter: nn.Parameter) -> bool:
+    """Matrices decay; norms, biases, gates and position embeddings do not."""
+    return parameter.ndim >= 2 and not name.endswith("positions")
+
+
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Trained parameters: matrices decay; norms, biases, gates and position embeddings do not."""
+    """Trained parameters, those that decay and those that do not."""
     decayed, kept = [], []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            decays = parameter.ndim >= 2 and not name.endswith("positions")
-            (decayed if decays else kept).append(parameter)
+            (decayed if decays(name, parameter) else kept).append(parameter)
     groups = [
         {"params": decayed, "weight_decay": weight_decay},
         {"params": kept, "weight_decay": 0.0},

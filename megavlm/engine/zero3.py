@@ -12,28 +12,36 @@ from deepspeed.utils import (
     safe_set_local_fp32_param,
     safe_set_local_optimizer_state,
 )
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from megavlm.config.deepspeed_json import deepspeed_config
 from megavlm.config.run import RunSettings
 from megavlm.data.packing import Batch
 from megavlm.dist import cpu
-from megavlm.engine.base import StepResult
+from megavlm.engine.base import DTYPES, MOMENTS, StepResult
 from megavlm.engine.optim import adamw
+from megavlm.model.initial import materialise
+from megavlm.model.vlm import VisionLanguageModel
 from megavlm.stages.captioning import loss_sum
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class Zero3Engine:
     """Trains a model under ZeRO-3 on all ranks of the world."""
 
-    def __init__(self, model: nn.Module, run: RunSettings, device: torch.device) -> None:
+    def __init__(self, run: RunSettings, device: torch.device) -> None:
         self._device = device
+        with torch.device("meta"):
+            model = VisionLanguageModel(
+                run.model,
+                dtype=DTYPES[run.train.precision],
+                recompute=run.train.recompute,
+                frozen=run.train.frozen,
+            )
+        materialise(model, run.seed, device)
         cpu.use_gloo_for_deepspeed()
         self._engine: Any = deepspeed.initialize(
-            model=model.to(device),
+            model=model,
             optimizer=adamw(model, run.optimizer),
             config=deepspeed_config(run),
             dist_init_required=False,
@@ -71,7 +79,7 @@ class Zero3Engine:
         for name, parameter in self._engine.module.named_parameters():
             weights: Any = safe_get_full_fp32_param(parameter)
             yield f"weights/{name}", weights.cpu()
-            for moment in MOMENTS:
+            for moment in MOMENTS if parameter.requires_grad else ():
                 full: Any = safe_get_full_optimizer_state(parameter, moment)
                 yield f"{moment}/{name}", full.cpu()
 
@@ -84,7 +92,7 @@ class Zero3Engine:
             parameter.ds_tensor.data.copy_(partition)  # the copy that the forward pass gathers
             if parameter.numel() == parameter.ds_numel:  # gathered now, and perhaps for good
                 parameter.data.copy_(weights)
-            for moment in MOMENTS:
+            for moment in MOMENTS if parameter.requires_grad else ():
                 partition = self._partition(read(f"{moment}/{name}"), parameter)
                 safe_set_local_optimizer_state(parameter, partition, moment)
 

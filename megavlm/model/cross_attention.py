@@ -47,8 +47,9 @@ class CrossAttention(MegatronModule):
         self.linear_q = ColumnParallelLinear(config.hidden_size, query_width, **column)
         # Keys and values of one head lie together, so that heads split over ranks.
         self.linear_kv = ColumnParallelLinear(config.hidden_size, 2 * key_width, **column)
-        self.q_norm = Norm(config, self.head_width)
-        self.k_norm = Norm(config, self.head_width)
+        # Shared by all heads; under these names megatron-core sums their gradients over ranks.
+        self.q_layernorm = Norm(config, self.head_width)
+        self.k_layernorm = Norm(config, self.head_width)
         self.linear_proj = RowParallelLinear(
             query_width,
             config.hidden_size,
@@ -69,7 +70,8 @@ class CrossAttention(MegatronModule):
         image_ranges: int (2, t, b), the first and one past the last image token each text token
         sees. While decoding, image_v1w is None and keys and values come from the context's cache.
         """
-        q_tbhd = self.q_norm(self.linear_q(x_tbw)[0].unflatten(-1, (-1, self.head_width)))
+        q_tbhd = self.linear_q(x_tbw)[0].unflatten(-1, (-1, self.head_width))
+        q_tbhd = self.q_layernorm(q_tbhd)
         k_vgd, v_vgd = self._keys_values(image_v1w, inference_context)
         low, high = image_ranges.flatten(1)
         operands = (q_tbhd.flatten(0, 1), k_vgd, v_vgd, low, high)
@@ -89,7 +91,7 @@ class CrossAttention(MegatronModule):
         assert image_v1w is not None, "no cached keys, so image states are needed"
         kv_vgd2 = self.linear_kv(image_v1w)[0].squeeze(1).unflatten(-1, (-1, 2 * self.head_width))
         k_vgd, v_vgd = kv_vgd2.chunk(2, dim=-1)
-        cache[self.layer_number] = (self.k_norm(k_vgd), v_vgd)
+        cache[self.layer_number] = (self.k_layernorm(k_vgd), v_vgd)
         return cache[self.layer_number]
 
 
@@ -110,6 +112,7 @@ class CrossAttentionLayer(MegatronModule):
     ) -> None:
         super().__init__(config)
         self.layer_number = layer_number + get_transformer_layer_offset(config, vp_stage)
+        self.tp_group = pg_collection.tp
         self.input_norm = Norm(config, config.hidden_size)
         self.cross_attention = CrossAttention(config, self.layer_number, pg_collection)
         self.attention_gate = _gate(config, initial_gate)
@@ -128,7 +131,8 @@ class CrossAttentionLayer(MegatronModule):
         """Returns the new hidden states and the unchanged context.
 
         hidden_states: (t, b, w). context: image states (v, 1, w). context_mask: image ranges, int
-        (2, t, b). The names are TransformerBlock's.
+        (2, t, b). The names are TransformerBlock's. Under sequence parallelism a rank has its part
+        of the t tokens and of the v image tokens, but all image ranges.
         """
         assert context_mask is not None, "cross-attention needs image ranges"
         x = hidden_states
@@ -138,6 +142,8 @@ class CrossAttentionLayer(MegatronModule):
         x = x + torch.tanh(self.attention_gate) * attended
         low, high = context_mask
         sees_image = (low < high).unsqueeze(-1)
+        if self.config.sequence_parallel:
+            sees_image = sees_image.chunk(self.tp_group.size())[self.tp_group.rank()]
         x = x + torch.tanh(self.mlp_gate) * self.mlp(self.mlp_norm(x))[0] * sees_image
         return x, context
 

@@ -1,6 +1,9 @@
 """The decoder: megatron-core's GPT with a cross-attention layer after every few of its layers."""
 
+from typing import Any
+
 import torch
+from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -12,19 +15,30 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch.nn import functional
 
+from megavlm.config.engines import MegatronSettings
 from megavlm.config.sizes import DecoderSizes
 from megavlm.model.cross_attention import CrossAttentionLayer
 from megavlm.model.layers import Norm, layer_config, self_attention_layer_spec
 
 
-def build_decoder(sizes: DecoderSizes, *, dtype: torch.dtype, recompute: str) -> GPTModel:
+def build_decoder(
+    sizes: DecoderSizes,
+    *,
+    dtype: torch.dtype,
+    recompute: str,
+    parallel: MegatronSettings,
+    vp_stage: int | None,
+) -> GPTModel:
     """RMSNorm, SwiGLU, rotary embeddings, grouped-query attention, no biases, untied head.
 
+    Builds what this pipeline rank holds (of chunk `vp_stage`, if the schedule interleaves).
     Rotary embeddings are relative, so packed texts need no positions of their own.
     """
+    interleaved = parallel.virtual_pipeline > 1
     config = layer_config(
         dtype=dtype,
         recompute=recompute,
+        parallel=parallel,
         layers=sizes.layers,
         width=sizes.width,
         heads=sizes.heads,
@@ -34,25 +48,46 @@ def build_decoder(sizes: DecoderSizes, *, dtype: torch.dtype, recompute: str) ->
         gated_linear_unit=True,
         activation_func=functional.silu,
         add_bias_linear=False,
+        qk_layernorm=True,  # sums the gradients of q_layernorm and k_layernorm over heads' ranks
+        pipeline_model_parallel_size=parallel.pipeline_parallel,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if interleaved else None,
+        pipeline_model_parallel_layout=_layout(parallel) if parallel.chunks > 1 else None,
+        # On gloo, interleaving over batched sends computes wrong gradients, silently.
+        batch_p2p_comm=not interleaved,
+        overlap_p2p_comm=interleaved,
+        deallocate_pipeline_outputs=True,
     )
+    at: dict[str, Any] = {"ignore_virtual": False, "vp_stage": vp_stage}
     return GPTModel(
         config,
-        _block_spec(config, sizes),  # pyright: ignore[reportArgumentType]
+        _block_spec(config, sizes, vp_stage),  # pyright: ignore[reportArgumentType]
         vocab_size=sizes.vocabulary,
         max_sequence_length=0,  # unused: rotary embeddings have no table to size
         position_embedding_type="rope",
         rotary_base=sizes.rope_base,
+        pre_process=parallel_state.is_pipeline_first_stage(**at),
+        post_process=parallel_state.is_pipeline_last_stage(**at),
+        vp_stage=vp_stage,
     )
 
 
-def _block_spec(config: TransformerConfig, sizes: DecoderSizes) -> TransformerBlockSubmodules:
+def _layout(parallel: MegatronSettings) -> list[list[str]]:
+    """megatron-core's notation for what each chunk holds."""
+    assert parallel.chunk_layers is not None, "the cut must be chosen before the model is built"
+    layout = [["decoder"] * layers for layers in parallel.chunk_layers]
+    return [["embedding", *layout[0]], *layout[1:-1], [*layout[-1], "loss"]]
+
+
+def _block_spec(
+    config: TransformerConfig, sizes: DecoderSizes, vp_stage: int | None
+) -> TransformerBlockSubmodules:
     """The layers that this pipeline stage builds."""
     cross_layer = ModuleSpec(
         module=CrossAttentionLayer, params={"initial_gate": sizes.initial_gate}
     )
     self_layer = self_attention_layer_spec(AttnMaskType.causal)
-    first = get_transformer_layer_offset(config)
-    positions = range(first, first + get_num_layers_to_build(config))
+    first = get_transformer_layer_offset(config, vp_stage)
+    positions = range(first, first + get_num_layers_to_build(config, vp_stage))
     return TransformerBlockSubmodules(
         [cross_layer if p in sizes.cross_layers else self_layer for p in positions],
         layer_norm=Norm,  # pyright: ignore[reportArgumentType] (its hint forgets classes)

@@ -3,7 +3,6 @@
 megatron-core's layout is sequence first. Letters: t tokens, b rows (batch), h heads, d head width.
 """
 
-import math
 from typing import Any, cast
 
 import torch
@@ -18,6 +17,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor, nn
 from torch.nn import functional
+
+from megavlm.config.engines import MegatronSettings
 
 NORM_EPSILON = 1e-5  # as in Llama 3.2 Vision
 
@@ -133,6 +134,7 @@ def layer_config(
     *,
     dtype: torch.dtype,
     recompute: str,
+    parallel: MegatronSettings,
     layers: int,
     width: int,
     heads: int,
@@ -143,6 +145,7 @@ def layer_config(
     """megatron-core's configuration for layers of these sizes.
 
     Fusions that need CUDA extensions are off; `style` sets the norm, the activation and biases.
+    Weights stay as they were allocated: `model/initial.py` fills them, alike on every engine.
     """
     recompute_settings: dict[str, Any] = {
         "none": {},
@@ -154,7 +157,8 @@ def layer_config(
         },
     }[recompute]
     return TransformerConfig(
-        init_method_std=math.sqrt(2 / (5 * width)),  # Nguyen and Salazar 2019, "SmallInit"
+        init_method=_leave_alone,
+        output_layer_init_method=_leave_alone,
         num_layers=layers,
         hidden_size=width,
         num_attention_heads=heads,
@@ -166,7 +170,10 @@ def layer_config(
         bf16=dtype == torch.bfloat16,
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        use_cpu_initialization=not torch.cuda.is_available(),
+        tensor_model_parallel_size=parallel.tensor_parallel,
+        sequence_parallel=parallel.sequence_parallel,
+        # On the CPU, or on whatever device a surrounding `torch.device` names.
+        use_cpu_initialization=True,
         gradient_accumulation_fusion=False,
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
@@ -176,3 +183,7 @@ def layer_config(
         **recompute_settings,
         **style,
     )
+
+
+def _leave_alone(weight: Tensor) -> Tensor:
+    return weight

@@ -1,14 +1,27 @@
-"""The ledger of parameters: every name, its whole shape, and how it splits over tensor ranks.
+"""The ledger of parameters: every name, its whole shape, how it splits over tensor-parallel ranks.
 
 Names are those of `VisionLanguageModel` on one rank; they are the same on every engine and in
 checkpoints. Conversion, resharding and planning read this list instead of building a model.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+import torch
+from torch import Tensor
+
 from megavlm.config.sizes import DecoderSizes, EncoderSizes, ModelSizes
+
+ENCODER = "image encoder"
+PROJECTOR = "projector"
+EMBEDDINGS = "embeddings and head"
+SELF_LAYERS = "self-attention layers"
+CROSS_LAYERS = "cross-attention layers"
+PARTS = (ENCODER, PROJECTOR, EMBEDDINGS, SELF_LAYERS, CROSS_LAYERS)
+
+PARTS_OF_FROZEN = {"encoder": (ENCODER,), "decoder": (EMBEDDINGS, SELF_LAYERS)}
+"""What each name in `train.frozen` stands for."""
 
 
 class Parameter(NamedTuple):
@@ -18,107 +31,144 @@ class Parameter(NamedTuple):
     shape: tuple[int, ...]
     tensor_axis: int | None = None
     """The axis that tensor parallelism splits; None: each rank holds it whole."""
+    tensor_blocks: int = 1
+    """Blocks along that axis which are split one by one."""
+    initial_mean: float = 0.0
+    initial_std: float = 0.0
+    part: str = ""
+    """One of PARTS."""
 
     @property
     def numel(self) -> int:
         return math.prod(self.shape)
 
+    def shard(self, whole: Tensor, ranks: int, rank: int) -> Tensor:
+        """What a tensor-parallel rank holds of the whole tensor."""
+        if self.tensor_axis is None or ranks == 1:
+            return whole
+        blocks = whole.chunk(self.tensor_blocks, self.tensor_axis)
+        shards = [block.chunk(ranks, self.tensor_axis)[rank] for block in blocks]
+        return torch.cat(shards, self.tensor_axis)
+
+    def unshard(self, shards: Sequence[Tensor]) -> Tensor:
+        """The whole tensor, from what the tensor-parallel ranks hold in their order."""
+        if self.tensor_axis is None or len(shards) == 1:
+            return shards[0]
+        blocks_by_rank = [shard.chunk(self.tensor_blocks, self.tensor_axis) for shard in shards]
+        blocks = [block for by_rank in zip(*blocks_by_rank, strict=True) for block in by_rank]
+        return torch.cat(blocks, self.tensor_axis)
+
 
 def parameters(sizes: ModelSizes) -> list[Parameter]:
     """All parameters of a model of these sizes."""
-    width, vocabulary = sizes.decoder.width, sizes.decoder.vocabulary
-    return [
-        *_encoder(sizes.encoder),
-        Parameter("projector.weight", (width, sizes.encoder.width)),
-        Parameter("projector.bias", (width,)),
-        Parameter("language.embedding.word_embeddings.weight", (vocabulary, width), 0),
-        *_decoder_layers(sizes.decoder),
-        Parameter("language.decoder.final_layernorm.weight", (width,)),
-        Parameter("language.output_layer.weight", (vocabulary, width), 0),
-    ]
+    encoder, decoder = sizes.encoder, sizes.decoder
+    matrix = (decoder.vocabulary, decoder.width)
+    std = _small_std(decoder.width)
+    # Image states come out of a norm; the projector keeps their unit variance.
+    projector_std = encoder.width**-0.5
+    by_part: dict[str, list[Parameter]] = {
+        ENCODER: list(_encoder(encoder)),
+        PROJECTOR: [
+            _normal("projector.weight", (decoder.width, encoder.width), projector_std),
+            Parameter("projector.bias", (decoder.width,)),
+        ],
+        EMBEDDINGS: [
+            _normal("language.embedding.word_embeddings.weight", matrix, std, 0),
+            _normal("language.output_layer.weight", matrix, std, 0),
+        ],
+        SELF_LAYERS: [
+            *_decoder_layers(decoder, cross=False),
+            _scale("language.decoder.final_layernorm.weight", decoder.width),
+        ],
+        CROSS_LAYERS: list(_decoder_layers(decoder, cross=True)),
+    }
+    return [p._replace(part=part) for part in PARTS for p in by_part[part]]
 
 
 def count_by_part(sizes: ModelSizes) -> dict[str, int]:
     """Number of parameters of each part of the model."""
-    counts: dict[str, int] = dict.fromkeys(
-        (
-            "image encoder",
-            "projector",
-            "embeddings and head",
-            "self-attention layers",
-            "cross-attention layers",
-        ),
-        0,
-    )
-    cross_prefixes = tuple(f"language.decoder.layers.{i}." for i in sizes.decoder.cross_layers)
+    counts = dict.fromkeys(PARTS, 0)
     for parameter in parameters(sizes):
-        counts[_part_of(parameter.name, cross_prefixes)] += parameter.numel
+        counts[parameter.part] += parameter.numel
     return counts
 
 
-def _part_of(name: str, cross_prefixes: tuple[str, ...]) -> str:
-    if name.startswith("encoder."):
-        return "image encoder"
-    if name.startswith("projector."):
-        return "projector"
-    if name.startswith(cross_prefixes):
-        return "cross-attention layers"
-    if name.startswith("language.decoder."):
-        return "self-attention layers"
-    return "embeddings and head"
+def _small_std(width: int) -> float:
+    """Initial standard deviation ("SmallInit", Nguyen and Salazar 2019)."""
+    return math.sqrt(2 / (5 * width))
+
+
+def _normal(
+    name: str, shape: tuple[int, ...], std: float, axis: int | None = None, blocks: int = 1
+) -> Parameter:
+    return Parameter(name, shape, axis, blocks, initial_std=std)
+
+
+def _scale(name: str, width: int) -> Parameter:
+    return Parameter(name, (width,), initial_mean=1.0)
+
+
+def _layer_norm(name: str, width: int) -> Iterator[Parameter]:
+    yield _scale(f"{name}.weight", width)
+    yield Parameter(f"{name}.bias", (width,))
 
 
 def _encoder(sizes: EncoderSizes) -> Iterator[Parameter]:
-    width = sizes.width
-    yield Parameter("encoder.class_token", (width,))
-    yield Parameter("encoder.positions", (sizes.tokens, width))
-    yield Parameter("encoder.patch.weight", (width, 3, sizes.patch_pixels, sizes.patch_pixels))
+    width, mlp_width, patch = sizes.width, sizes.mlp_width, sizes.patch_pixels
+    std = _small_std(width)
+    # Projections back onto the residual stream are smaller, by depth (GPT-2, Radford et al. 2019).
+    out_std = std / math.sqrt(2 * sizes.layers)
+    yield _normal("encoder.class_token", (width,), width**-0.5)
+    yield _normal("encoder.positions", (sizes.tokens, width), width**-0.5)
+    # As torch's convolutions: a variance of 1 / (3 x inputs).
+    yield _normal("encoder.patch.weight", (width, 3, patch, patch), (9 * patch**2) ** -0.5)
     yield from _layer_norm("encoder.norm_pre", width)
     for i in range(sizes.layers):
         layer = f"encoder.block.layers.{i}"
         yield from _layer_norm(f"{layer}.input_layernorm", width)
-        yield Parameter(f"{layer}.self_attention.linear_qkv.weight", (3 * width, width), 0)
-        yield Parameter(f"{layer}.self_attention.linear_proj.weight", (width, width), 1)
+        yield _normal(f"{layer}.self_attention.linear_qkv.weight", (3 * width, width), std, 0)
+        yield _normal(f"{layer}.self_attention.linear_proj.weight", (width, width), out_std, 1)
         yield from _layer_norm(f"{layer}.pre_mlp_layernorm", width)
-        yield Parameter(f"{layer}.mlp.linear_fc1.weight", (sizes.mlp_width, width), 0)
-        yield Parameter(f"{layer}.mlp.linear_fc1.bias", (sizes.mlp_width,), 0)
-        yield Parameter(f"{layer}.mlp.linear_fc2.weight", (width, sizes.mlp_width), 1)
+        yield _normal(f"{layer}.mlp.linear_fc1.weight", (mlp_width, width), std, 0)
+        yield Parameter(f"{layer}.mlp.linear_fc1.bias", (mlp_width,), 0)
+        yield _normal(f"{layer}.mlp.linear_fc2.weight", (width, mlp_width), out_std, 1)
         yield Parameter(f"{layer}.mlp.linear_fc2.bias", (width,))
     yield from _layer_norm("encoder.block.final_layernorm", width)
 
 
-def _layer_norm(name: str, width: int) -> Iterator[Parameter]:
-    yield Parameter(f"{name}.weight", (width,))
-    yield Parameter(f"{name}.bias", (width,))
-
-
-def _decoder_layers(sizes: DecoderSizes) -> Iterator[Parameter]:
+def _decoder_layers(sizes: DecoderSizes, *, cross: bool) -> Iterator[Parameter]:
+    """The cross-attention layers, or the others."""
+    width, mlp_width = sizes.width, sizes.mlp_width
+    std = _small_std(width)
+    out_std = std / math.sqrt(2 * sizes.layers)
     for i in range(sizes.layers):
+        if (i in sizes.cross_layers) != cross:
+            continue
         layer = f"language.decoder.layers.{i}"
-        yield from _cross(layer, sizes) if i in sizes.cross_layers else _self(layer, sizes)
+        attention = f"{layer}.{'cross_attention' if cross else 'self_attention'}"
+        yield from _cross(layer, attention, sizes) if cross else _self(layer, attention, sizes)
+        yield _normal(f"{attention}.linear_proj.weight", (width, width), out_std, 1)
         # The gate and the up projection of SwiGLU lie one after the other; each is split.
-        yield Parameter(f"{layer}.mlp.linear_fc1.weight", (2 * sizes.mlp_width, sizes.width), 0)
-        yield Parameter(f"{layer}.mlp.linear_fc2.weight", (sizes.width, sizes.mlp_width), 1)
+        yield _normal(f"{layer}.mlp.linear_fc1.weight", (2 * mlp_width, width), std, 0, 2)
+        yield _normal(f"{layer}.mlp.linear_fc2.weight", (width, mlp_width), out_std, 1)
 
 
-def _self(layer: str, sizes: DecoderSizes) -> Iterator[Parameter]:
+def _self(layer: str, attention: str, sizes: DecoderSizes) -> Iterator[Parameter]:
     width, kv_width = sizes.width, sizes.kv_heads * sizes.head_width
-    attention = f"{layer}.self_attention"
-    yield Parameter(f"{layer}.input_layernorm.weight", (width,))
-    yield Parameter(f"{attention}.linear_qkv.weight", (width + 2 * kv_width, width), 0)
-    yield Parameter(f"{attention}.linear_proj.weight", (width, width), 1)
-    yield Parameter(f"{layer}.pre_mlp_layernorm.weight", (width,))
+    yield _scale(f"{layer}.input_layernorm.weight", width)
+    qkv = (width + 2 * kv_width, width)
+    yield _normal(f"{attention}.linear_qkv.weight", qkv, _small_std(width), 0)
+    yield _scale(f"{layer}.pre_mlp_layernorm.weight", width)
 
 
-def _cross(layer: str, sizes: DecoderSizes) -> Iterator[Parameter]:
+def _cross(layer: str, attention: str, sizes: DecoderSizes) -> Iterator[Parameter]:
     width, kv_width = sizes.width, sizes.kv_heads * sizes.head_width
-    attention = f"{layer}.cross_attention"
-    yield Parameter(f"{layer}.attention_gate", (1,))
-    yield Parameter(f"{layer}.mlp_gate", (1,))
-    yield Parameter(f"{layer}.input_norm.weight", (width,))
-    yield Parameter(f"{attention}.linear_q.weight", (width, width), 0)
-    yield Parameter(f"{attention}.linear_kv.weight", (2 * kv_width, width), 0)
-    yield Parameter(f"{attention}.q_norm.weight", (sizes.head_width,))
-    yield Parameter(f"{attention}.k_norm.weight", (sizes.head_width,))
-    yield Parameter(f"{attention}.linear_proj.weight", (width, width), 1)
-    yield Parameter(f"{layer}.mlp_norm.weight", (width,))
+    std = _small_std(width)
+    yield Parameter(f"{layer}.attention_gate", (1,), initial_mean=sizes.initial_gate)
+    yield Parameter(f"{layer}.mlp_gate", (1,), initial_mean=sizes.initial_gate)
+    yield _scale(f"{layer}.input_norm.weight", width)
+    yield _normal(f"{attention}.linear_q.weight", (width, width), std, 0)
+    yield _normal(f"{attention}.linear_kv.weight", (2 * kv_width, width), std, 0)
+    yield _scale(f"{attention}.q_layernorm.weight", sizes.head_width)
+    yield _scale(f"{attention}.k_layernorm.weight", sizes.head_width)
+    yield _scale(f"{layer}.mlp_norm.weight", width)

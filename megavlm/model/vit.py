@@ -4,12 +4,17 @@ Letters in shapes: n images, t tokens, w width.
 """
 
 import torch
+from megatron.core.tensor_parallel.mappings import (
+    gather_from_sequence_parallel_region,
+    scatter_to_sequence_parallel_region,
+)
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
 from torch import Tensor, nn
 from torch.nn import functional
 
+from megavlm.config.engines import MegatronSettings
 from megavlm.config.sizes import EncoderSizes
 from megavlm.model.layers import Norm, layer_config, self_attention_layer_spec
 
@@ -23,12 +28,22 @@ class VisionTransformer(MegatronModule):
 
     Zero register tokens bring the sequence to a multiple of 8; patches see them, they do not see
     each other, and they are dropped at the end. Hugging Face Mllama pads in exactly this way.
+    Its layers are tensor and sequence parallel; under pipeline parallelism all of them lie on the
+    first stage.
     """
 
-    def __init__(self, sizes: EncoderSizes, *, dtype: torch.dtype, recompute: str) -> None:
+    def __init__(
+        self,
+        sizes: EncoderSizes,
+        *,
+        dtype: torch.dtype,
+        recompute: str,
+        parallel: MegatronSettings,
+    ) -> None:
         config = layer_config(
             dtype=dtype,
             recompute=recompute,
+            parallel=parallel,
             layers=sizes.layers,
             width=sizes.width,
             heads=sizes.heads,
@@ -45,8 +60,6 @@ class VisionTransformer(MegatronModule):
         )
         self.class_token = nn.Parameter(torch.empty(sizes.width, dtype=dtype))
         self.positions = nn.Parameter(torch.empty(sizes.tokens, sizes.width, dtype=dtype))
-        for parameter in (self.class_token, self.positions):
-            nn.init.normal_(parameter, std=sizes.width**-0.5)
         self.norm_pre = Norm(config, sizes.width)
         layer = self_attention_layer_spec(AttnMaskType.no_mask)
         self.block = TransformerBlock(
@@ -66,7 +79,14 @@ class VisionTransformer(MegatronModule):
         x = torch.cat([class_token, patches]) + self.positions[:, None]
         x = self.norm_pre(x)
         x = functional.pad(x, (0, 0, 0, 0, 0, self.sizes.register_tokens))
-        return self.block(x, self._hidden_mask(x.device))[: self.sizes.tokens]
+        hidden_mask = self._hidden_mask(x.device)
+        if self.config.sequence_parallel:
+            x = self.block(scatter_to_sequence_parallel_region(x), hidden_mask)
+            # What follows is computed alike on all ranks, so each already has the whole gradient.
+            x = gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=False)
+        else:
+            x = self.block(x, hidden_mask)
+        return x[: self.sizes.tokens]
 
     def _hidden_mask(self, device: torch.device) -> Tensor | None:
         """Registers hidden from registers: (1, 1, t, t) bool, or None without registers."""

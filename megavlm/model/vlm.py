@@ -4,36 +4,94 @@ Letters in shapes: b rows of packed text, t their length, n image slots, v = n x
 w width.
 """
 
+import re
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.inference.contexts import StaticInferenceContext
+from megatron.core.tensor_parallel.mappings import scatter_to_sequence_parallel_region
+from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
+from torch.nn import functional
 
+from megavlm.config.engines import MegatronSettings
 from megavlm.config.sizes import ModelSizes
 from megavlm.model.decoder import build_decoder
+from megavlm.model.params import PARTS_OF_FROZEN, Parameter, parameters
+from megavlm.model.pipeline import join, padded, split
 from megavlm.model.vit import VisionTransformer
+
+UNDIVIDED = MegatronSettings()
+_LAYER = re.compile(r"(?<=^language\.decoder\.layers\.)\d+")
 
 
 class VisionLanguageModel(MegatronModule):
-    """Predicts text from text and images.
+    """Predicts text from text and images; under pipeline parallelism, the part on this stage.
 
     Every rank runs every module whatever the batch holds: image slots without an image hold zeros
     and no text token sees them. That keeps collectives alike on all ranks.
+
+    Weights are allocated, not initialised: see `model/initial.py`, or load a checkpoint.
     """
 
-    def __init__(self, sizes: ModelSizes, *, dtype: torch.dtype, recompute: str = "none") -> None:
-        encoder = VisionTransformer(sizes.encoder, dtype=dtype, recompute=recompute)
-        language = build_decoder(sizes.decoder, dtype=dtype, recompute=recompute)
+    # megatron-core asks its models for these.
+    share_embeddings_and_output_weights = False
+    model_type = ModelType.encoder_or_decoder
+
+    def __init__(
+        self,
+        sizes: ModelSizes,
+        *,
+        dtype: torch.dtype,
+        recompute: str = "none",
+        frozen: Collection[str] = (),
+        parallel: MegatronSettings = UNDIVIDED,
+        vp_stage: int | None = None,
+    ) -> None:
+        """`frozen`: parts that are not trained, as in `train.frozen`. `vp_stage`: which of this
+        pipeline rank's chunks, if the schedule interleaves."""
+        style: dict[str, Any] = {"dtype": dtype, "recompute": recompute, "parallel": parallel}
+        language = build_decoder(sizes.decoder, **style, vp_stage=vp_stage)
         super().__init__(language.config)
         self.sizes = sizes
-        self.encoder = encoder
-        self.projector = nn.Linear(sizes.encoder.width, sizes.decoder.width, dtype=dtype)
-        # Image states come out of a norm; keep their unit variance.
-        nn.init.normal_(self.projector.weight, std=sizes.encoder.width**-0.5)
-        nn.init.zeros_(self.projector.bias)
+        self.parallel = parallel
+        self.vp_stage = vp_stage
+        self.pre_process: bool = language.pre_process
+        self.post_process: bool = language.post_process
+        if self.pre_process:
+            self.encoder = VisionTransformer(sizes.encoder, **style)
+            self.projector = nn.Linear(sizes.encoder.width, sizes.decoder.width, dtype=dtype)
         self.language = language
+        self._received: Tensor | None = None
+        frozen_parts = {part for name in frozen for part in PARTS_OF_FROZEN[name]}
+        ledger = self.ledger()
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(ledger[name].part not in frozen_parts)
+        self._encoder_is_trained = "encoder" not in frozen
+
+    def ledger(self) -> dict[str, Parameter]:
+        """The ledger's entry for every parameter of this stage, by its name here.
+
+        Decoder layers are numbered from 0 on every stage; the ledger numbers them over all.
+        """
+        first = self.language.decoder.layers[0].layer_number - 1
+        entries = {entry.name: entry for entry in parameters(self.sizes)}
+        return {
+            name: entries[_LAYER.sub(lambda number: str(int(number[0]) + first), name)]
+            for name, _ in self.named_parameters()
+        }
+
+    def shard(self, entry: Parameter, whole: Tensor) -> Tensor:
+        """This tensor-parallel rank's part of a whole parameter."""
+        rank = parallel_state.get_tensor_model_parallel_rank()
+        return entry.shard(whole, self.parallel.tensor_parallel, rank)
+
+    def set_input_tensor(self, received: Sequence[Tensor | None]) -> None:
+        """Take what the stage before has sent; megatron-core's schedules call this."""
+        [self._received] = received
 
     def forward(
         self,
@@ -43,24 +101,44 @@ class VisionLanguageModel(MegatronModule):
         image_ranges_2bt: Tensor,
         pixels: Tensor,
     ) -> Tensor:
-        """Cross entropy of every label, (b, t) fp32.
+        """Cross entropy of every label, (b, t) fp32; on stages before the last, what they send.
 
         tokens_bt, labels_bt: int64. text_numbers_bt: which text of its row a token belongs to;
         texts do not see each other. image_ranges_2bt: first and one past the last image token that
         a token sees. pixels: uint8 (n, 3, side, side), n at least 1.
         """
-        return self._decode(
+        if self.pre_process:
+            image_states = self.encode_images(pixels)
+        else:
+            assert self._received is not None, "the stage before has sent nothing"
+            rows, positions = tokens_bt.shape
+            shards = self.parallel.token_shards
+            text, image_states = split(self._received, positions // shards, rows)
+            self.language.set_input_tensor(text)
+        out = self._decode(
             tokens_bt,
             hidden_mask=causal_text_mask(text_numbers_bt),
             image_ranges_2bt=image_ranges_2bt,
-            image_states=self.encode_images(pixels),
+            image_states=image_states,
             labels=labels_bt,
         )
+        return out if self.post_process else join(out, image_states)
 
     def encode_images(self, pixels: Tensor) -> Tensor:
-        """Image states (v, 1, w) of (n, 3, side, side) pixels; image i lies at i * tokens."""
-        states_tnw = self.projector(self.encoder(pixels))
-        return states_tnw.transpose(0, 1).flatten(0, 1).unsqueeze(1)
+        """Image states (v, 1, w) of (n, 3, side, side) pixels; image i lies at i * tokens.
+
+        Under sequence parallelism, this rank's part of them, padded so that they divide.
+        """
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self._encoder_is_trained):
+            features = self.encoder(pixels)
+        states_tnw = self.projector(features)
+        states_v1w = states_tnw.transpose(0, 1).flatten(0, 1).unsqueeze(1)
+        if not self.parallel.sequence_parallel:
+            return states_v1w
+        padding = padded(len(states_v1w), self.parallel) - len(states_v1w)
+        return scatter_to_sequence_parallel_region(
+            functional.pad(states_v1w, (0, 0, 0, 0, 0, padding))
+        )
 
     def next_token_logits(
         self,

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megavlm.config.deepspeed_json import deepspeed_config
-from megavlm.config.run import RunSettings, samples_per_micro_batch
+from megavlm.config.run import RunSettings, data_parallel_ranks, samples_per_micro_batch
 from megavlm.model.params import count_by_part
 
 
@@ -38,9 +38,10 @@ def print_plan(run: RunSettings, ranks: int) -> None:
         f"to {run.optimizer.minimum_learning_rate:g}",
     ]
     if ranks:
+        copies = data_parallel_ranks(run, ranks)
         lines.append(
-            f"{ranks} ranks x {train.micro_batches} micro-batches "
-            f"x {samples_per_micro_batch(train, ranks)} samples"
+            f"{copies} copies of the model x {train.micro_batches} micro-batches "
+            f"x {samples_per_micro_batch(train, copies)} samples"
         )
     console.print("\n".join(lines), highlight=False, soft_wrap=True)
 

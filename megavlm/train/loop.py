@@ -21,13 +21,10 @@ from megavlm.data.tokenizer import Tokenizer
 from megavlm.dist import groups
 from megavlm.engine.base import Engine
 from megavlm.engine.optim import learning_rate_at
-from megavlm.engine.zero3 import Zero3Engine
+from megavlm.engine.start import start_engine
 from megavlm.errors import BadSampleError, LaunchError
-from megavlm.model.vlm import VisionLanguageModel
 from megavlm.train.metrics import MetricsLog
 from megavlm.train.preflight import check_run
-
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def train(run: RunSettings) -> None:
@@ -36,12 +33,8 @@ def train(run: RunSettings) -> None:
     if not torch.cuda.is_available():
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // groups.local_world_size()))
     hold = _alone_in(run.run_folder) if groups.rank() == 0 else nullcontext()
-    with hold, groups.process_groups(run.seed):
-        torch.manual_seed(run.seed)
-        model = VisionLanguageModel(
-            run.model, dtype=DTYPES[run.train.precision], recompute=run.train.recompute
-        )
-        engine = Zero3Engine(model, run, groups.device())
+    with hold, groups.process_groups(run.seed, run.model_parallel):
+        engine = start_engine(run, groups.device())
         try:
             _run_steps(run, engine, first_step=_resume(run, engine))
         finally:
@@ -62,12 +55,12 @@ def _resume(run: RunSettings, engine: Engine) -> int:
 
 def _run_steps(run: RunSettings, engine: Engine, first_step: int) -> None:
     tokenizer = Tokenizer(run.data.tokenizer)
-    share = Share(groups.rank(), groups.world_size())
+    share = Share(groups.data_rank(), groups.data_ranks())
     training = MicroBatches(ShardFolder(run.data.train), tokenizer, run, share, training=True)
     heldout = MicroBatches(ShardFolder(run.data.heldout), tokenizer, run, share, training=False)
     steps, per_step = run.train.steps, run.train.micro_batches
     numbers = range(first_step * per_step, steps * per_step)
-    batches = load(training, numbers, run.data.workers)
+    batches = load(training, numbers, run.data.workers) if groups.is_first_model_rank() else None
     with MetricsLog(
         run.run_folder, first_step, steps, run.train.log_every, enabled=groups.rank() == 0
     ) as log:
@@ -75,7 +68,8 @@ def _run_steps(run: RunSettings, engine: Engine, first_step: int) -> None:
             _log_heldout_loss(engine, heldout, run, log, step=0)
         for step in range(first_step, steps):
             started = time.perf_counter()
-            micro_batches = list(itertools.islice(batches, per_step))
+            mine = None if batches is None else list(itertools.islice(batches, per_step))
+            micro_batches = groups.from_first_model_rank(mine)
             data_seconds = time.perf_counter() - started
             counts = _count_samples(micro_batches, run)
             learning_rate = learning_rate_at(step, steps, run.optimizer)
@@ -105,7 +99,7 @@ def _run_steps(run: RunSettings, engine: Engine, first_step: int) -> None:
 def _count_samples(micro_batches: Sequence[Batch], run: RunSettings) -> dict[str, int]:
     """Samples of a step over all ranks. Names the bad ones, and stops the run if it is told to."""
     skipped = [name for batch in micro_batches for name in _name_skipped(batch)]
-    samples, all_skipped, truncated = groups.sum_over_ranks(
+    samples, all_skipped, truncated = groups.sum_over_copies(
         sum(batch.samples for batch in micro_batches),
         len(skipped),
         sum(batch.truncated_texts for batch in micro_batches),
@@ -125,7 +119,11 @@ def _log_heldout_loss(
     log.say("measuring the held-out loss")
 
     def batches() -> Iterator[Batch]:
-        for batch in load(heldout, range(heldout.count()), run.data.workers):
+        numbers = range(heldout.count())
+        loads = groups.is_first_model_rank()
+        loaded = load(heldout, numbers, run.data.workers) if loads else itertools.repeat(None)
+        for _, mine in zip(numbers, loaded, strict=False):
+            batch = groups.from_first_model_rank(mine)
             _name_skipped(batch)
             yield batch
 
@@ -136,8 +134,8 @@ def _log_heldout_loss(
 
 
 def _name_skipped(batch: Batch) -> tuple[str, ...]:
-    """Tell which samples were bad."""
-    for name in batch.skipped:
+    """Tell which samples were bad, once for each copy of the model."""
+    for name in batch.skipped if groups.is_first_model_rank() else ():
         print(f"rank {groups.rank()}: skipped {name}", file=sys.stderr, flush=True)
     return batch.skipped
 

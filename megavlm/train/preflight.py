@@ -2,7 +2,7 @@
 
 from megavlm.checkpoint.state import check_checkpoint, check_data_position, checkpoint_root
 from megavlm.checkpoint.store import latest_checkpoint
-from megavlm.config.run import RunSettings, samples_per_micro_batch
+from megavlm.config.run import RunSettings, data_parallel_ranks, samples_per_micro_batch
 from megavlm.data.shards import ShardFolder
 from megavlm.data.tokenizer import Tokenizer
 from megavlm.errors import ConfigError
@@ -10,7 +10,7 @@ from megavlm.errors import ConfigError
 
 def check_run(run: RunSettings, ranks: int) -> None:
     """Raise the error that training on so many ranks would meet in sizes, data or checkpoint."""
-    samples_per_micro_batch(run.train, ranks)
+    samples_per_micro_batch(run.train, data_parallel_ranks(run, ranks))
     training = ShardFolder(run.data.train)
     ShardFolder(run.data.heldout)
     if run.data.heldout_questions is not None:

@@ -1,6 +1,7 @@
 from pathlib import Path
 
 import pytest
+import yaml
 
 from megavlm.config.load import load_run, run_as_tree
 from megavlm.config.presets import PRESETS
@@ -28,7 +29,7 @@ def test_overrides_reach_every_level():
 def test_settings_survive_a_round_trip_through_plain_data(tmp_path):
     run = load_run(DEMO)
     path = tmp_path / "run.yaml"
-    path.write_text(str(run_as_tree(run)))  # JSON-like, hence YAML
+    path.write_text(yaml.safe_dump(run_as_tree(run)))
     assert load_run(path) == run
 
 

@@ -1,0 +1,247 @@
+"""Megatron-core: tensor, sequence, pipeline and data parallelism, sharded optimiser states.
+
+megatron-core does the work: its layers (in `model/`), its schedules, its DistributedDataParallel
+and its distributed optimiser. This file puts them together, and takes states out and in.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
+from megatron.core.optimizer_param_scheduler import ParamGroupOverride
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor, nn
+
+from megavlm.config.run import RunSettings
+from megavlm.data.packing import Batch
+from megavlm.engine.base import DTYPES, MOMENTS, StepResult
+from megavlm.engine.optim import decays
+from megavlm.model.initial import materialise
+from megavlm.model.params import Parameter, parameters
+from megavlm.model.pipeline import blank, joined_tokens, same_shapes
+from megavlm.model.vlm import VisionLanguageModel
+from megavlm.planner.cut import with_cut
+from megavlm.stages.captioning import loss_sum_of, token_losses
+
+
+class MegatronEngine:
+    """Trains a model that is divided over tensor- and pipeline-parallel ranks, and its copies."""
+
+    def __init__(self, run: RunSettings, device: torch.device) -> None:
+        self._run = run
+        self._device = device
+        self._parallel = with_cut(run)
+        virtual = self._parallel.virtual_pipeline
+        stages = range(virtual) if virtual > 1 else [None]
+        self._models = [self._build(stage) for stage in stages]
+        self._config: Any = self._models[0].config
+        self._chunks = [self._data_parallel(model) for model in self._models]
+        # Gradients are summed over micro-batches and copies, and divided by all learned tokens.
+        self._config.calculate_per_token_loss = True
+        self._config.finalize_model_grads_func = finalize_model_grads
+        if run.megatron.overlap_communication:
+            no_sync = [chunk.no_sync for chunk in self._chunks]
+            self._config.no_sync_func = no_sync if virtual > 1 else no_sync[0]
+        self._optimizer: Any = self._build_optimizer()
+        self._held = {
+            entry.name: (entry, dict(model.named_parameters())[name])
+            for model in self._models
+            for name, entry in model.ledger().items()
+        }
+
+    def step(self, micro_batches: Sequence[Batch], learning_rate: float) -> StepResult:
+        for chunk in self._chunks:
+            chunk.zero_grad_buffer()
+        self._optimizer.zero_grad()
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate
+            group["weight_decay"] = self._run.optimizer.weight_decay * group["wd_mult"]
+        loss_sum, learned = self._run_schedule(micro_batches, forward_only=False)
+        _, gradient_norm, _ = self._optimizer.step()
+        return StepResult(
+            loss=loss_sum / max(1, learned),
+            gradient_norm=float(gradient_norm),
+            learned_tokens=learned,
+        )
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterable[Batch]) -> tuple[float, int]:
+        remaining = iter(batches)
+        loss_sum, learned = 0.0, 0
+        # As many at once as keep all stages busy; the interleaved schedule needs a full set.
+        while group := list(islice(remaining, self._parallel.pipeline_parallel)):
+            missing = self._parallel.pipeline_parallel - len(group)
+            group += [blank(group[0])] * missing
+            group_loss, group_learned = self._run_schedule(group, forward_only=True)
+            loss_sum, learned = loss_sum + group_loss, learned + group_learned
+        return loss_sum, learned
+
+    @torch.no_grad()
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        stage_of = self._stage_of_parameters()
+        for entry in parameters(self._run.model):
+            _, parameter = self._held.get(entry.name, (None, None))
+            stage, trained = stage_of[entry.name]
+            for kind in ("weights", *(MOMENTS if trained else ())):
+                whole = None if parameter is None else self._whole(entry, parameter, kind)
+                yield f"{kind}/{entry.name}", self._from_stage(stage, whole, entry).cpu()
+
+    @torch.no_grad()
+    def load_tensors(self, read: Callable[[str], Tensor], steps_done: int) -> None:
+        rank, ranks = _tensor_rank(), self._parallel.tensor_parallel
+        for entry, parameter in self._held.values():
+            weights = entry.shard(read(f"weights/{entry.name}"), ranks, rank).to(self._device)
+            parameter.copy_(weights)
+            if not parameter.requires_grad:
+                continue
+            moments = {kind: read(f"{kind}/{entry.name}") for kind in MOMENTS}
+            for optimizer, main, own_range in self._main_parameter(parameter):
+                main.copy_(weights.flatten()[own_range])
+                state = optimizer.state[main]
+                state["step"] = torch.tensor(float(steps_done))
+                for kind, whole in moments.items():
+                    shard = entry.shard(whole, ranks, rank).flatten()[own_range]
+                    state[kind] = shard.to(self._device)
+
+    def close(self) -> None:
+        pass
+
+    def _build(self, vp_stage: int | None) -> VisionLanguageModel:
+        train = self._run.train
+        with torch.device("meta"):
+            model = VisionLanguageModel(
+                self._run.model,
+                dtype=DTYPES[train.precision],
+                recompute=train.recompute,
+                frozen=train.frozen,
+                parallel=self._parallel,
+                vp_stage=vp_stage,
+            )
+        materialise(model, self._run.seed, self._device)
+        return model
+
+    def _data_parallel(self, model: VisionLanguageModel) -> DistributedDataParallel:
+        overlap = self._run.megatron.overlap_communication
+        settings = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
+            use_distributed_optimizer=True,
+            overlap_grad_reduce=overlap,
+            overlap_param_gather=overlap,
+        )
+        return DistributedDataParallel(self._config, settings, model)
+
+    def _build_optimizer(self) -> Any:
+        settings = self._run.optimizer
+        bf16 = self._run.train.precision == "bf16"
+        config = OptimizerConfig(
+            optimizer="adam",
+            lr=settings.learning_rate,
+            weight_decay=settings.weight_decay,
+            adam_beta1=settings.beta1,
+            adam_beta2=settings.beta2,
+            adam_eps=settings.epsilon,
+            clip_grad=settings.clip_norm or float("inf"),
+            bf16=bf16,
+            params_dtype=DTYPES[self._run.train.precision],
+            use_distributed_optimizer=True,
+            overlap_param_gather=self._run.megatron.overlap_communication,
+        )
+        kept = ParamWithNamePredicate("kept", lambda parameter, name: not decays(name, parameter))
+        return get_megatron_optimizer(
+            config,
+            cast(Any, self._chunks),
+            config_overrides={ParamKey(with_name_predicate=kept): ParamGroupOverride(wd_mult=0.0)},
+            use_gloo_process_groups=False,
+        )
+
+    def _run_schedule(self, batches: Sequence[Batch], *, forward_only: bool) -> tuple[float, int]:
+        """Forward, and backward, over micro-batches; summed loss and learned tokens of all ranks."""
+        batches = same_shapes([batch.to(self._device) for batch in batches])
+        tokens_per_image = self._run.model.encoder.tokens
+        losses = get_forward_backward_func()(
+            forward_step_func=_forward_step,
+            data_iterator=[iter(batches) for _ in self._chunks],
+            model=self._chunks,
+            num_microbatches=len(batches),
+            seq_length=joined_tokens(batches[0], tokens_per_image, self._parallel),
+            micro_batch_size=1,
+            forward_only=forward_only,
+        )
+        # The last stage has the losses; its tensor-parallel ranks have the same ones.
+        totals = torch.zeros(2, dtype=torch.float64, device=self._device)
+        if losses and _tensor_rank() == 0:
+            totals[0] = torch.stack(losses).double().sum()
+            totals[1] = sum(int(batch.learned_bt.sum()) for batch in batches)
+        dist.all_reduce(totals)
+        loss_sum, learned = totals.tolist()
+        return loss_sum, int(learned)
+
+    def _main_parameter(self, parameter: nn.Parameter) -> Iterator[tuple[Any, Tensor, slice]]:
+        """This rank's part of the fp32 weights, if any: its optimiser, the part, and where it is."""
+        for optimizer in getattr(self._optimizer, "chained_optimizers", [self._optimizer]):
+            places = {} if optimizer.is_stub_optimizer else optimizer.model_param_group_index_map
+            if parameter in places:
+                group, place = places[parameter]
+                own = optimizer._get_model_param_range_map(parameter)["param"]
+                main = optimizer.optimizer.param_groups[group]["params"][place]
+                yield optimizer.optimizer, main, slice(own.start, own.end)
+
+    def _whole(self, entry: Parameter, parameter: nn.Parameter, kind: str) -> Tensor:
+        """The whole weights, or a moment of them, on the ranks of this pipeline stage."""
+        local = parameter.detach().float()
+        if parameter.requires_grad:
+            local = torch.zeros_like(local)
+            for optimizer, main, own_range in self._main_parameter(parameter):
+                own = main if kind == "weights" else optimizer.state[main][kind]
+                local.view(-1)[own_range] = own
+            dist.all_reduce(local, group=parallel_state.get_data_parallel_group())
+        if entry.tensor_axis is None or self._parallel.tensor_parallel == 1:
+            return local
+        shards = [torch.empty_like(local) for _ in range(self._parallel.tensor_parallel)]
+        dist.all_gather(shards, local, group=parallel_state.get_tensor_model_parallel_group())
+        return entry.unshard(shards)
+
+    def _stage_of_parameters(self) -> dict[str, tuple[int, bool]]:
+        """Pipeline rank that holds each parameter, and whether it is trained."""
+        held = {name: parameter.requires_grad for name, (_, parameter) in self._held.items()}
+        held_by_stage: list[Any] = [None] * self._parallel.pipeline_parallel
+        group = parallel_state.get_pipeline_model_parallel_group()
+        dist.all_gather_object(held_by_stage, held, group=group)
+        return {
+            name: (stage, trained)
+            for stage, held in enumerate(held_by_stage)
+            for name, trained in held.items()
+        }
+
+    def _from_stage(self, stage: int, whole: Tensor | None, entry: Parameter) -> Tensor:
+        if whole is None:
+            whole = torch.empty(entry.shape, device=self._device)
+        if self._parallel.pipeline_parallel > 1:
+            group = parallel_state.get_pipeline_model_parallel_group()
+            dist.broadcast(whole, group=group, group_src=stage)
+        return whole
+
+
+def _forward_step(batches: Iterator[Batch], chunk: nn.Module) -> tuple[Tensor, Callable[..., Any]]:
+    """One micro-batch through one chunk; the schedule calls the loss function on the last stage."""
+    batch = next(batches)
+
+    def loss(losses_bt: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        loss_sum = loss_sum_of(losses_bt, batch)
+        return loss_sum, batch.learned_bt.sum().int(), loss_sum.detach().clone()
+
+    return token_losses(chunk, batch), loss
+
+
+def _tensor_rank() -> int:
+    return parallel_state.get_tensor_model_parallel_rank()
