@@ -46,8 +46,6 @@ class MegatronEngine:
         self._models = [self._build(stage) for stage in stages]
         self._config: Any = self._models[0].config
         self._chunks = [self._data_parallel(model) for model in self._models]
-        # Gradients are summed over micro-batches and copies, and divided by all learned tokens.
-        self._config.calculate_per_token_loss = True
         self._config.finalize_model_grads_func = finalize_model_grads
         if run.megatron.overlap_communication:
             no_sync = [chunk.no_sync for chunk in self._chunks]

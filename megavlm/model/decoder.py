@@ -52,10 +52,11 @@ def build_decoder(
         pipeline_model_parallel_size=parallel.pipeline_parallel,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if interleaved else None,
         pipeline_model_parallel_layout=_layout(parallel) if parallel.chunks > 1 else None,
-        # On gloo, interleaving over batched sends computes wrong gradients, silently.
+        # On gloo, interleaving over batched sends computes wrong gradients, silently, and so does
+        # freeing what is still being sent.
         batch_p2p_comm=not interleaved,
         overlap_p2p_comm=interleaved,
-        deallocate_pipeline_outputs=True,
+        deallocate_pipeline_outputs=not interleaved or torch.cuda.is_available(),
     )
     at: dict[str, Any] = {"ignore_virtual": False, "vp_stage": vp_stage}
     return GPTModel(

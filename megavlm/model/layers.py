@@ -27,11 +27,17 @@ class Norm(nn.Module):
     """RMSNorm or LayerNorm, as the configuration says.
 
     megatron-core's own torch norm refuses sequence parallelism; this one marks its parameters for
-    it, so that their gradients are summed over the tensor-parallel ranks.
+    it, so that their gradients are summed over the tensor-parallel ranks, unless each of them has
+    `all_tokens`.
     """
 
     def __init__(
-        self, config: TransformerConfig, hidden_size: int, eps: float = NORM_EPSILON
+        self,
+        config: TransformerConfig,
+        hidden_size: int,
+        eps: float = NORM_EPSILON,
+        *,
+        all_tokens: bool = False,
     ) -> None:
         super().__init__()
         self.eps = eps
@@ -42,7 +48,7 @@ class Norm(nn.Module):
             else None
         )
         for parameter in self.parameters():
-            parameter.sequence_parallel = config.sequence_parallel  # pyright: ignore
+            parameter.sequence_parallel = config.sequence_parallel and not all_tokens  # pyright: ignore
 
     def forward(self, x: Tensor) -> Tensor:
         shape = (x.shape[-1],)
@@ -170,6 +176,7 @@ def layer_config(
         bf16=dtype == torch.bfloat16,
         hidden_dropout=0.0,
         attention_dropout=0.0,
+        calculate_per_token_loss=True,
         tensor_model_parallel_size=parallel.tensor_parallel,
         sequence_parallel=parallel.sequence_parallel,
         # On the CPU, or on whatever device a surrounding `torch.device` names.

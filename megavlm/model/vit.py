@@ -60,7 +60,7 @@ class VisionTransformer(MegatronModule):
         )
         self.class_token = nn.Parameter(torch.empty(sizes.width, dtype=dtype))
         self.positions = nn.Parameter(torch.empty(sizes.tokens, sizes.width, dtype=dtype))
-        self.norm_pre = Norm(config, sizes.width)
+        self.norm_pre = Norm(config, sizes.width, all_tokens=True)
         layer = self_attention_layer_spec(AttnMaskType.no_mask)
         self.block = TransformerBlock(
             config,
