@@ -32,11 +32,30 @@ def texts_of(batch, tokenizer):
 
 def test_the_samples_of_a_step_do_not_depend_on_ranks(tiny_run):
     tokenizer = Tokenizer(tiny_run.data.tokenizer)
-    for number in (0, 1, 7):
-        whole = texts_of(micro_batches(tiny_run)[number], tokenizer)
-        for ranks in (2, 4):
-            parts = [micro_batches(tiny_run, rank, ranks)[number] for rank in range(ranks)]
-            assert sorted(t for part in parts for t in texts_of(part, tokenizer)) == whole
+
+    def texts_of_step(step, ranks):
+        batches = batches_of_step(tiny_run, step, ranks)
+        return sorted(text for batch in batches for text in texts_of(batch, tokenizer))
+
+    for step in (0, 3):
+        whole = texts_of_step(step, ranks=1)
+        assert len(whole) > 8
+        assert texts_of_step(step, ranks=2) == texts_of_step(step, ranks=4) == whole
+
+
+def batches_of_step(run, step, ranks):
+    """All micro-batches of a step, of all ranks."""
+    per_step = run.train.micro_batches
+    numbers = range(step * per_step, (step + 1) * per_step)
+    return [micro_batches(run, rank, ranks)[n] for rank in range(ranks) for n in numbers]
+
+
+def test_no_micro_batch_waits_for_one_with_more_images(tiny_run):
+    for step in range(5):
+        batches = batches_of_step(tiny_run, step, ranks=2)
+        images = [len({*batch.image_ranges_2bt[1].flatten().tolist()} - {0}) for batch in batches]
+        assert max(images) - min(images) <= 1, "a sort could have done better"
+        assert {len(batch.pixels) for batch in batches} == {max(images)}
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -1,0 +1,71 @@
+import random
+
+import pytest
+
+from megavlm.data.balance import deal
+
+
+def random_cases(seed: int, *, rooms: tuple[int, ...], most_images: int):
+    generator = random.Random(seed)
+    for _ in range(100):
+        cells, room = generator.randint(2, 4), generator.choice(rooms)
+        yield [generator.randint(0, most_images) for _ in range(cells * room)], cells
+
+
+def loads(images: list[int], dealt: list[list[int]]) -> list[int]:
+    return [sum(images[i] for i in cell) for cell in dealt]
+
+
+def least_heaviest(images: list[int], cells: int) -> int:
+    """The heaviest cell's images when the items are dealt as well as can be, by trying all ways."""
+    room = len(images) // cells
+    reached = {((0, 0),) * cells}
+    for item in images:
+        # Cells are alike, so that states are kept sorted.
+        reached = {
+            tuple(sorted((*state[:c], (state[c][0] + item, state[c][1] + 1), *state[c + 1 :])))
+            for state in reached
+            for c in range(cells)
+            if state[c][1] < room
+        }
+    return min(max(load for load, _ in state) for state in reached)
+
+
+def test_every_item_is_dealt_once_and_every_cell_has_as_many():
+    for images, cells in random_cases(0, rooms=(1, 2, 5, 9), most_images=5):
+        dealt = deal(images, cells)
+        assert sorted(item for cell in dealt for item in cell) == list(range(len(images)))
+        assert {len(cell) for cell in dealt} == {len(images) // cells}
+        assert all(cell == sorted(cell) for cell in dealt)
+
+
+def test_samples_with_one_image_or_none_are_dealt_perfectly():
+    for images, cells in random_cases(1, rooms=(1, 3, 8), most_images=1):
+        assert max(loads(images, deal(images, cells))) == -(-sum(images) // cells)
+        assert min(loads(images, deal(images, cells))) == sum(images) // cells
+
+
+def test_two_items_a_cell_are_dealt_as_well_as_can_be():
+    for images, cells in random_cases(2, rooms=(1, 2), most_images=9):
+        assert max(loads(images, deal(images, cells))) == least_heaviest(images, cells)
+
+
+def test_three_items_a_cell_stay_within_the_bound_of_the_sort():
+    for images, cells in random_cases(3, rooms=(3,), most_images=9):
+        # 4/3 - 1/(3 cells): Kellerer and Woeginger 1993, for three items in each cell.
+        bound = (4 * cells - 1) * least_heaviest(images, cells)
+        assert 3 * cells * max(loads(images, deal(images, cells))) <= bound
+
+
+def test_the_deal_depends_on_the_images_alone():
+    for images, cells in random_cases(4, rooms=(4,), most_images=3):
+        assert deal(images, cells) == deal(tuple(images), cells)
+
+
+@pytest.mark.parametrize("images", [0, 1, 3])
+def test_items_that_are_alike_make_cells_that_are_alike(images):
+    assert loads([images] * 24, deal([images] * 24, 8)) == [3 * images] * 8
+
+
+def test_a_deal_by_hand():
+    assert deal([1, 0, 4, 2, 0, 3], 2) == [[1, 2, 4], [0, 3, 5]]
