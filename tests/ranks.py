@@ -9,10 +9,11 @@ import socket
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -29,6 +30,16 @@ def alone() -> AbstractContextManager[None]:
     gloo must never start here: it keeps a thread that forked ranks would miss, and hang.
     """
     return process_groups(seed=1, store=FakeStore(), backend="fake")
+
+
+@contextmanager
+def as_rank(rank: int, ranks: int, parallel: MegatronSettings) -> Iterator[None]:
+    """Process groups as one rank of several has them, on the fake backend: sizes, no data."""
+    with (
+        patch.dict(os.environ, RANK=str(rank), WORLD_SIZE=str(ranks)),
+        process_groups(seed=1, parallel=parallel, store=FakeStore(), backend="fake"),
+    ):
+        yield
 
 
 def run_on_ranks(

@@ -68,4 +68,4 @@ def test_items_that_are_alike_make_cells_that_are_alike(images):
 
 
 def test_a_deal_by_hand():
-    assert deal([1, 0, 4, 2, 0, 3], 2) == [[1, 2, 4], [0, 3, 5]]
+    assert deal([0, 3, 4, 2, 1, 0], 2) == [[0, 2, 4], [1, 3, 5]]
