@@ -46,10 +46,10 @@ def _train(run: RunSettings, options: argparse.Namespace) -> None:
         return
     import torch
 
-    from megavlm.dist.launch import launch_command, read_hostfile
+    from megavlm.dist.launch import launch_command, ranks_of
     from megavlm.train.preflight import check_run
 
-    check_run(run, ranks=sum(read_hostfile(options.hostfile).values()))
+    check_run(run, ranks_of(run, options.hostfile))
     command = launch_command(options.hostfile, options.run_file, options.overrides)
     print(" ".join(command), flush=True)
     if not torch.cuda.is_available():
@@ -59,12 +59,11 @@ def _train(run: RunSettings, options: argparse.Namespace) -> None:
 
 
 def _plan(run: RunSettings, options: argparse.Namespace) -> None:
-    from megavlm.dist.launch import launch_command, read_hostfile
+    from megavlm.dist.launch import launch_command, ranks_of
     from megavlm.planner.report import print_plan, write_deepspeed_json
 
-    hosts = read_hostfile(options.hostfile) if options.hostfile else {}
-    print_plan(run, ranks=sum(hosts.values()))
-    if hosts:
+    print_plan(run, ranks=ranks_of(run, options.hostfile) if options.hostfile else 0)
+    if options.hostfile:
         print(" ".join(launch_command(options.hostfile, options.run_file, options.overrides)))
     if options.ds_json:
         write_deepspeed_json(run, options.ds_json)

@@ -1,10 +1,13 @@
 """The `deepspeed` launcher: its hostfile (`host slots=8` on each line) and its command line."""
 
+import math
 import re
 import socket
 from collections.abc import Sequence
 from pathlib import Path
 
+from megavlm.config.run import RunSettings, data_parallel_ranks, samples_per_micro_batch
+from megavlm.config.sizes import divisors
 from megavlm.errors import LaunchError
 
 _LINE = re.compile(r"^(?P<host>\S+)\s+slots=(?P<slots>\d+)$")
@@ -27,9 +30,7 @@ def read_hostfile(path: Path) -> dict[str, int]:
             continue
         match = _LINE.match(entry)
         if match is None:
-            raise LaunchError(
-                f"{path}:{number}: {entry!r} is not of the form `host slots=8`"
-            )
+            raise LaunchError(f"{path}:{number}: {entry!r} is not of the form `host slots=8`")
         host, slots = match["host"], int(match["slots"])
         if host in slots_by_host:
             raise LaunchError(
@@ -42,6 +43,27 @@ def read_hostfile(path: Path) -> dict[str, int]:
     if not slots_by_host:
         raise LaunchError(f"hostfile {path} names no host")
     return slots_by_host
+
+
+def ranks_of(run: RunSettings, hostfile: Path) -> int:
+    """Ranks that the hosts of a hostfile start, one for each slot.
+
+    Raises LaunchError where tensor-parallel ranks, which are neighbours, would not share a host,
+    and ConfigError where model or batch do not divide over the ranks.
+    """
+    slots_by_host = read_hostfile(hostfile)
+    tensor_parallel = run.model_parallel.tensor_parallel
+    for host, slots in slots_by_host.items():
+        if slots % tensor_parallel:
+            fitting = divisors(math.gcd(*slots_by_host.values()))
+            raise LaunchError(
+                f"{hostfile}: host {host} has slots={slots}, not a multiple of "
+                f"megatron.tensor_parallel={tensor_parallel}, whose ranks must share a host; "
+                f"change its slots, or try megatron.tensor_parallel in {fitting}"
+            )
+    ranks = sum(slots_by_host.values())
+    samples_per_micro_batch(run.train, data_parallel_ranks(run, ranks))
+    return ranks
 
 
 def launch_command(hostfile: Path, run_file: Path, overrides: Sequence[str]) -> list[str]:

@@ -2,8 +2,11 @@ from pathlib import Path
 
 import pytest
 
-from megavlm.dist.launch import launch_command, read_hostfile
+from megavlm.config.load import load_run
+from megavlm.dist.launch import launch_command, ranks_of, read_hostfile
 from megavlm.errors import LaunchError
+
+CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 def write(tmp_path, text):
@@ -18,7 +21,7 @@ def test_reads_hosts_in_order(tmp_path):
 
 
 def test_the_example_is_16_hosts_of_8():
-    hosts = read_hostfile(Path(__file__).parents[2] / "configs" / "hostfile.example")
+    hosts = read_hostfile(CONFIGS / "hostfile.example")
     assert sum(hosts.values()) == 128 and len(hosts) == 16
 
 
@@ -41,6 +44,22 @@ def test_mistakes(tmp_path, text, says):
 def test_missing_hostfile(tmp_path):
     with pytest.raises(LaunchError, match="cannot read hostfile"):
         read_hostfile(tmp_path / "none")
+
+
+def test_tensor_parallel_ranks_share_a_host(tmp_path):
+    tensor_4 = ["megatron.tensor_parallel=4", "train.samples_per_step=1536"]
+    run = load_run(CONFIGS / "vlm-30b.yaml", ["engine=megatron", *tensor_4])
+    assert ranks_of(run, write(tmp_path, "a slots=4\nb slots=8\n")) == 12
+    path = write(tmp_path, "a slots=8\nb slots=6\nc slots=10\n")
+    with pytest.raises(LaunchError) as caught:
+        ranks_of(run, path)
+    assert str(caught.value) == (
+        f"{path}: host b has slots=6, not a multiple of megatron.tensor_parallel=4, whose ranks "
+        "must share a host; change its slots, or try megatron.tensor_parallel in [1, 2]"
+    )
+    # Other engines split no matrix.
+    run = load_run(CONFIGS / "vlm-30b.yaml", ["engine=zero3", *tensor_4])
+    assert ranks_of(run, path) == 24
 
 
 def test_command_line(tmp_path):

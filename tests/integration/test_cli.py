@@ -49,6 +49,49 @@ def test_a_hostfile_with_a_host_twice(capsys, tiny_run_file, tmp_path):
     assert says == error_of(capsys, "plan", tiny_run_file, "--hostfile", hostfile)
 
 
+@pytest.mark.parametrize(
+    ("hosts", "overrides", "says"),
+    [
+        # Ranks 2 and 3 would be one tensor-parallel group on two hosts.
+        (
+            {"a": 3, "b": 5},
+            ["megatron.tensor_parallel=2"],
+            "hostfile: host a has slots=3, not a multiple of megatron.tensor_parallel=2, whose "
+            "ranks must share a host; change its slots, or try megatron.tensor_parallel in [1]",
+        ),
+        (
+            {"a": 2, "b": 1},
+            ["megatron.tensor_parallel=2"],
+            "hostfile: host b has slots=1, not a multiple of megatron.tensor_parallel=2",
+        ),
+        (
+            {"a": 2, "b": 2},
+            ["megatron.tensor_parallel=2", "megatron.pipeline_parallel=3"],
+            "4 ranks are not divisible by megatron.tensor_parallel=2 x pipeline_parallel=3 = 6; "
+            "use a multiple of 6 ranks",
+        ),
+        (
+            {"a": 2, "b": 4},
+            ["megatron.tensor_parallel=2"],
+            "train.samples_per_step=8 is not divisible by train.micro_batches=2 x "
+            "data_parallel=3 = 6; try 6 or 12",
+        ),
+        (
+            {"a": 3},
+            ["engine=fsdp2", "fsdp2.shard_ranks=2"],
+            "fsdp2.shard_ranks=2 does not divide the 3 ranks; try [1, 3]",
+        ),
+    ],
+)
+def test_hosts_that_do_not_fit_the_run(capsys, tiny_run_file, tmp_path, hosts, overrides, says):
+    hostfile = tmp_path / "hostfile"
+    hostfile.write_text("".join(f"{host} slots={slots}\n" for host, slots in hosts.items()))
+    arguments = [tiny_run_file, "--hostfile", hostfile, "engine=megatron", *overrides]
+    told = error_of(capsys, "train", *arguments)
+    assert says in told
+    assert told == error_of(capsys, "plan", *arguments)
+
+
 def test_a_missing_or_broken_picture(capsys, tiny_run_file, tmp_path):
     missing = tmp_path / "none.png"
     says = error_of(capsys, "generate", tiny_run_file, "--picture", missing)
