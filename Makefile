@@ -7,7 +7,7 @@ FONT := /usr/share/fonts/truetype/noto/NotoColorEmoji.ttf
 CLDR := /usr/share/unicode/cldr/common/annotations/en.xml
 FRIBIDI := $(wildcard /usr/lib/*/libfribidi.so.0)
 
-.PHONY: setup packages data demo test test-slow check format configs clean
+.PHONY: setup packages data demo test test-slow parity check format configs clean
 
 setup: .venv/installed
 
@@ -55,6 +55,10 @@ test: setup packages
 
 test-slow: setup packages
 	pytest
+
+# Every engine and layout against one plain process: worst differences, as Markdown.
+parity: setup
+	CUDA_VISIBLE_DEVICES= DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 python -W ignore -m tests.parity.matrix
 
 check: setup
 	ruff check .
