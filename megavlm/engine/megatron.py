@@ -154,7 +154,7 @@ class MegatronEngine:
             use_distributed_optimizer=True,
             overlap_param_gather=self._run.megatron.overlap_communication,
         )
-        kept = ParamWithNamePredicate("kept", lambda parameter, name: not decays(name, parameter))
+        kept = ParamWithNamePredicate("kept", lambda p, name: not decays(name, p.ndim))
         return get_megatron_optimizer(
             config,
             cast(Any, self._chunks),

@@ -4,12 +4,12 @@ import math
 from typing import Any
 
 import torch
-from torch import nn
 
 from megavlm.config.run import OptimizerSettings
+from megavlm.model.vlm import VisionLanguageModel
 
 
-def adamw(model: nn.Module, settings: OptimizerSettings) -> torch.optim.AdamW:
+def adamw(model: VisionLanguageModel, settings: OptimizerSettings) -> torch.optim.AdamW:
     """AdamW (Loshchilov and Hutter 2019); the learning rate is set before every step."""
     return torch.optim.AdamW(
         parameter_groups(model, settings.weight_decay),
@@ -19,17 +19,19 @@ def adamw(model: nn.Module, settings: OptimizerSettings) -> torch.optim.AdamW:
     )
 
 
-def decays(name: str, parameter: nn.Parameter) -> bool:
+def decays(name: str, axes: int) -> bool:
     """Matrices decay; norms, biases, gates and position embeddings do not."""
-    return parameter.ndim >= 2 and not name.endswith("positions")
+    return axes >= 2 and not name.endswith("positions")
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+def parameter_groups(model: VisionLanguageModel, weight_decay: float) -> list[dict[str, Any]]:
     """Trained parameters, those that decay and those that do not."""
+    # ZeRO-3 flattens parameters; the ledger knows their shapes.
+    ledger = model.ledger()
     decayed, kept = [], []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            (decayed if decays(name, parameter) else kept).append(parameter)
+            (decayed if decays(name, len(ledger[name].shape)) else kept).append(parameter)
     groups = [
         {"params": decayed, "weight_decay": weight_decay},
         {"params": kept, "weight_decay": 0.0},
