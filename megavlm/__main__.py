@@ -67,6 +67,10 @@ def _plan(run: RunSettings, options: argparse.Namespace) -> None:
         print(" ".join(launch_command(options.hostfile, options.run_file, options.overrides)))
     if options.ds_json:
         write_deepspeed_json(run, options.ds_json)
+    if options.picture:
+        from megavlm.planner.picture import draw_layout
+
+        draw_layout(run, options.picture)
 
 
 def _tokenizer(run: RunSettings, options: argparse.Namespace) -> None:
@@ -161,6 +165,7 @@ def _parser() -> argparse.ArgumentParser:
     for sub in (train, plan):
         sub.add_argument("--hostfile", type=Path, help="start (or plan) the run on these hosts")
     plan.add_argument("--ds-json", type=Path, help="write the run's DeepSpeed configuration here")
+    plan.add_argument("--picture", type=Path, help="draw the layout here (svg, png, pdf)")
     generate.add_argument("--prompt", default="Caption:")
     generate.add_argument("--max-new-tokens", type=_positive, default=64)
     generate.add_argument(

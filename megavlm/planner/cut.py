@@ -1,14 +1,15 @@
 """Where a pipeline cuts the decoder."""
 
 from dataclasses import replace
-from functools import lru_cache
+from functools import cache
 
 from megavlm.config.engines import MegatronSettings
 from megavlm.config.run import RunSettings
 from megavlm.config.sizes import ModelSizes
 
 TOKENS_PER_TEXT = 64  # a guess at a prompt and its answer; the data decides the true number
-TRAINED, FROZEN = 3, 1  # passes: forward, and twice as much backward
+# Passes: forward; backward to the inputs; backward to the weights.
+TRAINED, ON_GRADIENT_PATH, FROZEN = 3, 2, 1
 
 
 def with_cut(run: RunSettings) -> MegatronSettings:
@@ -16,15 +17,28 @@ def with_cut(run: RunSettings) -> MegatronSettings:
     parallel = run.model_parallel
     if parallel.chunks == 1 or parallel.chunk_layers is not None:
         return parallel
-    encoder_passes = FROZEN if "encoder" in run.train.frozen else TRAINED
+    before, layers, after = costs_per_image(run)
+    layers[0] += before
+    layers[-1] += after
+    return replace(parallel, chunk_layers=balanced_cut(layers, parallel.chunks))
+
+
+def costs_per_image(run: RunSettings) -> tuple[float, list[float], float]:
+    """FLOPs of training on one image and its texts, recomputation left out, as `flops_per_image`.
+
+    Frozen parts cost fewer passes: gradients flow through the decoder, not through the encoder.
+    """
     tokens_per_text = min(TOKENS_PER_TEXT, run.data.row_tokens)
     before, layers, after = flops_per_image(
         run.model, run.data.texts_per_sample * tokens_per_text, tokens_per_text
     )
-    layers = [TRAINED * layer for layer in layers]
-    layers[0] += encoder_passes * before
-    layers[-1] += TRAINED * after
-    return replace(parallel, chunk_layers=balanced_cut(layers, parallel.chunks))
+    encoder_passes = FROZEN if "encoder" in run.train.frozen else TRAINED
+    decoder_passes = ON_GRADIENT_PATH if "decoder" in run.train.frozen else TRAINED
+    cross_layers = run.model.decoder.cross_layers
+    layers = [
+        (TRAINED if i in cross_layers else decoder_passes) * flops for i, flops in enumerate(layers)
+    ]
+    return encoder_passes * before, layers, decoder_passes * after
 
 
 def flops_per_image(
@@ -58,7 +72,7 @@ def balanced_cut(layer_costs: list[float], chunks: int) -> tuple[int, ...]:
     Among equally good cuts it prefers the more even one.
     """
 
-    @lru_cache(maxsize=None)
+    @cache
     def best(first: int, chunks: int) -> tuple[float, float, tuple[int, ...]]:
         """Highest cost, sum of squared costs, and the cut, of the layers from `first` on."""
         if chunks == 1:
