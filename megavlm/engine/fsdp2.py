@@ -1,0 +1,217 @@
+"""PyTorch `fully_shard`, one unit per layer: the baseline that the other engines are measured by.
+
+Each rank keeps its shard of the fp32 weights, of their gradients and of their AdamW moments. A
+layer's weights are gathered, in the run's precision, while the layer runs.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.utils import get_total_norm
+from torch.utils.checkpoint import checkpoint
+
+from megavlm.config.engines import Fsdp2Settings
+from megavlm.config.run import RunSettings
+from megavlm.data.packing import Batch
+from megavlm.engine.base import DTYPES, MOMENTS, StepResult
+from megavlm.engine.optim import adamw
+from megavlm.model.initial import initial_values
+from megavlm.model.vlm import VisionLanguageModel
+from megavlm.stages.captioning import loss_sum
+
+
+class Fsdp2Engine:
+    """Trains a model whose layers are sharded over ranks, and perhaps replicated beyond."""
+
+    def __init__(self, run: RunSettings, device: torch.device) -> None:
+        self._device = device
+        self._clip_norm = run.optimizer.clip_norm
+        self._replicas = dist.get_world_size() // _shard_ranks(run.fsdp2)
+        self._model = _sharded_model(run, _mesh(run.fsdp2, device))
+        self._fill_with_initial_values(run)
+        self._trained = [p for _, p in self._parameters() if p.requires_grad]
+        self._optimizer = adamw(self._model, run.optimizer)
+        for group in self._optimizer.param_groups:
+            group["foreach"] = True  # by default AdamW would loop over DTensors one by one
+        self._create_optimizer_states()
+
+    def step(self, micro_batches: Sequence[Batch], learning_rate: float) -> StepResult:
+        self._model.train()
+        loss_total, learned = torch.zeros((), device=self._device), 0
+        for number, batch in enumerate(micro_batches, start=1):
+            # Shards are reduced after every micro-batch, their replicas once.
+            self._model.set_requires_all_reduce(number == len(micro_batches))
+            loss = loss_sum(self._model, batch.to(self._device))
+            loss.backward()
+            loss_total += loss.detach()
+            learned += int(batch.learned_bt.sum())
+        gradients = [_local(parameter.grad) for parameter in self._trained]
+        squared_norm = get_total_norm(gradients).double().square() / self._replicas
+        totals = self._sum_over_ranks(loss_total, learned, squared_norm)
+        # The gradients are of the summed loss; we want those of the mean over learned tokens.
+        tokens = max(1.0, totals[1])
+        gradient_norm = math.sqrt(totals[2]) / tokens
+        scale = self._clip_factor(gradient_norm) / tokens
+        torch._foreach_mul_(gradients, scale)  # pyright: ignore[reportPrivateImportUsage]
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        return StepResult(
+            loss=totals[0] / tokens, gradient_norm=gradient_norm, learned_tokens=int(totals[1])
+        )
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterable[Batch]) -> tuple[float, int]:
+        self._model.eval()
+        loss_total, learned = torch.zeros((), device=self._device), 0
+        for batch in batches:
+            loss_total += loss_sum(self._model, batch.to(self._device))
+            learned += int(batch.learned_bt.sum())
+        self._model.reshard()  # the root waits for a backward pass that does not come
+        loss_sum_of_all, learned_of_all = self._sum_over_ranks(loss_total, learned)
+        return loss_sum_of_all, int(learned_of_all)
+
+    @torch.no_grad()
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        for name, parameter in self._parameters():
+            yield f"weights/{name}", _whole(parameter)
+            for moment in MOMENTS if parameter.requires_grad else ():
+                yield f"{moment}/{name}", _whole(self._optimizer.state[parameter][moment])
+
+    @torch.no_grad()
+    def load_tensors(self, read: Callable[[str], Tensor], steps_done: int) -> None:
+        for name, parameter in self._parameters():
+            _keep_shard(parameter, read(f"weights/{name}"))
+            if parameter.requires_grad:
+                state = self._optimizer.state[parameter]
+                state["step"].fill_(steps_done)
+                for moment in MOMENTS:
+                    _keep_shard(state[moment], read(f"{moment}/{name}"))
+
+    def close(self) -> None:
+        pass
+
+    def _parameters(self) -> Iterator[tuple[str, DTensor]]:
+        """All parameters by the ledger's names, sharded, as they are between steps."""
+        return self._model.named_parameters()
+
+    @torch.no_grad()
+    def _fill_with_initial_values(self, run: RunSettings) -> None:
+        """One whole parameter at a time, so that no rank ever holds the whole model."""
+        self._model.to_empty(device=self._device)
+        ledger = self._model.ledger()
+        for name, parameter in self._parameters():
+            values = initial_values(ledger[name], run.seed, self._device)
+            # Rounded as on the other engines, so that all start from the same weights.
+            _keep_shard(parameter, values.to(DTYPES[run.train.precision]).float())
+
+    def _create_optimizer_states(self) -> None:
+        """AdamW makes its state at its first step; make it now, so that it can be loaded."""
+        for parameter in self._trained:
+            self._optimizer.state[parameter] = {
+                "step": torch.tensor(0.0),
+                **{moment: torch.zeros_like(parameter.detach()) for moment in MOMENTS},
+            }
+
+    def _clip_factor(self, gradient_norm: float) -> float:
+        """As torch's clip_grad_norm_; a norm of 0 switches clipping off."""
+        return min(1.0, self._clip_norm / (gradient_norm + 1e-6)) if self._clip_norm else 1.0
+
+    def _sum_over_ranks(self, *values: Tensor | float) -> list[float]:
+        totals = torch.tensor([float(v) for v in values], dtype=torch.float64, device=self._device)
+        dist.all_reduce(totals)
+        return totals.tolist()
+
+
+def _shard_ranks(settings: Fsdp2Settings) -> int:
+    return settings.shard_ranks or dist.get_world_size()
+
+
+def _mesh(settings: Fsdp2Settings, device: torch.device) -> DeviceMesh:
+    """Neighbours shard, so that they share a host; replicas lie farther apart."""
+    ranks, shard_ranks = dist.get_world_size(), _shard_ranks(settings)
+    if shard_ranks == ranks:
+        return init_device_mesh(device.type, (ranks,), mesh_dim_names=("shard",))
+    shape = (ranks // shard_ranks, shard_ranks)
+    return init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
+
+
+def _sharded_model(run: RunSettings, mesh: DeviceMesh) -> Any:
+    """The model on the meta device, in shards: a VisionLanguageModel that is an FSDPModule too."""
+    train = run.train
+    with torch.device("meta"):
+        model = VisionLanguageModel(
+            run.model,
+            dtype=torch.float32,
+            recompute="none" if train.recompute == "full" else train.recompute,
+            frozen=train.frozen,
+        )
+    root: Any = model
+    encoder_layers = list(root.encoder.block.layers)
+    layers = [*encoder_layers, *root.language.decoder.layers]
+    precision = MixedPrecisionPolicy(
+        param_dtype=DTYPES[train.precision],
+        reduce_dtype=torch.float32,
+        # It would round the rotary angles, too. Activations follow the dtype of the weights.
+        cast_forward_inputs=False,
+    )
+    for layer in layers:
+        if train.recompute == "full":
+            _recompute(layer)
+        fully_shard(layer, mesh=mesh, mp_policy=precision)
+    fully_shard(root, mesh=mesh, mp_policy=precision)
+    for module in (root, *layers):
+        # Sums, not averages: gloo has no other, and the step divides by the learned tokens.
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
+    first_trained = len(encoder_layers) if "encoder" in train.frozen else 0
+    ahead = run.fsdp2.prefetch_layers
+    for forward, *later in _windows([root, *layers], ahead):
+        forward.set_modules_to_forward_prefetch(later)
+    for backward, *later in _windows([root, *reversed(layers[first_trained:])], ahead):
+        # An empty list would leave the choice to torch; the module itself is there already.
+        backward.set_modules_to_backward_prefetch(later or [backward])
+    return root
+
+
+def _recompute(layer: Any) -> None:
+    """Keep only the layer's inputs, and run it again in the backward pass.
+
+    This runs inside `fully_shard`'s hooks. megatron-core's own recomputation would pass them again:
+    a layer's weights are then gathered three times instead of twice, and the forward prefetch of
+    layers that are done already leaves nearly the whole model gathered at the end. The model has no
+    dropout, so there is no random state to preserve.
+    """
+    layer.forward = partial(
+        checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False
+    )
+
+
+def _windows(modules: list[Any], ahead: int) -> Iterator[list[Any]]:
+    """Each module and up to so many after it."""
+    for position in range(len(modules)):
+        yield modules[position : position + 1 + ahead]
+
+
+def _local(sharded: Any) -> Tensor:
+    """This rank's shard, sharing memory with the whole."""
+    return cast(DTensor, sharded).to_local()
+
+
+def _whole(sharded: DTensor) -> Tensor:
+    return sharded.full_tensor().to("cpu", copy=True)  # one rank's whole is its shard itself
+
+
+def _keep_shard(sharded: DTensor, whole: Tensor) -> None:
+    """Take this rank's shard of a tensor that every rank has; nothing is sent."""
+    own = distribute_tensor(whole, sharded.device_mesh, sharded.placements, src_data_rank=None)
+    sharded.to_local().copy_(own.to_local())
