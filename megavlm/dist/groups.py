@@ -55,7 +55,7 @@ def data_ranks() -> int:
 
 def is_first_model_rank() -> bool:
     """Whether this rank is the first of its copy of the model."""
-    return dist.get_rank(parallel_state.get_model_parallel_group()) == 0
+    return dist.get_rank(_model_group()) == 0
 
 
 def from_first_model_rank(value: Plain | None) -> Plain:
@@ -63,7 +63,7 @@ def from_first_model_rank(value: Plain | None) -> Plain:
 
     It travels pickled: both ends are this run's own ranks.
     """
-    group = parallel_state.get_model_parallel_group()
+    group = _model_group()
     if group.size() > 1:
         box: list[Any] = [value]
         dist.broadcast_object_list(box, group=group, group_src=0, device=device())
@@ -76,6 +76,11 @@ def sum_over_copies(*counts: int) -> list[int]:
     totals = torch.tensor(counts, device=device())
     dist.all_reduce(totals, group=parallel_state.get_data_parallel_group())
     return totals.tolist()
+
+
+def _model_group() -> dist.ProcessGroup:
+    """The ranks of this copy of the model."""
+    return cast(Any, parallel_state.get_model_parallel_group())
 
 
 @contextmanager

@@ -158,18 +158,20 @@ class MegatronEngine:
         return get_megatron_optimizer(
             config,
             cast(Any, self._chunks),
-            config_overrides={ParamKey(with_name_predicate=kept): ParamGroupOverride(wd_mult=0.0)},
+            config_overrides={
+                ParamKey(with_name_predicate=kept): cast(ParamGroupOverride, {"wd_mult": 0.0})
+            },
             use_gloo_process_groups=False,
         )
 
     def _run_schedule(self, batches: Sequence[Batch], *, forward_only: bool) -> tuple[float, int]:
-        """Forward, and backward, over micro-batches; summed loss and learned tokens of all ranks."""
+        """Forward, and backward, over micro-batches; summed loss and learned tokens of all."""
         batches = same_shapes([batch.to(self._device) for batch in batches])
         tokens_per_image = self._run.model.encoder.tokens
         losses = get_forward_backward_func()(
             forward_step_func=_forward_step,
             data_iterator=[iter(batches) for _ in self._chunks],
-            model=self._chunks,
+            model=cast(Any, self._chunks),
             num_microbatches=len(batches),
             seq_length=joined_tokens(batches[0], tokens_per_image, self._parallel),
             micro_batch_size=1,
@@ -185,7 +187,7 @@ class MegatronEngine:
         return loss_sum, int(learned)
 
     def _main_parameter(self, parameter: nn.Parameter) -> Iterator[tuple[Any, Tensor, slice]]:
-        """This rank's part of the fp32 weights, if any: its optimiser, the part, and where it is."""
+        """This rank's part of the fp32 weights, if any: its optimiser, the part, its place."""
         for optimizer in getattr(self._optimizer, "chained_optimizers", [self._optimizer]):
             places = {} if optimizer.is_stub_optimizer else optimizer.model_param_group_index_map
             if parameter in places:
@@ -225,7 +227,7 @@ class MegatronEngine:
         if whole is None:
             whole = torch.empty(entry.shape, device=self._device)
         if self._parallel.pipeline_parallel > 1:
-            group = parallel_state.get_pipeline_model_parallel_group()
+            group = cast(Any, parallel_state.get_pipeline_model_parallel_group())
             dist.broadcast(whole, group=group, group_src=stage)
         return whole
 

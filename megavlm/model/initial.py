@@ -4,6 +4,7 @@ So they are the same on every engine and number of ranks, and each rank makes on
 """
 
 import hashlib
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -31,5 +32,5 @@ def materialise(model: VisionLanguageModel, seed: int, device: torch.device) -> 
             name = f"{prefix}.{key}" if prefix else key
             values = model.shard(ledger[name], initial_values(ledger[name], seed, device))
             new = nn.Parameter(values.to(old.dtype), requires_grad=old.requires_grad)
-            new.__dict__.update(vars(old))  # tensor- and sequence-parallel marks
+            cast(Any, new.__dict__).update(vars(old))  # tensor- and sequence-parallel marks
             setattr(module, key, new)

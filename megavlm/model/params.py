@@ -87,7 +87,7 @@ def parameters(sizes: ModelSizes) -> list[Parameter]:
 
 def count_by_part(sizes: ModelSizes) -> dict[str, int]:
     """Number of parameters of each part of the model."""
-    counts = dict.fromkeys(PARTS, 0)
+    counts: dict[str, int] = dict.fromkeys(PARTS, 0)
     for parameter in parameters(sizes):
         counts[parameter.part] += parameter.numel
     return counts

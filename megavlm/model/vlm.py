@@ -6,7 +6,7 @@ w width.
 
 import re
 from collections.abc import Collection, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from megatron.core import parallel_state
@@ -51,8 +51,11 @@ class VisionLanguageModel(MegatronModule):
         parallel: MegatronSettings = UNDIVIDED,
         vp_stage: int | None = None,
     ) -> None:
-        """`frozen`: parts that are not trained, as in `train.frozen`. `vp_stage`: which of this
-        pipeline rank's chunks, if the schedule interleaves."""
+        """Build what this rank holds.
+
+        frozen: parts that are not trained, as in `train.frozen`. vp_stage: which of this pipeline
+        rank's chunks, if the schedule interleaves.
+        """
         style: dict[str, Any] = {"dtype": dtype, "recompute": recompute, "parallel": parallel}
         language = build_decoder(sizes.decoder, **style, vp_stage=vp_stage)
         super().__init__(language.config)
@@ -77,7 +80,7 @@ class VisionLanguageModel(MegatronModule):
 
         Decoder layers are numbered from 0 on every stage; the ledger numbers them over all.
         """
-        first = self.language.decoder.layers[0].layer_number - 1
+        first = cast(int, self.language.decoder.layers[0].layer_number) - 1
         entries = {entry.name: entry for entry in parameters(self.sizes)}
         return {
             name: entries[_LAYER.sub(lambda number: str(int(number[0]) + first), name)]
