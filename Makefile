@@ -73,7 +73,7 @@ format: setup
 
 # The DeepSpeed configurations are derived from the run files, and checked in.
 configs: setup
-	for run in configs/*.yaml; do \
+	for run in $$(grep -LE '^engine: (fsdp2|megatron)' configs/*.yaml); do \
 	  megavlm plan $$run --ds-json configs/ds/$$(basename $$run .yaml).json || exit 1; \
 	done
 
