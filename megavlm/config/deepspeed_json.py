@@ -8,9 +8,20 @@ from megavlm.config.run import RunSettings
 def deepspeed_config(run: RunSettings) -> dict[str, Any]:
     """DeepSpeed's JSON for ZeRO-3; independent of the number of ranks.
 
-    The optimiser and its schedule are ours (`engine/optim.py`), so they are not named here.
+    The sizes in `run.zero3` must have been chosen (see `planner/zero3.py`). The optimiser and its
+    schedule are ours (see `engine/zero3.py`), so they are not named here.
     """
-    return {
+    zero3 = run.zero3
+    sizes = {
+        "reduce_bucket_size": zero3.reduce_bucket,
+        "stage3_prefetch_bucket_size": zero3.prefetch_bucket,
+        "stage3_param_persistence_threshold": zero3.persistence_threshold,
+        "stage3_max_live_parameters": zero3.max_live_parameters,
+        # Weights that return within this distance stay: a recomputed layer's, for its backward.
+        "stage3_max_reuse_distance": zero3.max_live_parameters,
+    }
+    assert None not in sizes.values(), "the bucket sizes must be chosen first"
+    config: dict[str, Any] = {
         "train_batch_size": run.train.samples_per_step,
         "gradient_accumulation_steps": run.train.micro_batches,
         "gradient_clipping": run.optimizer.clip_norm,
@@ -19,13 +30,29 @@ def deepspeed_config(run: RunSettings) -> dict[str, Any]:
         "data_types": {"grad_accum_dtype": "fp32"},
         "zero_optimization": {
             "stage": 3,
-            "reduce_bucket_size": run.zero3.reduce_bucket,
-            "stage3_prefetch_bucket_size": run.zero3.prefetch_bucket,
-            "stage3_param_persistence_threshold": run.zero3.persistence_threshold,
-            "stage3_max_live_parameters": run.zero3.max_live_parameters,
-            "overlap_comm": run.zero3.overlap_communication,
+            **sizes,
+            "overlap_comm": zero3.overlap_communication,
+            # megatron-core's layers already save memory in this way, and it is a global patch.
+            "memory_efficient_linear": False,
+            "zero_hpz_partition_size": zero3.secondary_partition,
+            "zero_quantized_weights": zero3.quantized_weights,
+            "zero_quantized_gradients": zero3.quantized_gradients,
+            "offload_optimizer": _offload(run, zero3.offload_optimizer),
+            "offload_param": _offload(run, zero3.offload_parameters),
         },
+        # The choice of optimiser is the engine's.
+        "zero_force_ds_cpu_optimizer": False,
         "wall_clock_breakdown": False,
         # DeepSpeed's own progress lines repeat what our log says.
         "steps_per_print": 10**9,
     }
+    if zero3.quantized_gradients:
+        # Its kernels read 16-bit floats as fp16, whatever they are.
+        config["communication_data_type"] = "fp16"
+    return config
+
+
+def _offload(run: RunSettings, device: str) -> dict[str, str]:
+    if device == "nvme":
+        return {"device": device, "nvme_path": str(run.zero3.nvme_folder)}
+    return {"device": device}

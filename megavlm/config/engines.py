@@ -1,5 +1,8 @@
 """The settings of each engine: how a model is divided over ranks."""
 
+from pathlib import Path
+from typing import Literal
+
 from pydantic.dataclasses import dataclass
 
 from megavlm.config.sizes import STRICT, ModelSizes, require_divides
@@ -8,23 +11,64 @@ from megavlm.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Zero3Settings:
-    """DeepSpeed ZeRO-3. Sizes count parameters, not bytes."""
+    """DeepSpeed ZeRO-3. Sizes count parameters, not bytes; None lets the planner choose."""
 
-    reduce_bucket: int = 500_000_000
+    reduce_bucket: int | None = None
     """Gradients are reduced in groups of this size."""
-    prefetch_bucket: int = 50_000_000
+    prefetch_bucket: int | None = None
     """Parameters gathered ahead of their use."""
-    persistence_threshold: int = 100_000
-    """Parameters up to this size are never partitioned."""
-    max_live_parameters: int = 1_000_000_000
-    """Gathered parameters kept at once."""
+    persistence_threshold: int | None = None
+    """Parameters up to this size stay gathered; only the optimiser's share of them is divided."""
+    max_live_parameters: int | None = None
+    """Nothing is gathered ahead of its use while so many parameters are gathered."""
     overlap_communication: bool = True
     """Reduce gradients while the backward pass goes on."""
+    secondary_partition: int = 1
+    """Neighbouring ranks, those of one host, that hold the weights a second time between them
+    (hpZ of ZeRO++), so that only the first gather of a step leaves the host; 1 is off."""
+    quantized_weights: bool = False
+    """Gather weights in 8 bits (qwZ of ZeRO++); needs GPUs."""
+    quantized_gradients: bool = False
+    """Reduce gradients between hosts in 4 bits (qgZ of ZeRO++); needs GPUs."""
+    offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
+    """Where master weights and moments live and are updated; nvme updates them on the CPU, too."""
+    offload_parameters: Literal["none", "cpu", "nvme"] = "none"
+    """Where the weights that a rank holds wait until they are gathered."""
+    nvme_folder: Path | None = None
+    """Folder on a disk of each host, for what is offloaded to nvme."""
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if isinstance(value, int) and value < 0:
-                raise ConfigError(f"zero3.{name}={value} must not be negative")
+        for name in ("prefetch_bucket", "persistence_threshold", "max_live_parameters"):
+            if (getattr(self, name) or 0) < 0:
+                raise ConfigError(f"zero3.{name}={getattr(self, name)} must not be negative")
+        for name in ("reduce_bucket", "secondary_partition"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"zero3.{name}={value} must be at least 1")
+        self._check_offload()
+
+    def _check_offload(self) -> None:
+        on_nvme = [
+            f"zero3.{name}=nvme"
+            for name in ("offload_optimizer", "offload_parameters")
+            if getattr(self, name) == "nvme"
+        ]
+        if on_nvme and self.nvme_folder is None:
+            raise ConfigError(f"{on_nvme[0]} needs a folder on a local disk; set zero3.nvme_folder")
+        if self.nvme_folder is not None and not on_nvme:
+            raise ConfigError(
+                f"zero3.nvme_folder={self.nvme_folder} is used by nothing; set "
+                "zero3.offload_optimizer or zero3.offload_parameters to nvme"
+            )
+
+    def check_device(self, *, has_gpu: bool) -> None:
+        """Raise ConfigError when the settings need GPUs that this host does not have."""
+        for name in ("quantized_weights", "quantized_gradients"):
+            if getattr(self, name) and not has_gpu:
+                raise ConfigError(
+                    f"zero3.{name}=true needs GPUs (its kernels are CUDA only) and this host has "
+                    "none; set it to false"
+                )
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -63,7 +107,7 @@ class MegatronSettings:
     """Decoder layers (self- and cross-attention) of each chunk, in the model's order: pipeline x
     virtual numbers. None balances FLOPs, the encoder and the head included."""
     context_parallel: int = 1
-    """Not supported above 1; the text of this model is short, and its image tokens are not split."""
+    """Not supported above 1: texts are short, and image tokens are not split."""
     overlap_communication: bool = True
     """Reduce gradients during the backward pass and gather weights during the forward pass."""
 

@@ -183,6 +183,12 @@ def data_parallel_ranks(run: RunSettings, ranks: int) -> int:
             f"fsdp2.shard_ranks={shard_ranks} does not divide the {ranks} ranks; try "
             f"{divisors(ranks)}"
         )
+    secondary = run.zero3.secondary_partition
+    if run.engine == "zero3" and ranks % secondary:
+        raise ConfigError(
+            f"zero3.secondary_partition={secondary} does not divide the {ranks} ranks; try "
+            f"{divisors(ranks)}"
+        )
     return ranks // model_ranks
 
 

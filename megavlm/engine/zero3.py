@@ -1,11 +1,18 @@
 """DeepSpeed ZeRO-3: weights, gradients and optimiser states are partitioned over all ranks."""
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.ops.adam import DeepSpeedCPUAdam
+from deepspeed.runtime.zero.partition_parameters import (
+    DeepSpeedTensorOverride,
+    PartitionedParamStatus,
+    ZeroParamStatus,
+)
 from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
@@ -20,9 +27,10 @@ from megavlm.config.run import RunSettings
 from megavlm.data.packing import Batch
 from megavlm.dist import cpu
 from megavlm.engine.base import DTYPES, MOMENTS, StepResult
-from megavlm.engine.optim import adamw
-from megavlm.model.initial import materialise
+from megavlm.engine.optim import adamw, parameter_groups
+from megavlm.model.initial import initial_values
 from megavlm.model.vlm import VisionLanguageModel
+from megavlm.planner.zero3 import with_bucket_sizes
 from megavlm.stages.captioning import loss_sum
 
 
@@ -31,26 +39,34 @@ class Zero3Engine:
 
     def __init__(self, run: RunSettings, device: torch.device) -> None:
         self._device = device
-        with torch.device("meta"):
+        cpu.use_gloo_for_deepspeed()
+        config = deepspeed_config(with_bucket_sizes(run))
+        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed wants it of a process alone, too
+        # Every module is divided as soon as it is built, so the whole model never exists.
+        with deepspeed.zero.Init(
+            config_dict_or_path=config,
+            # Not the dtype: that would round the rotary frequencies.
+            tensor_overrides=[DeepSpeedTensorOverride.device],
+        ):
             model = VisionLanguageModel(
                 run.model,
                 dtype=DTYPES[run.train.precision],
                 recompute=run.train.recompute,
                 frozen=run.train.frozen,
             )
-        materialise(model, run.seed, device)
-        cpu.use_gloo_for_deepspeed()
+        ledger = model.ledger()
+        for name, parameter in model.named_parameters():
+            _write(parameter, initial_values(ledger[name], run.seed, device))
         self._engine: Any = deepspeed.initialize(
-            model=model,
-            optimizer=adamw(model, run.optimizer),
-            config=deepspeed_config(run),
-            dist_init_required=False,
+            model=model, optimizer=_optimizer(model, run), config=config, dist_init_required=False
         )[0]
 
     def step(self, micro_batches: Sequence[Batch], learning_rate: float) -> StepResult:
         learned = self._sum_over_ranks(sum(int(b.learned_bt.sum()) for b in micro_batches))
         # DeepSpeed averages over micro-batches and ranks; we want the mean over learned tokens.
         scale = len(micro_batches) * dist.get_world_size() / max(1.0, learned)
+        # It is taken from the fp32 sums: a scaled loss would round otherwise through all of bf16.
+        self._engine.optimizer.override_loss_scale(1 / scale)
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
         self._engine.train()
@@ -77,8 +93,7 @@ class Zero3Engine:
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in self._engine.module.named_parameters():
-            weights: Any = safe_get_full_fp32_param(parameter)
-            yield f"weights/{name}", weights.cpu()
+            yield f"weights/{name}", _whole(parameter).cpu()
             for moment in MOMENTS if parameter.requires_grad else ():
                 full: Any = safe_get_full_optimizer_state(parameter, moment)
                 yield f"{moment}/{name}", full.cpu()
@@ -87,35 +102,79 @@ class Zero3Engine:
         self._create_optimizer_states(steps_done)
         for name, parameter in self._engine.module.named_parameters():
             weights = read(f"weights/{name}")
-            partition = self._partition(weights, parameter)
-            safe_set_local_fp32_param(parameter, partition)
-            parameter.ds_tensor.data.copy_(partition)  # the copy that the forward pass gathers
-            if parameter.numel() == parameter.ds_numel:  # gathered now, and perhaps for good
-                parameter.data.copy_(weights)
-            for moment in MOMENTS if parameter.requires_grad else ():
-                partition = self._partition(read(f"{moment}/{name}"), parameter)
-                safe_set_local_optimizer_state(parameter, partition, moment)
+            _write(parameter, weights)
+            if parameter.requires_grad:
+                safe_set_local_fp32_param(parameter, _partition(weights, parameter))
+                for moment in MOMENTS:
+                    partition = _partition(read(f"{moment}/{name}"), parameter)
+                    safe_set_local_optimizer_state(parameter, partition, moment)
 
     def close(self) -> None:
         self._engine.destroy()
 
     def _create_optimizer_states(self, steps_done: int) -> None:
-        """AdamW makes its state at its first step; make it now, so that it can be loaded."""
+        """Adam makes its state at its first step; make it now, so that it can be loaded."""
         zero = self._engine.optimizer
-        for flat in zero.fp32_partitioned_groups_flat:
+        counts_in_tensor = isinstance(zero.optimizer, torch.optim.AdamW)
+        for number, flat in enumerate(zero.fp32_partitioned_groups_flat):
+            on_nvme = zero._swappable_optimizer_subgroup(number)
+            if on_nvme:
+                zero._optimizer_states_and_gradient_swap_in(number)
             zero.optimizer.state[flat] = {
-                "step": torch.tensor(float(steps_done)),
+                "step": torch.tensor(float(steps_done)) if counts_in_tensor else steps_done,
                 **{moment: torch.zeros_like(flat) for moment in MOMENTS},
             }
-
-    def _partition(self, full: Tensor, parameter: Any) -> Tensor:
-        """This rank's part of a whole tensor, flat, padded with zeros at the end."""
-        size = parameter.ds_tensor.numel()
-        flat = full.to(self._device).flatten()
-        padded = functional.pad(flat, (0, size * dist.get_world_size() - flat.numel()))
-        return padded[size * dist.get_rank() :][:size]
+            if on_nvme:
+                zero._optimizer_states_and_gradient_swap_out(number)
 
     def _sum_over_ranks(self, value: Tensor | float) -> float:
         total = torch.as_tensor(value, dtype=torch.float64, device=self._device).clone()
         dist.all_reduce(total)
         return float(total)
+
+
+def _optimizer(model: VisionLanguageModel, run: RunSettings) -> torch.optim.Optimizer:
+    """AdamW; DeepSpeed's vectorised one for states that wait in the memory of a host with GPUs.
+
+    On hosts without GPUs torch's serves, which needs no compiler.
+    """
+    if run.zero3.offload_optimizer == "none" or not torch.cuda.is_available():
+        return adamw(model, run.optimizer)
+    settings = run.optimizer
+    return DeepSpeedCPUAdam(
+        parameter_groups(model, settings.weight_decay),
+        lr=settings.learning_rate,
+        betas=(settings.beta1, settings.beta2),
+        eps=settings.epsilon,
+    )
+
+
+@torch.no_grad()
+def _write(parameter: Any, whole: Tensor) -> None:
+    """Give a divided parameter new values, on every copy that the forward pass may gather from."""
+    on_nvme = parameter.ds_tensor.status == PartitionedParamStatus.NOT_AVAILABLE
+    if on_nvme:
+        parameter.nvme_swapper.swap_in([parameter], async_op=False)
+    parameter.ds_tensor.copy_(_partition(whole, parameter))
+    if on_nvme:
+        parameter.nvme_swapper.swap_out_and_release([parameter])
+    parameter.ds_secondary_tensor = None  # DeepSpeed makes it anew from the next gather
+    if parameter.ds_status == ZeroParamStatus.AVAILABLE:  # gathered now, and perhaps for good
+        parameter.data.copy_(whole)
+
+
+def _whole(parameter: Any) -> Tensor:
+    """The whole parameter in fp32: the master weights, if it is trained. Collective."""
+    if parameter.requires_grad:
+        master: Any = safe_get_full_fp32_param(parameter)
+        return master
+    with deepspeed.zero.GatheredParameters(parameter):
+        return parameter.detach().float().clone()
+
+
+def _partition(whole: Tensor, parameter: Any) -> Tensor:
+    """This rank's part of a whole tensor, flat, padded with zeros at the end."""
+    size = parameter.ds_tensor.ds_numel
+    start = size * parameter.ds_zero_partition_rank
+    part = whole.flatten()[start : start + size]
+    return functional.pad(part, (0, size - part.numel()))

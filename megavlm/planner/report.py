@@ -12,6 +12,7 @@ from megavlm.config.run import RunSettings, data_parallel_ranks, samples_per_mic
 from megavlm.model.params import count_by_part
 from megavlm.planner.cut import TOKENS_PER_TEXT
 from megavlm.planner.layout import Chunk, layout_of
+from megavlm.planner.zero3 import with_bucket_sizes
 
 
 def print_plan(run: RunSettings, ranks: int) -> None:
@@ -103,4 +104,4 @@ def _contents(run: RunSettings, chunk: Chunk) -> str:
 def write_deepspeed_json(run: RunSettings, path: Path) -> None:
     """Write the DeepSpeed configuration that the run uses."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(deepspeed_config(run), indent=2) + "\n")
+    path.write_text(json.dumps(deepspeed_config(with_bucket_sizes(run)), indent=2) + "\n")

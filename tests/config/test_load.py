@@ -53,7 +53,7 @@ def test_settings_survive_a_round_trip_through_plain_data(tmp_path):
         ("seed=-1", "seed=-1 must not be negative"),
         ("optimizer.beta1=2", "optimizer.beta1=2.0 must be at least 0 and below 1"),
         ("optimizer.epsilon=-1", "optimizer.epsilon=-1.0 must not be negative"),
-        ("zero3.reduce_bucket=-1", "zero3.reduce_bucket=-1 must not be negative"),
+        ("zero3.reduce_bucket=-1", "zero3.reduce_bucket=-1 must be at least 1"),
         ("model.decoder.initial_gate=.nan", "decoder.initial_gate=nan must be finite"),
         ("model.preset=[a]", "model.preset=['a'] is unknown"),
     ],

@@ -66,6 +66,7 @@ LAYOUTS = [
     _megatron("PP4 uneven", 4, pipeline_parallel=4, chunk_layers="[1,1,2,2]"),
     Layout("ZeRO-3 x2", 2, _ZERO3),
     Layout("ZeRO-3 x4", 4, _ZERO3),
+    Layout("ZeRO-3 hpZ 2x2", 4, (*_ZERO3, "zero3.secondary_partition=2")),
     Layout("FSDP2 x2", 2, ("engine=fsdp2",)),
     Layout("FSDP2 x4", 4, ("engine=fsdp2",)),
     Layout("FSDP2 hybrid 2x2", 4, ("engine=fsdp2", "fsdp2.shard_ranks=2")),
