@@ -68,3 +68,9 @@ def test_pictures_that_cannot_be_drawn(capsys, tmp_path, name, overrides, says):
     (tmp_path / "file").touch()
     assert plan(*overrides, "--picture", tmp_path / name) == 2
     assert says in capsys.readouterr().err
+
+
+def test_the_shipped_run_of_the_megatron_engine_fits_its_hosts(capsys):
+    run_file = RUN.with_name("vlm-30b-megatron.yaml")
+    assert main(["plan", str(run_file), "--hostfile", str(EXAMPLE)]) == 0
+    assert "4 copies of the model x 8 micro-batches x 64 samples" in capsys.readouterr().out
