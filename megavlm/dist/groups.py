@@ -100,6 +100,10 @@ def process_groups(
     NCCL on GPUs and gloo on CPUs unless one is named. The groups are destroyed explicitly, because
     gloo may abort a process that exits without doing so.
     """
+    if parallel.tensor_parallel > 1:
+        # One hardware queue, so that communication starts before the matrix product that hides it;
+        # CUDA reads this when it starts.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if torch.cuda.is_available():
         if local_rank() >= torch.cuda.device_count():
             raise LaunchError(

@@ -59,6 +59,7 @@ class MegatronEngine:
 
     def step(self, micro_batches: Sequence[Batch], learning_rate: float) -> StepResult:
         for chunk in self._chunks:
+            chunk.train()
             chunk.zero_grad_buffer()
         self._optimizer.zero_grad()
         for group in self._optimizer.param_groups:
@@ -74,6 +75,8 @@ class MegatronEngine:
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch]) -> tuple[float, int]:
+        for chunk in self._chunks:
+            chunk.eval()
         remaining = iter(batches)
         loss_sum, learned = 0.0, 0
         # As many at once as keep all stages busy; the interleaved schedule needs a full set.
