@@ -14,8 +14,8 @@ import torch
 import yaml
 from PIL import Image
 
-from megavlm.config.load import run_as_tree
 from megavlm.config.engines import Zero3Settings
+from megavlm.config.load import run_as_tree
 from megavlm.config.presets import PRESETS
 from megavlm.config.run import (
     AugmentSettings,

@@ -38,7 +38,9 @@ def deepspeed_config(run: RunSettings) -> dict[str, Any]:
             "zero_quantized_weights": zero3.quantized_weights,
             "zero_quantized_gradients": zero3.quantized_gradients,
             "offload_optimizer": _offload(run, zero3.offload_optimizer),
-            "offload_param": _offload(run, zero3.offload_parameters),
+            "offload_param": _offload(run, zero3.offload_parameters)
+            # None of them in the host's memory; by default a billion of each rank's stay there.
+            | ({"max_in_cpu": 0} if zero3.offload_parameters == "nvme" else {}),
         },
         # The choice of optimiser is the engine's.
         "zero_force_ds_cpu_optimizer": False,
@@ -52,7 +54,7 @@ def deepspeed_config(run: RunSettings) -> dict[str, Any]:
     return config
 
 
-def _offload(run: RunSettings, device: str) -> dict[str, str]:
+def _offload(run: RunSettings, device: str) -> dict[str, Any]:
     if device == "nvme":
         return {"device": device, "nvme_path": str(run.zero3.nvme_folder)}
     return {"device": device}

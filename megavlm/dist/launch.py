@@ -52,18 +52,23 @@ def ranks_of(run: RunSettings, hostfile: Path) -> int:
     and ConfigError where model or batch do not divide over the ranks.
     """
     slots_by_host = read_hostfile(hostfile)
+    check_hosts(run, slots_by_host)
+    ranks = sum(slots_by_host.values())
+    samples_per_micro_batch(run.train, data_parallel_ranks(run, ranks))
+    return ranks
+
+
+def check_hosts(run: RunSettings, slots_by_host: dict[str, int]) -> None:
+    """Raise LaunchError unless tensor-parallel ranks, which are neighbours, share a host."""
     tensor_parallel = run.model_parallel.tensor_parallel
     for host, slots in slots_by_host.items():
         if slots % tensor_parallel:
             fitting = divisors(math.gcd(*slots_by_host.values()))
             raise LaunchError(
-                f"{hostfile}: host {host} has slots={slots}, not a multiple of "
+                f"host {host} has slots={slots}, not a multiple of "
                 f"megatron.tensor_parallel={tensor_parallel}, whose ranks must share a host; "
                 f"change its slots, or try megatron.tensor_parallel in {fitting}"
             )
-    ranks = sum(slots_by_host.values())
-    samples_per_micro_batch(run.train, data_parallel_ranks(run, ranks))
-    return ranks
 
 
 def launch_command(hostfile: Path, run_file: Path, overrides: Sequence[str]) -> list[str]:

@@ -3,6 +3,7 @@
 import fcntl
 import itertools
 import os
+import socket
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -19,6 +20,7 @@ from megavlm.data.packing import Batch
 from megavlm.data.shards import ShardFolder
 from megavlm.data.tokenizer import Tokenizer
 from megavlm.dist import groups
+from megavlm.dist.launch import check_hosts
 from megavlm.engine.base import Engine
 from megavlm.engine.optim import learning_rate_at
 from megavlm.engine.start import start_engine
@@ -30,6 +32,7 @@ from megavlm.train.preflight import check_run
 def train(run: RunSettings) -> None:
     """Train until the last step, from the newest checkpoint if there is one."""
     check_run(run, groups.world_size())
+    check_hosts(run, {socket.gethostname(): groups.local_world_size()})
     if not torch.cuda.is_available():
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // groups.local_world_size()))
     hold = _alone_in(run.run_folder) if groups.rank() == 0 else nullcontext()

@@ -54,7 +54,7 @@ def test_tensor_parallel_ranks_share_a_host(tmp_path):
     with pytest.raises(LaunchError) as caught:
         ranks_of(run, path)
     assert str(caught.value) == (
-        f"{path}: host b has slots=6, not a multiple of megatron.tensor_parallel=4, whose ranks "
+        f"host b has slots=6, not a multiple of megatron.tensor_parallel=4, whose ranks "
         "must share a host; change its slots, or try megatron.tensor_parallel in [1, 2]"
     )
     # Other engines split no matrix.

@@ -56,13 +56,13 @@ def test_a_hostfile_with_a_host_twice(capsys, tiny_run_file, tmp_path):
         (
             {"a": 3, "b": 5},
             ["megatron.tensor_parallel=2"],
-            "hostfile: host a has slots=3, not a multiple of megatron.tensor_parallel=2, whose "
+            "host a has slots=3, not a multiple of megatron.tensor_parallel=2, whose "
             "ranks must share a host; change its slots, or try megatron.tensor_parallel in [1]",
         ),
         (
             {"a": 2, "b": 1},
             ["megatron.tensor_parallel=2"],
-            "hostfile: host b has slots=1, not a multiple of megatron.tensor_parallel=2",
+            "host b has slots=1, not a multiple of megatron.tensor_parallel=2",
         ),
         (
             {"a": 2, "b": 2},

@@ -231,7 +231,7 @@ def differences(actual: Outcome, expected: Outcome) -> dict[str, float]:
 
 
 def _worst_relative(actual: list[float], expected: list[float]) -> float:
-    return max(abs(a - e) / abs(e) for a, e in zip(actual, expected, strict=True))
+    return max(abs(a - e) / (abs(e) or 1.0) for a, e in zip(actual, expected, strict=True))
 
 
 def _norm(tensors: list[Tensor]) -> float:
