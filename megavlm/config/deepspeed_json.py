@@ -21,6 +21,7 @@ def deepspeed_config(run: RunSettings) -> dict[str, Any]:
         "stage3_max_reuse_distance": zero3.max_live_parameters,
     }
     assert None not in sizes.values(), "the bucket sizes must be chosen first"
+    folder = {"nvme_path": str(zero3.nvme_folder)} if zero3.nvme_folder is not None else {}
     config: dict[str, Any] = {
         "train_batch_size": run.train.samples_per_step,
         "gradient_accumulation_steps": run.train.micro_batches,
@@ -37,10 +38,8 @@ def deepspeed_config(run: RunSettings) -> dict[str, Any]:
             "zero_hpz_partition_size": zero3.secondary_partition,
             "zero_quantized_weights": zero3.quantized_weights,
             "zero_quantized_gradients": zero3.quantized_gradients,
-            "offload_optimizer": _offload(run, zero3.offload_optimizer),
-            "offload_param": _offload(run, zero3.offload_parameters)
-            # None of them in the host's memory; by default a billion of each rank's stay there.
-            | ({"max_in_cpu": 0} if zero3.offload_parameters == "nvme" else {}),
+            "offload_optimizer": {"device": zero3.offload_optimizer, **folder},
+            "offload_param": {"device": zero3.offload_parameters},
         },
         # The choice of optimiser is the engine's.
         "zero_force_ds_cpu_optimizer": False,
@@ -52,9 +51,3 @@ def deepspeed_config(run: RunSettings) -> dict[str, Any]:
         # Its kernels read 16-bit floats as fp16, whatever they are.
         config["communication_data_type"] = "fp16"
     return config
-
-
-def _offload(run: RunSettings, device: str) -> dict[str, Any]:
-    if device == "nvme":
-        return {"device": device, "nvme_path": str(run.zero3.nvme_folder)}
-    return {"device": device}

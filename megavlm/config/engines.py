@@ -31,11 +31,11 @@ class Zero3Settings:
     quantized_gradients: bool = False
     """Reduce gradients between hosts in 4 bits (qgZ of ZeRO++); needs GPUs."""
     offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
-    """Where master weights and moments live and are updated; nvme updates them on the CPU, too."""
-    offload_parameters: Literal["none", "cpu", "nvme"] = "none"
-    """Where the weights that a rank holds wait until they are gathered."""
+    """Where master weights and moments live; both cpu and nvme update them on the CPU."""
+    offload_parameters: Literal["none", "cpu"] = "none"
+    """Where the share of the weights that a rank holds lives."""
     nvme_folder: Path | None = None
-    """Folder on a disk of each host, for what is offloaded to nvme."""
+    """Folder on a disk of each host, for an optimiser on nvme."""
 
     def __post_init__(self) -> None:
         for name in ("prefetch_bucket", "persistence_threshold", "max_live_parameters"):
@@ -45,20 +45,15 @@ class Zero3Settings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"zero3.{name}={value} must be at least 1")
-        self._check_offload()
-
-    def _check_offload(self) -> None:
-        on_nvme = [
-            f"zero3.{name}=nvme"
-            for name in ("offload_optimizer", "offload_parameters")
-            if getattr(self, name) == "nvme"
-        ]
-        if on_nvme and self.nvme_folder is None:
-            raise ConfigError(f"{on_nvme[0]} needs a folder on a local disk; set zero3.nvme_folder")
-        if self.nvme_folder is not None and not on_nvme:
+        if self.offload_optimizer == "nvme" and self.nvme_folder is None:
             raise ConfigError(
-                f"zero3.nvme_folder={self.nvme_folder} is used by nothing; set "
-                "zero3.offload_optimizer or zero3.offload_parameters to nvme"
+                "zero3.offload_optimizer=nvme needs a folder on a disk of each host; set "
+                "zero3.nvme_folder"
+            )
+        if self.nvme_folder is not None and self.offload_optimizer != "nvme":
+            raise ConfigError(
+                f"zero3.nvme_folder={self.nvme_folder} is not used with zero3.offload_optimizer="
+                f"{self.offload_optimizer}; leave it out or set zero3.offload_optimizer=nvme"
             )
 
     def check_device(self, *, has_gpu: bool) -> None:

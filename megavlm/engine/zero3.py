@@ -10,7 +10,7 @@ import torch.distributed as dist
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 from deepspeed.runtime.zero.partition_parameters import (
     DeepSpeedTensorOverride,
-    PartitionedParamStatus,
+    MultipleAllGatherHandles,
     ZeroParamStatus,
 )
 from deepspeed.utils import (
@@ -60,6 +60,9 @@ class Zero3Engine:
         self._engine: Any = deepspeed.initialize(
             model=model, optimizer=_optimizer(model, run), config=config, dist_init_required=False
         )[0]
+        if run.zero3.quantized_weights:
+            for parameter in model.parameters():
+                _quantize_only_matrices(parameter)
 
     def step(self, micro_batches: Sequence[Batch], learning_rate: float) -> StepResult:
         learned = self._sum_over_ranks(sum(int(b.learned_bt.sum()) for b in micro_batches))
@@ -149,15 +152,33 @@ def _optimizer(model: VisionLanguageModel, run: RunSettings) -> torch.optim.Opti
     )
 
 
+def _quantize_only_matrices(parameter: Any) -> None:
+    """Gather norms, biases and gates as they are.
+
+    DeepSpeed's quantiser fails on parts whose size is no multiple of 8, such as those of a gate.
+    """
+    gather = parameter.all_gather_coalesced
+
+    def gather_in_two(
+        parameters: Iterable[Any], safe_mode: bool = False, quantize: bool = False
+    ) -> Any:
+        parameters = list(parameters)
+        exact = [p for p in parameters if p.ds_persist or p.ds_tensor.ds_numel % 8]
+        if not quantize or not exact:
+            return gather(parameters, safe_mode, quantize)
+        rest = [p for p in parameters if p not in set(exact)]
+        handles = [gather(exact, safe_mode, False)]
+        if rest:
+            handles.append(gather(rest, safe_mode, True))
+        return MultipleAllGatherHandles(handles)
+
+    parameter.all_gather_coalesced = gather_in_two
+
+
 @torch.no_grad()
 def _write(parameter: Any, whole: Tensor) -> None:
     """Give a divided parameter new values, on every copy that the forward pass may gather from."""
-    on_nvme = parameter.ds_tensor.status == PartitionedParamStatus.NOT_AVAILABLE
-    if on_nvme:
-        parameter.nvme_swapper.swap_in([parameter], async_op=False)
     parameter.ds_tensor.copy_(_partition(whole, parameter))
-    if on_nvme:
-        parameter.nvme_swapper.swap_out_and_release([parameter])
     parameter.ds_secondary_tensor = None  # DeepSpeed makes it anew from the next gather
     if parameter.ds_status == ZeroParamStatus.AVAILABLE:  # gathered now, and perhaps for good
         parameter.data.copy_(whole)
