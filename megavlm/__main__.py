@@ -40,6 +40,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _train(run: RunSettings, options: argparse.Namespace) -> None:
     if options.hostfile is None:
+        if run.model_parallel.tensor_parallel > 1:
+            # One hardware queue, so that communication starts before the matrix product that hides
+            # it. CUDA reads this once, so it is set before anything touches CUDA.
+            os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         from megavlm.train.loop import train
 
         train(run)

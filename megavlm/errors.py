@@ -25,5 +25,9 @@ class TokenizerError(MegavlmError):
     """The tokenizer is missing, or is not the one that the run or checkpoint was made with."""
 
 
+class DivergenceError(MegavlmError):
+    """The loss or its gradient is no number any more."""
+
+
 class CheckpointError(MegavlmError):
     """A checkpoint is missing, incomplete, or of another model."""

@@ -107,7 +107,12 @@ class MegatronSettings:
     """Reduce gradients during the backward pass and gather weights during the forward pass."""
 
     def __post_init__(self) -> None:
-        for name in ("tensor_parallel", "pipeline_parallel", "virtual_pipeline"):
+        for name in (
+            "tensor_parallel",
+            "pipeline_parallel",
+            "virtual_pipeline",
+            "context_parallel",
+        ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"megatron.{name}={getattr(self, name)} must be at least 1")
         if self.context_parallel != 1:
@@ -125,6 +130,10 @@ class MegatronSettings:
             raise ConfigError(
                 f"megatron.virtual_pipeline={self.virtual_pipeline} interleaves chunks over "
                 "pipeline ranks; set megatron.pipeline_parallel above 1 or virtual_pipeline to 1"
+            )
+        if self.chunk_layers is not None and min(self.chunk_layers, default=1) < 1:
+            raise ConfigError(
+                f"megatron.chunk_layers={list(self.chunk_layers)}: every chunk needs at least 1"
             )
         if self.chunk_layers is not None and len(self.chunk_layers) != self.chunks:
             raise ConfigError(
@@ -170,12 +179,10 @@ class MegatronSettings:
                 f"megatron.pipeline_parallel x virtual_pipeline = {self.chunks} chunks exceed the "
                 f"{decoder.layers} decoder layers; every chunk needs at least one"
             )
-        if self.chunk_layers is not None and (
-            sum(self.chunk_layers) != decoder.layers or min(self.chunk_layers) < 1
-        ):
+        if self.chunk_layers is not None and sum(self.chunk_layers) != decoder.layers:
             raise ConfigError(
-                f"megatron.chunk_layers={list(self.chunk_layers)} must be positive and add up to "
-                f"the {decoder.layers} decoder layers, not {sum(self.chunk_layers)}"
+                f"megatron.chunk_layers={list(self.chunk_layers)} must add up to the "
+                f"{decoder.layers} decoder layers, not {sum(self.chunk_layers)}"
             )
 
     def check_micro_batches(self, micro_batches: int) -> None:

@@ -55,7 +55,7 @@ class DataSettings:
     on_bad_sample: Literal["skip", "stop"] = "skip"
     """A sample that cannot be decoded is skipped, named and counted, or ends the run."""
     workers: int = 1
-    """Loader processes per rank; 0 loads in the training process."""
+    """Loader processes for each copy of the model; 0 loads in the training process."""
     augment: AugmentSettings = field(default_factory=AugmentSettings)
 
     def __post_init__(self) -> None:

@@ -53,6 +53,14 @@ def data_ranks() -> int:
     return parallel_state.get_data_parallel_world_size()
 
 
+def describe(parallel: MegatronSettings) -> str:
+    """How this run's ranks are used, in words."""
+    return (
+        f"{world_size()} ranks: {data_ranks()} copies of the model, each on tensor "
+        f"{parallel.tensor_parallel} x pipeline {parallel.pipeline_parallel}"
+    )
+
+
 def is_first_model_rank() -> bool:
     """Whether this rank is the first of its copy of the model."""
     return dist.get_rank(_model_group()) == 0
@@ -98,12 +106,9 @@ def process_groups(
 
     The launcher's environment says who is who; without one the process is alone. The backend is
     NCCL on GPUs and gloo on CPUs unless one is named. The groups are destroyed explicitly, because
-    gloo may abort a process that exits without doing so.
+    gloo may abort a process that exits without doing so. After an error they are not under NCCL:
+    that would wait for the other ranks, which wait for this one, before the error could be told.
     """
-    if parallel.tensor_parallel > 1:
-        # One hardware queue, so that communication starts before the matrix product that hides it;
-        # CUDA reads this when it starts.
-        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if torch.cuda.is_available():
         if local_rank() >= torch.cuda.device_count():
             raise LaunchError(
@@ -125,6 +130,13 @@ def process_groups(
         cpu.install()
         tensor_parallel.model_parallel_cuda_manual_seed(seed)
         yield
-    finally:
-        parallel_state.destroy_model_parallel()
-        dist.destroy_process_group()
+    except BaseException:
+        if backend != "nccl":
+            _destroy()
+        raise
+    _destroy()
+
+
+def _destroy() -> None:
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()

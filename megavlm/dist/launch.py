@@ -59,15 +59,16 @@ def ranks_of(run: RunSettings, hostfile: Path) -> int:
 
 
 def check_hosts(run: RunSettings, slots_by_host: dict[str, int]) -> None:
-    """Raise LaunchError unless tensor-parallel ranks, which are neighbours, share a host."""
-    tensor_parallel = run.model_parallel.tensor_parallel
+    """Raise LaunchError unless ranks that talk all the time, which are neighbours, share a host."""
+    name, neighbours = "megatron.tensor_parallel", run.model_parallel.tensor_parallel
+    if run.engine == "zero3":
+        name, neighbours = "zero3.secondary_partition", run.zero3.secondary_partition
     for host, slots in slots_by_host.items():
-        if slots % tensor_parallel:
+        if slots % neighbours:
             fitting = divisors(math.gcd(*slots_by_host.values()))
             raise LaunchError(
-                f"host {host} has slots={slots}, not a multiple of "
-                f"megatron.tensor_parallel={tensor_parallel}, whose ranks must share a host; "
-                f"change its slots, or try megatron.tensor_parallel in {fitting}"
+                f"host {host} has slots={slots}, not a multiple of {name}={neighbours}, whose "
+                f"ranks must share a host; change its slots, or try {name} in {fitting}"
             )
 
 

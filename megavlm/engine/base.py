@@ -41,7 +41,7 @@ class Engine(Protocol):
         """Whole fp32 tensors of the model and its optimiser on the CPU, in one order on all ranks.
 
         Keys are `weights/NAME`, and for trained parameters `exp_avg/NAME` and `exp_avg_sq/NAME`;
-        names are the ledger's.
+        names are the ledger's. The optimiser has states after the first step, or after a load.
         """
         ...
 

@@ -51,11 +51,11 @@ class MegatronEngine:
             no_sync = [chunk.no_sync for chunk in self._chunks]
             self._config.no_sync_func = no_sync if virtual > 1 else no_sync[0]
         self._optimizer: Any = self._build_optimizer()
-        self._held = {
-            entry.name: (entry, dict(model.named_parameters())[name])
-            for model in self._models
-            for name, entry in model.ledger().items()
-        }
+        self._held: dict[str, tuple[Parameter, nn.Parameter]] = {}
+        for model in self._models:
+            ledger = model.ledger()
+            for name, parameter in model.named_parameters():
+                self._held[ledger[name].name] = (ledger[name], parameter)
 
     def step(self, micro_batches: Sequence[Batch], learning_rate: float) -> StepResult:
         for chunk in self._chunks:
@@ -100,6 +100,8 @@ class MegatronEngine:
     @torch.no_grad()
     def load_tensors(self, read: Callable[[str], Tensor], steps_done: int) -> None:
         rank, ranks = _tensor_rank(), self._parallel.tensor_parallel
+        for group in self._optimizer.param_groups:
+            group["step"] = steps_done  # where TransformerEngine's or Apex's Adam counts
         for entry, parameter in self._held.values():
             weights = entry.shard(read(f"weights/{entry.name}"), ranks, rank).to(self._device)
             parameter.copy_(weights)

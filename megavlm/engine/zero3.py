@@ -162,15 +162,12 @@ def _quantize_only_matrices(parameter: Any) -> None:
     def gather_in_two(
         parameters: Iterable[Any], safe_mode: bool = False, quantize: bool = False
     ) -> Any:
-        parameters = list(parameters)
-        exact = [p for p in parameters if p.ds_persist or p.ds_tensor.ds_numel % 8]
-        if not quantize or not exact:
-            return gather(parameters, safe_mode, quantize)
-        rest = [p for p in parameters if p not in set(exact)]
-        handles = [gather(exact, safe_mode, False)]
-        if rest:
-            handles.append(gather(rest, safe_mode, True))
-        return MultipleAllGatherHandles(handles)
+        exact, rounded = [], []
+        for p in parameters:
+            fits = quantize and not p.ds_persist and p.ds_tensor.ds_numel % 8 == 0
+            (rounded if fits else exact).append(p)
+        groups = [(group, group is rounded) for group in (exact, rounded) if group]
+        return MultipleAllGatherHandles([gather(group, safe_mode, q) for group, q in groups])
 
     parameter.all_gather_coalesced = gather_in_two
 

@@ -25,9 +25,10 @@ def load_trained(run: RunSettings) -> tuple[VisionLanguageModel, Tokenizer]:
     tokenizer = Tokenizer(run.data.tokenizer)
     check_checkpoint(checkpoint, run.model, tokenizer)
     dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
-    model = VisionLanguageModel(run.model, dtype=dtype)
+    with groups.device():
+        model = VisionLanguageModel(run.model, dtype=dtype)
     read = tensor_reader(checkpoint)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(read(f"weights/{name}"))
-    return model.to(groups.device()).eval(), tokenizer
+    return model.eval(), tokenizer

@@ -1,6 +1,7 @@
 """Initial weights: a pure function of the seed and each parameter's name.
 
 So they are the same on every engine and number of ranks, and each rank makes only what it holds.
+Only CPUs and GPUs draw different numbers.
 """
 
 import hashlib

@@ -85,7 +85,7 @@ class AttentionCore(MegatronModule):
             v,
             attn_mask=None if hidden_mask is None else ~hidden_mask,
             is_causal=hidden_mask is None and mask_type == AttnMaskType.causal,
-            enable_gqa=True,
+            enable_gqa=q.shape[1] != k.shape[1],  # fewer of torch's kernels can
         )
         return out_bhtd.permute(2, 0, 1, 3).flatten(2)
 

@@ -2,6 +2,7 @@
 
 import fcntl
 import itertools
+import math
 import os
 import socket
 import sys
@@ -21,10 +22,10 @@ from megavlm.data.shards import ShardFolder
 from megavlm.data.tokenizer import Tokenizer
 from megavlm.dist import groups
 from megavlm.dist.launch import check_hosts
-from megavlm.engine.base import Engine
+from megavlm.engine.base import Engine, StepResult
 from megavlm.engine.optim import learning_rate_at
 from megavlm.engine.start import start_engine
-from megavlm.errors import BadSampleError, LaunchError
+from megavlm.errors import BadSampleError, DivergenceError, LaunchError
 from megavlm.train.metrics import MetricsLog
 from megavlm.train.preflight import check_run
 
@@ -33,15 +34,15 @@ def train(run: RunSettings) -> None:
     """Train until the last step, from the newest checkpoint if there is one."""
     check_run(run, groups.world_size())
     check_hosts(run, {socket.gethostname(): groups.local_world_size()})
+    if run.engine == "zero3":
+        run.zero3.check_device(has_gpu=torch.cuda.is_available())
     if not torch.cuda.is_available():
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // groups.local_world_size()))
     hold = _alone_in(run.run_folder) if groups.rank() == 0 else nullcontext()
     with hold, groups.process_groups(run.seed, run.model_parallel):
         engine = start_engine(run, groups.device())
-        try:
-            _run_steps(run, engine, first_step=_resume(run, engine))
-        finally:
-            engine.close()
+        _run_steps(run, engine, first_step=_resume(run, engine))
+        engine.close()
 
 
 def _resume(run: RunSettings, engine: Engine) -> int:
@@ -67,6 +68,7 @@ def _run_steps(run: RunSettings, engine: Engine, first_step: int) -> None:
     with MetricsLog(
         run.run_folder, first_step, steps, run.train.log_every, enabled=groups.rank() == 0
     ) as log:
+        log.say(f"engine {run.engine}, {groups.describe(run.model_parallel)}")
         if first_step == 0:
             _log_heldout_loss(engine, heldout, run, log, step=0)
         for step in range(first_step, steps):
@@ -77,6 +79,7 @@ def _run_steps(run: RunSettings, engine: Engine, first_step: int) -> None:
             counts = _count_samples(micro_batches, run)
             learning_rate = learning_rate_at(step, steps, run.optimizer)
             result = engine.step(micro_batches, learning_rate)
+            _check_finite(step, result)
             step_seconds = time.perf_counter() - started
             log.step(
                 {
@@ -97,6 +100,16 @@ def _run_steps(run: RunSettings, engine: Engine, first_step: int) -> None:
                 keep = run.train.keep_checkpoints
                 save_checkpoint(checkpoint_root(run), done, engine.tensors(), state, keep)
         _log_heldout_loss(engine, heldout, run, log, step=steps)
+
+
+def _check_finite(step: int, result: StepResult) -> None:
+    """Stop before weights that are no numbers are saved."""
+    if not (math.isfinite(result.loss) and math.isfinite(result.gradient_norm)):
+        raise DivergenceError(
+            f"step {step}: loss {result.loss}, gradient norm {result.gradient_norm}; nothing of it "
+            "is saved. Run again to go on from the last checkpoint, with a lower "
+            "optimizer.learning_rate or a longer optimizer.warmup_fraction"
+        )
 
 
 def _count_samples(micro_batches: Sequence[Batch], run: RunSettings) -> dict[str, int]:

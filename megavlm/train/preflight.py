@@ -1,7 +1,5 @@
 """Everything that can be wrong with a run, found before any process starts."""
 
-import torch
-
 from megavlm.checkpoint.state import check_checkpoint, check_data_position, checkpoint_root
 from megavlm.checkpoint.store import latest_checkpoint
 from megavlm.config.run import RunSettings, data_parallel_ranks, samples_per_micro_batch
@@ -13,8 +11,6 @@ from megavlm.errors import ConfigError
 def check_run(run: RunSettings, ranks: int) -> None:
     """Raise the error that training on so many ranks would meet in sizes, data or checkpoint."""
     samples_per_micro_batch(run.train, data_parallel_ranks(run, ranks))
-    if run.engine == "zero3":
-        run.zero3.check_device(has_gpu=torch.cuda.is_available())
     training = ShardFolder(run.data.train)
     ShardFolder(run.data.heldout)
     if run.data.heldout_questions is not None:

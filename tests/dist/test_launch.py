@@ -54,12 +54,15 @@ def test_tensor_parallel_ranks_share_a_host(tmp_path):
     with pytest.raises(LaunchError) as caught:
         ranks_of(run, path)
     assert str(caught.value) == (
-        f"host b has slots=6, not a multiple of megatron.tensor_parallel=4, whose ranks "
+        "host b has slots=6, not a multiple of megatron.tensor_parallel=4, whose ranks "
         "must share a host; change its slots, or try megatron.tensor_parallel in [1, 2]"
     )
-    # Other engines split no matrix.
-    run = load_run(CONFIGS / "vlm-30b.yaml", ["engine=zero3", *tensor_4])
+    # ZeRO-3 splits no matrix, but gathers from a secondary partition all the time.
+    run = load_run(CONFIGS / "vlm-30b.yaml", ["zero3.secondary_partition=1", *tensor_4])
     assert ranks_of(run, path) == 24
+    run = load_run(CONFIGS / "vlm-30b.yaml", ["zero3.secondary_partition=4", *tensor_4])
+    with pytest.raises(LaunchError, match=r"host b has slots=6, .* zero3.secondary_partition=4"):
+        ranks_of(run, path)
 
 
 def test_command_line(tmp_path):

@@ -1,6 +1,6 @@
 """A few training steps of the smallest model under any engine, and under none."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -223,15 +223,20 @@ def differences(actual: Outcome, expected: Outcome) -> dict[str, float]:
             difference = _norm([a - e for a, e in pairs])
             scale = _norm([e for _, e in pairs])
             row[part] = difference / scale if scale else difference
-    row["weights"] = max(
+    row["weights"] = worst(
         float((actual.weights[name] - weight).abs().max())
         for name, weight in expected.weights.items()
     )
     return row
 
 
+def worst(values: Iterable[float]) -> float:
+    """The largest; unlike `max`, a NaN if there is one."""
+    return float(torch.tensor(list(values), dtype=torch.float64).max())
+
+
 def _worst_relative(actual: list[float], expected: list[float]) -> float:
-    return max(abs(a - e) / (abs(e) or 1.0) for a, e in zip(actual, expected, strict=True))
+    return worst(abs(a - e) / (abs(e) or 1.0) for a, e in zip(actual, expected, strict=True))
 
 
 def _norm(tensors: list[Tensor]) -> float:

@@ -24,9 +24,9 @@ def any_batch(chance: random.Random) -> Batch:
     )
 
 
-def collectives(layout: Layout, seed: int) -> list[list[Collective]]:
+def collectives(layout: Layout, seed: int, overrides: list[str]) -> list[list[Collective]]:
     """What each rank issues in steps of a random mix, and in an evaluation."""
-    run = settings(layout, STEPS)
+    run = settings(layout, STEPS, *overrides)
 
     def on_rank(_: int) -> list[Collective]:
         engine = start_engine(run, CPU)
@@ -45,7 +45,24 @@ def collectives(layout: Layout, seed: int) -> list[list[Collective]]:
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
 def test_all_ranks_issue_the_same_collectives(layout):
-    by_seed = [collectives(layout, seed) for seed in range(3)]
+    check(layout, seeds=2)
+
+
+@pytest.mark.parametrize("frozen", ["encoder", "decoder"])
+@pytest.mark.parametrize("name", ["TP2 x PP2 interleaved SP", "ZeRO-3 x2", "FSDP2 x2"])
+def test_nor_under_recomputation_with_frozen_parts(name, frozen):
+    [layout] = [layout for layout in LAYOUTS if layout.name == name]
+    check(layout, "train.recompute=full", f"train.frozen=[{frozen}]", seeds=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
+def test_many_mixes(layout):
+    check(layout, seeds=20)
+
+
+def check(layout: Layout, *overrides: str, seeds: int) -> None:
+    by_seed = [collectives(layout, seed, list(overrides)) for seed in range(seeds)]
     for by_rank in by_seed:
         assert all(by_rank)
         for group in {call.ranks for calls in by_rank for call in calls}:
@@ -60,4 +77,4 @@ def test_all_ranks_issue_the_same_collectives(layout):
     # Nor does what a rank issues depend on what is in its batches, beyond their shapes.
     for rank in range(layout.ranks):
         orders = [[(c.operation, c.ranks) for c in by_rank[rank]] for by_rank in by_seed]
-        assert orders[1] == orders[0] and orders[2] == orders[0], rank
+        assert all(order == orders[0] for order in orders), rank

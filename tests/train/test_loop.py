@@ -1,7 +1,8 @@
 import pytest
 
-from megavlm.errors import LaunchError
-from megavlm.train.loop import _alone_in
+from megavlm.engine.base import StepResult
+from megavlm.errors import DivergenceError, LaunchError
+from megavlm.train.loop import _alone_in, _check_finite
 
 
 def test_two_runs_cannot_share_a_folder(tmp_path):
@@ -10,3 +11,12 @@ def test_two_runs_cannot_share_a_folder(tmp_path):
             pass
     with _alone_in(tmp_path):
         pass  # free again
+
+
+def test_weights_that_are_no_numbers_are_never_saved():
+    numbers = {"loss": 1.0, "gradient_norm": 1.0, "learned_tokens": 3}
+    _check_finite(7, StepResult(**numbers))
+    for name in ("loss", "gradient_norm"):
+        for value in (float("nan"), float("inf")):
+            with pytest.raises(DivergenceError, match=r"step 7: loss .* is saved"):
+                _check_finite(7, StepResult(**(numbers | {name: value})))
