@@ -18,8 +18,8 @@ from unittest.mock import patch
 import torch
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from megavlm.config.engines import MegatronSettings
-from megavlm.dist.groups import UNDIVIDED, process_groups
+from megavlm.config.engines import UNDIVIDED, MegatronSettings
+from megavlm.dist.groups import process_groups
 
 TIMEOUT_SECONDS = 120
 

@@ -193,3 +193,7 @@ class MegatronSettings:
                 f"megatron.pipeline_parallel={self.pipeline_parallel}, which the interleaved "
                 "schedule needs; change it or set megatron.virtual_pipeline=1"
             )
+
+
+UNDIVIDED = MegatronSettings()
+"""Every copy of the model whole on one rank."""

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic.dataclasses import dataclass
 
-from megavlm.config.engines import Fsdp2Settings, MegatronSettings, Zero3Settings
+from megavlm.config.engines import UNDIVIDED, Fsdp2Settings, MegatronSettings, Zero3Settings
 from megavlm.config.sizes import STRICT, ModelSizes, divisors
 from megavlm.errors import ConfigError
 
@@ -159,7 +159,7 @@ class RunSettings:
     @property
     def model_parallel(self) -> MegatronSettings:
         """How each copy of the model is divided; ZeRO-3 and FSDP2 split no matrix."""
-        return self.megatron if self.engine == "megatron" else MegatronSettings()
+        return self.megatron if self.engine == "megatron" else UNDIVIDED
 
     def __post_init__(self) -> None:
         if self.seed < 0:

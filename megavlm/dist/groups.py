@@ -8,13 +8,13 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
+from torch import Tensor
 from torch.distributed.distributed_c10d import Store
 
-from megavlm.config.engines import MegatronSettings
+from megavlm.config.engines import UNDIVIDED, MegatronSettings
 from megavlm.dist import cpu
 from megavlm.errors import LaunchError
 
-UNDIVIDED = MegatronSettings()
 Plain = TypeVar("Plain")
 
 
@@ -77,6 +77,13 @@ def from_first_model_rank(value: Plain | None) -> Plain:
         dist.broadcast_object_list(box, group=group, group_src=0, device=device())
         [value] = box
     return cast(Plain, value)
+
+
+def sum_over_ranks(*values: Tensor | float) -> list[float]:
+    """Add up each value over all ranks, in fp64; collective."""
+    totals = torch.tensor([float(v) for v in values], dtype=torch.float64, device=device())
+    dist.all_reduce(totals)
+    return totals.tolist()
 
 
 def sum_over_copies(*counts: int) -> list[int]:

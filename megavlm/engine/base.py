@@ -5,9 +5,11 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from megavlm.data.packing import Batch
+from megavlm.dist import groups
+from megavlm.stages.captioning import loss_sum
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -24,6 +26,17 @@ class StepResult:
     """Global, before clipping."""
     learned_tokens: int
     """Labels that counted, over all micro-batches and ranks."""
+
+
+def evaluate_on_each_rank(model: nn.Module, batches: Iterable[Batch]) -> tuple[float, int]:
+    """`Engine.evaluate` for a model that runs whole on every rank."""
+    model.eval()
+    loss_total, learned = torch.zeros((), device=groups.device()), 0
+    for batch in batches:
+        loss_total += loss_sum(model, batch.to(groups.device()))
+        learned += int(batch.learned_bt.sum())
+    loss_sum_of_all, learned_of_all = groups.sum_over_ranks(loss_total, learned)
+    return loss_sum_of_all, int(learned_of_all)
 
 
 class Engine(Protocol):

@@ -21,7 +21,8 @@ from torch.utils.checkpoint import checkpoint
 from megavlm.config.engines import Fsdp2Settings
 from megavlm.config.run import RunSettings
 from megavlm.data.packing import Batch
-from megavlm.engine.base import DTYPES, MOMENTS, StepResult
+from megavlm.dist import groups
+from megavlm.engine.base import DTYPES, MOMENTS, StepResult, evaluate_on_each_rank
 from megavlm.engine.optim import adamw
 from megavlm.model.initial import initial_values
 from megavlm.model.vlm import VisionLanguageModel
@@ -55,7 +56,7 @@ class Fsdp2Engine:
             learned += int(batch.learned_bt.sum())
         gradients = [_local(parameter.grad) for parameter in self._trained]
         squared_norm = get_total_norm(gradients).double().square() / self._replicas
-        totals = self._sum_over_ranks(loss_total, learned, squared_norm)
+        totals = groups.sum_over_ranks(loss_total, learned, squared_norm)
         # The gradients are of the summed loss; we want those of the mean over learned tokens.
         tokens = max(1.0, totals[1])
         gradient_norm = math.sqrt(totals[2]) / tokens
@@ -71,14 +72,9 @@ class Fsdp2Engine:
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch]) -> tuple[float, int]:
-        self._model.eval()
-        loss_total, learned = torch.zeros((), device=self._device), 0
-        for batch in batches:
-            loss_total += loss_sum(self._model, batch.to(self._device))
-            learned += int(batch.learned_bt.sum())
+        sums = evaluate_on_each_rank(self._model, batches)
         self._model.reshard()  # the root waits for a backward pass that does not come
-        loss_sum_of_all, learned_of_all = self._sum_over_ranks(loss_total, learned)
-        return loss_sum_of_all, int(learned_of_all)
+        return sums
 
     @torch.no_grad()
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
@@ -125,11 +121,6 @@ class Fsdp2Engine:
     def _clip_factor(self, gradient_norm: float) -> float:
         """As torch's clip_grad_norm_; a norm of 0 switches clipping off."""
         return min(1.0, self._clip_norm / (gradient_norm + 1e-6)) if self._clip_norm else 1.0
-
-    def _sum_over_ranks(self, *values: Tensor | float) -> list[float]:
-        totals = torch.tensor([float(v) for v in values], dtype=torch.float64, device=self._device)
-        dist.all_reduce(totals)
-        return totals.tolist()
 
 
 def _shard_ranks(settings: Fsdp2Settings) -> int:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from megavlm.config.run import RunSettings
 from megavlm.data.packing import Batch
+from megavlm.dist import groups
 from megavlm.engine.base import DTYPES, MOMENTS, StepResult
 from megavlm.engine.optim import decays
 from megavlm.model.initial import materialise
@@ -183,13 +184,12 @@ class MegatronEngine:
             forward_only=forward_only,
         )
         # The last stage has the losses; its tensor-parallel ranks have the same ones.
-        totals = torch.zeros(2, dtype=torch.float64, device=self._device)
+        mine: tuple[Tensor | float, float] = (0.0, 0)
         if losses and _tensor_rank() == 0:
-            totals[0] = torch.stack(losses).double().sum()
-            totals[1] = sum(int(batch.learned_bt.sum()) for batch in batches)
-        dist.all_reduce(totals)
-        loss_sum, learned = totals.tolist()
-        return loss_sum, int(learned)
+            learned = sum(int(batch.learned_bt.sum()) for batch in batches)
+            mine = (torch.stack(losses).double().sum(), learned)
+        loss_of_all, learned_of_all = groups.sum_over_ranks(*mine)
+        return loss_of_all, int(learned_of_all)
 
     def _main_parameter(self, parameter: nn.Parameter) -> Iterator[tuple[Any, Tensor, slice]]:
         """This rank's part of the fp32 weights, if any: its optimiser, the part, its place."""

@@ -25,8 +25,8 @@ from torch.nn import functional
 from megavlm.config.deepspeed_json import deepspeed_config
 from megavlm.config.run import RunSettings
 from megavlm.data.packing import Batch
-from megavlm.dist import cpu
-from megavlm.engine.base import DTYPES, MOMENTS, StepResult
+from megavlm.dist import cpu, groups
+from megavlm.engine.base import DTYPES, MOMENTS, StepResult, evaluate_on_each_rank
 from megavlm.engine.optim import adamw, parameter_groups
 from megavlm.model.initial import initial_values
 from megavlm.model.vlm import VisionLanguageModel
@@ -65,7 +65,7 @@ class Zero3Engine:
                 _quantize_only_matrices(parameter)
 
     def step(self, micro_batches: Sequence[Batch], learning_rate: float) -> StepResult:
-        learned = self._sum_over_ranks(sum(int(b.learned_bt.sum()) for b in micro_batches))
+        [learned] = groups.sum_over_ranks(sum(int(b.learned_bt.sum()) for b in micro_batches))
         # DeepSpeed averages over micro-batches and ranks; we want the mean over learned tokens.
         scale = len(micro_batches) * dist.get_world_size() / max(1.0, learned)
         # It is taken from the fp32 sums: a scaled loss would round otherwise through all of bf16.
@@ -79,20 +79,16 @@ class Zero3Engine:
             loss_total += loss.detach()
             self._engine.backward(loss * scale)
             self._engine.step()
+        [loss_of_all] = groups.sum_over_ranks(loss_total)
         return StepResult(
-            loss=self._sum_over_ranks(loss_total) / max(1.0, learned),
+            loss=loss_of_all / max(1.0, learned),
             gradient_norm=float(self._engine.get_global_grad_norm()),
             learned_tokens=int(learned),
         )
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch]) -> tuple[float, int]:
-        self._engine.eval()
-        loss_total, learned = torch.zeros((), device=self._device), 0
-        for batch in batches:
-            loss_total += loss_sum(self._engine, batch.to(self._device))
-            learned += int(batch.learned_bt.sum())
-        return self._sum_over_ranks(loss_total), int(self._sum_over_ranks(learned))
+        return evaluate_on_each_rank(self._engine, batches)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in self._engine.module.named_parameters():
@@ -129,11 +125,6 @@ class Zero3Engine:
             }
             if on_nvme:
                 zero._optimizer_states_and_gradient_swap_out(number)
-
-    def _sum_over_ranks(self, value: Tensor | float) -> float:
-        total = torch.as_tensor(value, dtype=torch.float64, device=self._device).clone()
-        dist.all_reduce(total)
-        return float(total)
 
 
 def _optimizer(model: VisionLanguageModel, run: RunSettings) -> torch.optim.Optimizer:

@@ -17,14 +17,13 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 from torch.nn import functional
 
-from megavlm.config.engines import MegatronSettings
+from megavlm.config.engines import UNDIVIDED, MegatronSettings
 from megavlm.config.sizes import ModelSizes
 from megavlm.model.decoder import build_decoder
 from megavlm.model.params import PARTS_OF_FROZEN, Parameter, parameters
 from megavlm.model.pipeline import join, padded, split
 from megavlm.model.vit import VisionTransformer
 
-UNDIVIDED = MegatronSettings()
 _LAYER = re.compile(r"(?<=^language\.decoder\.layers\.)\d+")
 
 
