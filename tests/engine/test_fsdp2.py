@@ -1,76 +1,32 @@
 import math
-from pathlib import Path
 
 import pytest
 import torch
 from torch.distributed.tensor import DTensor
 
-from megavlm.checkpoint.store import save_checkpoint, tensor_reader
-from megavlm.config.load import load_run
-from megavlm.dist import groups
 from megavlm.engine.fsdp2 import Fsdp2Engine
-from megavlm.engine.optim import learning_rate_at
 from megavlm.model.initial import initial_values
 from megavlm.model.params import CROSS_LAYERS, PROJECTOR, parameters
-from tests.batches import ROW_TOKENS, TINY, random_batch
+from tests.batches import TINY
+from tests.parity import runs
+from tests.parity.runs import Layout, my_micro_batches, run_steps
 from tests.ranks import run_on_ranks
 
 STEPS = 3
 SAVED_AT = 1
-MICRO_BATCHES = 4  # of a step, over all ranks
-SAMPLES = 3
-DEMO = Path(__file__).parents[2] / "configs" / "demo.yaml"
 SIZES = {entry.name: entry.numel for entry in parameters(TINY)}
 
 
+def layout(ranks):
+    return Layout(f"FSDP2 x{ranks}", ranks, ("engine=fsdp2",))
+
+
 def settings(ranks, *overrides):
-    return load_run(
-        DEMO,
-        [
-            "engine=fsdp2",
-            "model.preset=vlm-tiny",
-            f"data.row_tokens={ROW_TOKENS}",
-            f"train.steps={STEPS}",
-            f"train.micro_batches={MICRO_BATCHES // ranks}",
-            f"train.samples_per_step={MICRO_BATCHES * SAMPLES}",
-            "optimizer.learning_rate=1e-3",
-            *overrides,
-        ],
-    )
+    return runs.settings(layout(ranks), STEPS, *overrides)
 
 
 def start(run):
     return Fsdp2Engine(run, torch.device("cpu"))
-
-
-def my_micro_batches(step):
-    """This rank's share of a step; every second micro-batch has no image."""
-    batches = [
-        random_batch(100 * step + i, samples=SAMPLES, images=i % 2 == 0)
-        for i in range(MICRO_BATCHES)
-    ]
-    return batches[groups.data_rank() :: groups.data_ranks()]
-
-
-def steps_on_rank(run, steps, *, resume=None, save=None):
-    """Losses and gradient norms of some steps, and all tensors after them; saves at SAVED_AT."""
-
-    def on_rank(_):
-        engine = start(run)
-        if resume is not None:
-            engine.load_tensors(tensor_reader(resume), steps.start)
-        results = []
-        for step in steps:
-            if save is not None and step == SAVED_AT:
-                save_checkpoint(save, step, engine.tensors(), {}, keep=2)
-            rate = learning_rate_at(step, STEPS, run.optimizer)
-            result = engine.step(my_micro_batches(step), rate)
-            results.append((result.loss, result.gradient_norm))
-        tensors = dict(engine.tensors())
-        engine.close()
-        return results, tensors
-
-    return on_rank
 
 
 # Worst measured from 2 ranks to 1 or 4: results 1.8e-7, relative; weights and moments 1.5e-8.
@@ -80,13 +36,14 @@ RESULT_RTOL, TENSOR_ATOL = 1e-6, 1e-6
 @pytest.mark.parametrize(("precision", "ranks_after"), [("fp32", (2, 1, 4)), ("bf16", (2,))])
 def test_resume_on_any_number_of_ranks(tmp_path, precision, ranks_after):
     override = f"train.precision={precision}"
-    unbroken = steps_on_rank(settings(2, override), range(STEPS), save=tmp_path)
-    results, expected = run_on_ranks(2, unbroken)[0]
+    run = settings(2, override)
+    results, expected = run_steps(layout(2), run, range(STEPS), save=tmp_path, saved_at=SAVED_AT)
     checkpoint = tmp_path / f"step-{SAVED_AT:08d}"
     for ranks in ranks_after:
         run = settings(ranks, override)
-        resumed = steps_on_rank(run, range(SAVED_AT, STEPS), resume=checkpoint)
-        resumed_results, tensors = run_on_ranks(ranks, resumed)[0]
+        resumed_results, tensors = run_steps(
+            layout(ranks), run, range(SAVED_AT, STEPS), resume=checkpoint
+        )
         assert tensors.keys() == expected.keys()
         rtol, atol = (0, 0) if ranks == 2 else (RESULT_RTOL, TENSOR_ATOL)
         actual, wanted = (
@@ -196,7 +153,7 @@ def test_without_clipping_the_norm_is_still_reported():
     results = {}
     for clip_norm in (0, 1):
         run = settings(2, f"optimizer.clip_norm={clip_norm}")
-        results[clip_norm] = run_on_ranks(2, steps_on_rank(run, range(1)))[0]
+        results[clip_norm] = run_steps(layout(2), run, range(1))
     [(_, norm)] = results[0][0]
     assert norm > 1 and norm == results[1][0][0][1]
     name = "exp_avg/projector.weight"

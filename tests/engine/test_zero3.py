@@ -8,14 +8,11 @@ import torch
 from deepspeed.runtime.zero import stage3
 from torch import nn
 
-from megavlm.checkpoint.store import save_checkpoint, tensor_reader
-from megavlm.dist import groups
-from megavlm.engine.optim import learning_rate_at
 from megavlm.engine.zero3 import Zero3Engine
 from megavlm.model.initial import initial_values
 from megavlm.model.params import PARTS_OF_FROZEN, parameters
 from tests.batches import TINY
-from tests.parity.runs import CPU, LAYOUTS, micro_batches, settings
+from tests.parity.runs import CPU, LAYOUTS, my_micro_batches, run_steps, settings
 from tests.ranks import run_on_ranks
 
 STEPS = 4
@@ -25,29 +22,6 @@ LAYOUT = {layout.name: layout for layout in LAYOUTS}
 BF16 = ("train.precision=bf16",)
 OFFLOAD = ("zero3.offload_optimizer=cpu", "zero3.offload_parameters=cpu")
 X2, X4, HPZ = "ZeRO-3 x2", "ZeRO-3 x4", "ZeRO-3 hpZ 2x2"
-
-
-def run_steps(name, *overrides, steps=range(STEPS), resume=None, save=None):
-    """Losses and gradient norms of some steps, and all tensors after them; saves at SAVED_AT."""
-    layout = LAYOUT[name]
-    run = settings(layout, STEPS, *overrides)
-
-    def on_rank(_):
-        engine = Zero3Engine(run, CPU)
-        if resume is not None:
-            engine.load_tensors(tensor_reader(resume), steps.start)
-        results = []
-        for step in steps:
-            if save is not None and step == SAVED_AT:
-                save_checkpoint(save, step, engine.tensors(), {}, keep=2)
-            mine = micro_batches(step, "mixed")[groups.data_rank() :: groups.data_ranks()]
-            result = engine.step(mine, learning_rate_at(step, STEPS, run.optimizer))
-            results.append((result.loss, result.gradient_norm))
-        tensors = dict(engine.tensors())
-        engine.close()
-        return results, tensors
-
-    return run_on_ranks(layout.ranks, on_rank)[0]
 
 
 # Worst measured: results 7.8e-8, relative; weights and moments 1.2e-7.
@@ -70,7 +44,9 @@ def saved_run(tmp_path_factory):
     @functools.cache
     def run_once(name, *overrides):
         folder = tmp_path_factory.mktemp("run")
-        return run_steps(name, *overrides, save=folder), folder / f"step-{SAVED_AT:08}"
+        run = settings(LAYOUT[name], STEPS, *overrides)
+        whole = run_steps(LAYOUT[name], run, range(STEPS), save=folder, saved_at=SAVED_AT)
+        return whole, folder / f"step-{SAVED_AT:08}"
 
     return run_once
 
@@ -89,7 +65,8 @@ def saved_run(tmp_path_factory):
 )
 def test_resume(saved_run, layout, after, overrides):
     (results, tensors), checkpoint = saved_run(layout, *overrides)
-    resumed = run_steps(after, *overrides, steps=range(SAVED_AT, STEPS), resume=checkpoint)
+    run = settings(LAYOUT[after], STEPS, *overrides)
+    resumed = run_steps(LAYOUT[after], run, range(SAVED_AT, STEPS), resume=checkpoint)
     assert_equal_runs(resumed, (results[SAVED_AT:], tensors), exactly=after == layout)
 
 
@@ -164,8 +141,7 @@ def test_frozen_parts_cost_no_state_and_no_traffic(part):
 
         stage3.reduce_scatter_coalesced = reduce_and_count
         engine = Zero3Engine(run, CPU)
-        mine = micro_batches(0, "mixed")[groups.data_rank() :: groups.data_ranks()]
-        engine.step(mine, 1e-3)
+        engine.step(my_micro_batches(0), 1e-3)
         zero = engine._engine.optimizer
         sizes = [zero.grad_partitions_flat_buffer.numel()]
         sizes += [sum(flat.numel() for flat in zero.fp32_partitioned_groups_flat)]
@@ -178,7 +154,7 @@ def test_frozen_parts_cost_no_state_and_no_traffic(part):
         engine.load_tensors(lambda key: tensors[key] + 1, 1)
         changed = dict(engine.tensors())
         engine.close()
-        return sum(reduced) / len(mine), sizes, tensors, changed
+        return sum(reduced) / run.train.micro_batches, sizes, tensors, changed
 
     trained = sum(entry.numel for entry in LEDGER if entry.name not in frozen)
     for traffic, sizes, tensors, changed in run_on_ranks(2, on_rank):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
+from megavlm.checkpoint.store import save_checkpoint, tensor_reader
 from megavlm.config.load import load_run
 from megavlm.config.run import RunSettings
 from megavlm.data.packing import Batch
@@ -115,6 +116,43 @@ def micro_batches(step: int, mix: str) -> list[Batch]:
     return [MIXES[mix](100 * step + i, (step + i) % MICRO_BATCHES) for i in range(MICRO_BATCHES)]
 
 
+def my_micro_batches(step: int, mix: str = "mixed") -> list[Batch]:
+    """This copy's share of them."""
+    return micro_batches(step, mix)[groups.data_rank() :: groups.data_ranks()]
+
+
+def run_steps(
+    layout: Layout,
+    run: RunSettings,
+    steps: range,
+    *,
+    resume: Path | None = None,
+    save: Path | None = None,
+    saved_at: int = 0,
+) -> tuple[list[tuple[float, float]], dict[str, Tensor]]:
+    """Losses and gradient norms of some steps under an engine, and all tensors after them.
+
+    Starts from the checkpoint `resume`; writes one to the folder `save` before step `saved_at`.
+    """
+
+    def on_rank(_: int) -> tuple[list[tuple[float, float]], dict[str, Tensor]]:
+        engine = start_engine(run, CPU)
+        if resume is not None:
+            engine.load_tensors(tensor_reader(resume), steps.start)
+        results = []
+        for step in steps:
+            if save is not None and step == saved_at:
+                save_checkpoint(save, step, engine.tensors(), {}, keep=2)
+            rate = learning_rate_at(step, run.train.steps, run.optimizer)
+            result = engine.step(my_micro_batches(step), rate)
+            results.append((result.loss, result.gradient_norm))
+        tensors = dict(engine.tensors())
+        engine.close()
+        return results, tensors
+
+    return run_on_ranks(layout.ranks, on_rank, parallel=run.model_parallel)[0]
+
+
 def engine_outcome(layout: Layout, run: RunSettings, mix: str) -> Outcome:
     """Train under an engine on real ranks; what all of them agree on."""
 
@@ -122,9 +160,8 @@ def engine_outcome(layout: Layout, run: RunSettings, mix: str) -> Outcome:
         engine = start_engine(run, CPU)
         results, gradients = [], {}
         for step in range(run.train.steps):
-            mine = micro_batches(step, mix)[groups.data_rank() :: groups.data_ranks()]
             rate = learning_rate_at(step, run.train.steps, run.optimizer)
-            results.append(engine.step(mine, rate))
+            results.append(engine.step(my_micro_batches(step, mix), rate))
             if step == 0:
                 gradients = _gradients(dict(engine.tensors()), run)
         weights = _weights(dict(engine.tensors()))
