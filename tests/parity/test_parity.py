@@ -22,6 +22,10 @@ BF16_TOLERANCE = {"loss": 5e-4, "gradient norm": 1e-2, "weights": 8e-3}
 BF16_GRADIENT_TOLERANCE = 4e-2
 
 
+def slow(value: str):
+    return pytest.param(value, marks=pytest.mark.slow)
+
+
 @lru_cache
 def expected(mix: str, precision: str, frozen: str) -> Outcome:
     overrides = [f"train.precision={precision}", f"train.frozen={frozen}", EPSILON]
@@ -51,7 +55,7 @@ def test_every_layout_equals_one_process(layout):
     check(layout)
 
 
-@pytest.mark.parametrize("mix", ["image-only", "text-only", "many images"])
+@pytest.mark.parametrize("mix", [slow("image-only"), "text-only", "many images"])
 @pytest.mark.parametrize("layout", ["TP2 x PP2 interleaved SP", "ZeRO-3 x2", "FSDP2 x2"])
 def test_every_mix_of_images_and_text(layout, mix):
     check(layout, mix)
@@ -62,13 +66,13 @@ def test_bf16(layout):
     check(layout, precision="bf16")
 
 
-@pytest.mark.parametrize("recompute", ["selective", "full"])
+@pytest.mark.parametrize("recompute", ["selective", slow("full")])
 @pytest.mark.parametrize("layout", ["TP2 x PP2 interleaved SP", "ZeRO-3 x2", "FSDP2 x2"])
 def test_recompute(layout, recompute):
     check(layout, recompute=recompute)
 
 
-@pytest.mark.parametrize("frozen", ["[encoder]", "[decoder]", "[encoder,decoder]"])
+@pytest.mark.parametrize("frozen", [slow("[encoder]"), slow("[decoder]"), "[encoder,decoder]"])
 @pytest.mark.parametrize("layout", ["TP2 x PP2 interleaved SP", "ZeRO-3 x2", "FSDP2 x2"])
 def test_frozen_parts(layout, frozen):
     check(layout, recompute="full", frozen=frozen)
