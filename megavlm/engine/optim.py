@@ -9,9 +9,14 @@ from megavlm.config.run import OptimizerSettings
 from megavlm.model.vlm import VisionLanguageModel
 
 
-def adamw(model: VisionLanguageModel, settings: OptimizerSettings) -> torch.optim.AdamW:
+def adamw(
+    model: VisionLanguageModel,
+    settings: OptimizerSettings,
+    implementation: type[torch.optim.Optimizer] = torch.optim.AdamW,
+) -> torch.optim.Optimizer:
     """AdamW (Loshchilov and Hutter 2019); the learning rate is set before every step."""
-    return torch.optim.AdamW(
+    make: Any = implementation
+    return make(
         parameter_groups(model, settings.weight_decay),
         lr=settings.learning_rate,
         betas=(settings.beta1, settings.beta2),

@@ -27,7 +27,7 @@ from megavlm.config.run import RunSettings
 from megavlm.data.packing import Batch
 from megavlm.dist import cpu, groups
 from megavlm.engine.base import DTYPES, MOMENTS, StepResult, evaluate_on_each_rank
-from megavlm.engine.optim import adamw, parameter_groups
+from megavlm.engine.optim import adamw
 from megavlm.model.initial import initial_values
 from megavlm.model.vlm import VisionLanguageModel
 from megavlm.planner.zero3 import with_bucket_sizes
@@ -134,13 +134,7 @@ def _optimizer(model: VisionLanguageModel, run: RunSettings) -> torch.optim.Opti
     """
     if run.zero3.offload_optimizer == "none" or not torch.cuda.is_available():
         return adamw(model, run.optimizer)
-    settings = run.optimizer
-    return DeepSpeedCPUAdam(
-        parameter_groups(model, settings.weight_decay),
-        lr=settings.learning_rate,
-        betas=(settings.beta1, settings.beta2),
-        eps=settings.epsilon,
-    )
+    return adamw(model, run.optimizer, DeepSpeedCPUAdam)
 
 
 def _quantize_only_matrices(parameter: Any) -> None:
