@@ -5,6 +5,7 @@ DEMO := configs/demo.yaml
 DATA := data/emoji
 FONT := /usr/share/fonts/truetype/noto/NotoColorEmoji.ttf
 CLDR := /usr/share/unicode/cldr/common/annotations/en.xml
+CPP_FILES = $$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
 FRIBIDI := $(wildcard /usr/lib/*/libfribidi.so.0)
 
 .PHONY: setup packages data demo test test-slow parity check format configs clean
@@ -13,13 +14,13 @@ setup: .venv/installed
 
 # torch comes first and exactly pinned: an open range would fetch gigabytes of CUDA packages where
 # a CPU build is at hand, and extensions are built against the torch that is installed.
-.venv/installed: constraints.txt pyproject.toml setup.py $(wildcard csrc/data/*)
+.venv/installed: constraints.txt pyproject.toml setup.py $(shell find csrc -name '*.c*' -o -name '*.h')
 	$(PYTHON) -m venv .venv
 	pip install -q -c constraints.txt setuptools wheel pybind11 ninja
 	pip install -q -c constraints.txt torch
 	pip install -q -c constraints.txt --no-build-isolation -e '.[dev]'
-	@python -c "import megavlm._data" 2>/dev/null || \
-	  echo "no C++ compiler or no Python.h (python3-dev): packing runs in Python"
+	@python -c "from megavlm import _data; from megavlm.ops import library; exit(bool(library.MISSING))" \
+	  || echo "no C++ compiler or no Python.h (python3-dev): kernels run on plain torch, packing in Python"
 	touch $@
 
 # The sample data is drawn from two Debian packages; libfribidi0 lets Pillow join their sequences.
@@ -63,13 +64,13 @@ parity: setup
 check: setup
 	ruff check .
 	ruff format --check .
-	clang-format --dry-run --Werror $$(git ls-files 'csrc/*')
+	clang-format --dry-run --Werror $(CPP_FILES)
 	pyright
 
 format: setup
 	ruff check --fix .
 	ruff format .
-	clang-format -i $$(git ls-files 'csrc/*')
+	clang-format -i $(CPP_FILES)
 
 # The DeepSpeed configurations are derived from the run files, and checked in.
 configs: setup

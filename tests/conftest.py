@@ -2,8 +2,10 @@
 
 import os
 
-# The tests compare real CPU ranks, on machines with GPUs too.
-os.environ["CUDA_VISIBLE_DEVICES"] = ""
+# The tests compare real CPU ranks, on machines with GPUs too; tools/gpu_check.sh runs those of the
+# kernels alone, and on the GPU.
+if "MEGAVLM_TEST_GPU" not in os.environ:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ["DS_ACCELERATOR"] = "cpu"
 
 import io

@@ -1,42 +1,53 @@
-// Index builders of the data pipeline, on numpy arrays.
+// Index builders of the data pipeline.
 
-#include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <algorithm>
 #include <cstdint>
 #include <numeric>
 #include <stdexcept>
+#include <tuple>
 #include <vector>
 
 namespace py = pybind11;
 
-using Lengths = py::array_t<int64_t, py::array::c_style | py::array::forcecast>;
-
 // Row of each item, by first-fit decreasing: the longest first, each into the first row with room.
 // Items of equal length keep their order. Throws when an item exceeds the capacity.
-static py::array_t<int64_t> first_fit_decreasing(const Lengths& lengths, int64_t capacity) {
-  const auto length = lengths.unchecked<1>();
-  std::vector<py::ssize_t> order(length.shape(0));
+static std::vector<int64_t> first_fit_decreasing(const std::vector<int64_t>& lengths,
+                                                 int64_t capacity) {
+  std::vector<size_t> order(lengths.size());
   std::iota(order.begin(), order.end(), 0);
   std::stable_sort(order.begin(), order.end(),
-                   [&](auto a, auto b) { return length(a) > length(b); });
-  py::array_t<int64_t> rows(length.shape(0));
-  auto row_of = rows.mutable_unchecked<1>();
-  std::vector<int64_t> room;
+                   [&](auto a, auto b) { return lengths[a] > lengths[b]; });
+  std::vector<int64_t> row_of(lengths.size()), room;
   for (const auto item : order) {
-    if (length(item) > capacity) throw std::invalid_argument("an item exceeds the row's capacity");
+    if (lengths[item] > capacity) throw std::invalid_argument("an item exceeds the row's capacity");
     auto row = std::find_if(room.begin(), room.end(),
-                            [&](int64_t space) { return space >= length(item); });
+                            [&](int64_t space) { return space >= lengths[item]; });
     if (row == room.end()) row = room.insert(room.end(), capacity);
-    *row -= length(item);
-    row_of(item) = row - room.begin();
+    *row -= lengths[item];
+    row_of[item] = row - room.begin();
   }
-  return rows;
+  return row_of;
+}
+
+// Row, first token in it and number in it of each text; in a row texts keep their order.
+static std::vector<std::tuple<int64_t, int64_t, int64_t>> text_places(
+    const std::vector<int64_t>& lengths, int64_t capacity) {
+  const auto row_of = first_fit_decreasing(lengths, capacity);
+  std::vector<int64_t> used(lengths.size()), texts(lengths.size());
+  std::vector<std::tuple<int64_t, int64_t, int64_t>> places;
+  for (size_t i = 0; i < lengths.size(); ++i) {
+    const int64_t row = row_of[i];
+    places.emplace_back(row, used[row], texts[row]++);
+    used[row] += lengths[i];
+  }
+  return places;
 }
 
 PYBIND11_MODULE(_data, module) {
   module.doc() = "Index builders of the data pipeline.";
-  module.def("first_fit_decreasing", &first_fit_decreasing, py::arg("lengths"), py::arg("capacity"),
-             "Row of each item, int64 (items,).");
+  module.def("text_places", &text_places, py::arg("lengths"), py::arg("capacity"),
+             "Row, first token in it and number in it of each text.");
 }

@@ -78,29 +78,25 @@ def pack(
 
     image_tokens: tokens of one image; slot i holds tokens i * image_tokens and on.
     """
-    rows: Sequence[int] = first_fit_decreasing([len(text.tokens) - 1 for text in texts], row_tokens)
-    shape = (max(rows, default=0) + 1, row_tokens)
+    places = text_places([len(text.tokens) - 1 for text in texts], row_tokens)
+    shape = (max((row for row, _, _ in places), default=0) + 1, row_tokens)
     tokens = torch.full(shape, PADDING)
     labels = torch.full(shape, PADDING)
     learned = torch.zeros(shape, dtype=torch.bool)
     numbers = torch.full(shape, NO_TEXT, dtype=torch.int32)
     ranges = torch.zeros((2, *shape), dtype=torch.int32)
-    used = [0] * shape[0]
-    texts_in_row = [0] * shape[0]
-    for text, row in zip(texts, rows, strict=True):
-        start, end = used[row], used[row] + len(text.tokens) - 1
+    for text, (row, start, number) in zip(texts, places, strict=True):
+        end = start + len(text.tokens) - 1
         place = (row, slice(start, end))
         sequence = torch.tensor(text.tokens)
         tokens[place] = sequence[:-1]
         labels[place] = sequence[1:]
         # The token before the answer predicts the answer's first token.
         learned[row, start + text.answer_start - 1 : end] = True
-        numbers[place] = texts_in_row[row]
+        numbers[place] = number
         if text.image is not None:
             ranges[0, row, start:end] = text.image * image_tokens
             ranges[1, row, start:end] = (text.image + 1) * image_tokens
-        used[row] = end
-        texts_in_row[row] += 1
     return Batch(
         tokens_bt=tokens,
         labels_bt=labels,
@@ -111,8 +107,12 @@ def pack(
     )
 
 
-def python_first_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[int]:
-    """Row of each item: the longest first, each into the first row with room."""
+def python_text_places(lengths: Sequence[int], capacity: int) -> list[tuple[int, int, int]]:
+    """Row, first token in it and number in it of each text.
+
+    Rows by first-fit decreasing: the longest first, each into the first row with room. In a row
+    texts keep their order.
+    """
     room: list[int] = []
     row_of = [0] * len(lengths)
     for item in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
@@ -122,11 +122,17 @@ def python_first_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[i
             room.append(capacity)
         room[row] -= lengths[item]
         row_of[item] = row
-    return row_of
+    used, texts = [0] * len(room), [0] * len(room)
+    places: list[tuple[int, int, int]] = []
+    for row, length in zip(row_of, lengths, strict=True):
+        places.append((row, used[row], texts[row]))
+        used[row] += length
+        texts[row] += 1
+    return places
 
 
 try:
     _data = cast(Any, importlib.import_module("megavlm._data"))
-    first_fit_decreasing: Callable[[Sequence[int], int], Sequence[int]] = _data.first_fit_decreasing
+    text_places: Callable[[Sequence[int], int], list[tuple[int, int, int]]] = _data.text_places
 except ImportError:  # installed without a compiler
-    first_fit_decreasing = python_first_fit_decreasing
+    text_places = python_text_places

@@ -76,7 +76,7 @@ def generate_tokens(
     slots = torch.stack([blank if picture is None else picture for picture in pixels]).to(device)
     low = torch.arange(rows, device=device) * image_tokens
     sees_image = torch.tensor([picture is not None for picture in pixels], device=device)
-    ranges_2b1 = torch.stack([low, low + image_tokens * sees_image])[..., None]
+    ranges_2b1 = torch.stack([low, low + image_tokens * sees_image]).int()[..., None]
 
     context = StaticInferenceContext(rows, prompt_tokens + max_new_tokens)
     step_tokens = prompts_bt.to(device)
@@ -84,7 +84,7 @@ def generate_tokens(
     generated: list[Tensor] = []
     ended = torch.zeros(rows, dtype=torch.bool, device=device)
     for _ in range(max_new_tokens):
-        ranges = ranges_2b1.expand(-1, -1, step_tokens.shape[1])
+        ranges = ranges_2b1.repeat(1, 1, step_tokens.shape[1])
         logits = model.next_token_logits(step_tokens, ranges, image_states, context)
         image_states = None  # its keys and values are in the context now
         step_tokens = logits.argmax(-1, keepdim=True)

@@ -7,7 +7,6 @@ heads, g key/value heads, d head width; all heads are this tensor-parallel rank'
 from typing import Any, cast
 
 import torch
-from megatron.core import tensor_parallel
 from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
@@ -17,12 +16,16 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor, nn
 
-from megavlm.model.layers import Norm, mlp_spec
+from megavlm.model.layers import GatedNorm, Norm, mlp_spec
 from megavlm.ops.cross_attention import cross_attention
+from megavlm.ops.norm import prepare_keys
 
 
 class CrossAttention(MegatronModule):
-    """Grouped-query attention from text to image tokens, with RMSNorm on queries and keys."""
+    """Grouped-query attention from text to image tokens, with RMSNorm on queries and keys.
+
+    The weights of both norms are applied to the keys: see `ops.norm.prepare_keys`.
+    """
 
     def __init__(
         self, config: TransformerConfig, layer_number: int, pg_collection: ProcessGroupCollection
@@ -62,24 +65,21 @@ class CrossAttention(MegatronModule):
         self,
         x_tbw: Tensor,
         image_v1w: Tensor | None,
-        image_ranges: Tensor,
+        image_ranges_2bt: Tensor,
         inference_context: StaticInferenceContext | None = None,
     ) -> Tensor:
         """Attend; returns (t, b, w).
 
-        image_ranges: int (2, t, b), the first and one past the last image token each text token
-        sees. While decoding, image_v1w is None and keys and values come from the context's cache.
+        image_ranges_2bt: int32, the first and one past the last image token each text token sees.
+        While decoding, image_v1w is None and keys and values come from the context's cache.
         """
         q_tbhd = self.linear_q(x_tbw)[0].unflatten(-1, (-1, self.head_width))
-        q_tbhd = self.q_layernorm(q_tbhd)
         k_vgd, v_vgd = self._keys_values(image_v1w, inference_context)
-        low, high = image_ranges.flatten(1)
-        operands = (q_tbhd.flatten(0, 1), k_vgd, v_vgd, low, high)
-        if self.config.recompute_granularity == "selective" and self.training:
-            out = tensor_parallel.checkpoint(cross_attention, False, *operands)
-        else:
-            out = cross_attention(*operands)
-        return self.linear_proj(out.view(*q_tbhd.shape[:2], -1))[0]
+        low_bt, high_bt = image_ranges_2bt
+        out_bthd = cross_attention(
+            q_tbhd.transpose(0, 1), k_vgd, v_vgd, low_bt, high_bt, self.q_layernorm.eps
+        )
+        return self.linear_proj(out_bthd.transpose(0, 1).flatten(2))[0]
 
     def _keys_values(
         self, image_v1w: Tensor | None, context: StaticInferenceContext | None
@@ -91,7 +91,9 @@ class CrossAttention(MegatronModule):
         assert image_v1w is not None, "no cached keys, so image states are needed"
         kv_vgd2 = self.linear_kv(image_v1w)[0].squeeze(1).unflatten(-1, (-1, 2 * self.head_width))
         k_vgd, v_vgd = kv_vgd2.chunk(2, dim=-1)
-        cache[self.layer_number] = (self.k_layernorm(k_vgd), v_vgd)
+        k_norm, q_norm = self.k_layernorm, self.q_layernorm
+        k_vgd = prepare_keys(k_vgd, k_norm.weight, q_norm.weight, k_norm.eps)
+        cache[self.layer_number] = (k_vgd, v_vgd)
         return cache[self.layer_number]
 
 
@@ -116,7 +118,7 @@ class CrossAttentionLayer(MegatronModule):
         self.input_norm = Norm(config, config.hidden_size)
         self.cross_attention = CrossAttention(config, self.layer_number, pg_collection)
         self.attention_gate = _gate(config, initial_gate)
-        self.mlp_norm = Norm(config, config.hidden_size)
+        self.mlp_norm = GatedNorm(config, config.hidden_size)
         self.mlp = build_module(mlp_spec(), config=config)
         self.mlp_gate = _gate(config, initial_gate)
 
@@ -130,22 +132,21 @@ class CrossAttentionLayer(MegatronModule):
     ) -> tuple[Tensor, Tensor | None]:
         """Returns the new hidden states and the unchanged context.
 
-        hidden_states: (t, b, w). context: image states (v, 1, w). context_mask: image ranges, int
-        (2, t, b). The names are TransformerBlock's. Under sequence parallelism a rank has its part
-        of the t tokens and of the v image tokens, but all image ranges.
+        hidden_states: (t, b, w). context: image states (v, 1, w). context_mask: image ranges,
+        int32 (2, b, t). The names are TransformerBlock's. Under sequence parallelism a rank has its
+        part of the t tokens and of the v image tokens, but all image ranges.
         """
         assert context_mask is not None, "cross-attention needs image ranges"
-        x = hidden_states
         attended = self.cross_attention(
-            self.input_norm(x), context, context_mask, inference_context
+            self.input_norm(hidden_states), context, context_mask, inference_context
         )
-        x = x + torch.tanh(self.attention_gate) * attended
-        low, high = context_mask
-        sees_image = (low < high).unsqueeze(-1)
+        x, normed = self.mlp_norm(hidden_states, attended, self.attention_gate)
+        low_bt, high_bt = context_mask
+        sees_image_tb1 = (low_bt < high_bt).t().unsqueeze(-1)
         if self.config.sequence_parallel:
-            sees_image = sees_image.chunk(self.tp_group.size())[self.tp_group.rank()]
-        x = x + torch.tanh(self.mlp_gate) * self.mlp(self.mlp_norm(x))[0] * sees_image
-        return x, context
+            sees_image_tb1 = sees_image_tb1.chunk(self.tp_group.size())[self.tp_group.rank()]
+        gate_tb1 = torch.tanh(self.mlp_gate) * sees_image_tb1
+        return torch.addcmul(x, self.mlp(normed)[0], gate_tb1), context
 
 
 def _gate(config: TransformerConfig, initial: float) -> nn.Parameter:

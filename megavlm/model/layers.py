@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from megavlm.config.engines import MegatronSettings
+from megavlm.ops.norm import gated_norm
 
 NORM_EPSILON = 1e-5  # as in Llama 3.2 Vision
 
@@ -55,6 +56,15 @@ class Norm(nn.Module):
         if self.bias is None:
             return functional.rms_norm(x, shape, self.weight, self.eps)
         return functional.layer_norm(x, shape, self.weight, self.bias, self.eps)
+
+
+class GatedNorm(Norm):
+    """RMSNorm of a residual that a gated branch is added to first, in one pass over both."""
+
+    def forward(self, residual: Tensor, branch: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:  # pyright: ignore
+        """Returns residual + tanh(gate) * branch, and its norm."""
+        assert self.bias is None, "RMSNorm alone can be joined to a gate"
+        return gated_norm(residual, branch, gate, self.weight, self.eps)
 
 
 class AttentionCore(MegatronModule):

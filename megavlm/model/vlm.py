@@ -106,8 +106,8 @@ class VisionLanguageModel(MegatronModule):
         """Cross entropy of every label, (b, t) fp32; on stages before the last, what they send.
 
         tokens_bt, labels_bt: int64. text_numbers_bt: which text of its row a token belongs to;
-        texts do not see each other. image_ranges_2bt: first and one past the last image token that
-        a token sees. pixels: uint8 (n, 3, side, side), n at least 1.
+        texts do not see each other. image_ranges_2bt: int32, first and one past the last image
+        token that a token sees. pixels: uint8 (n, 3, side, side), n at least 1.
         """
         if self.pre_process:
             image_states = self.encode_images(pixels)
@@ -180,7 +180,7 @@ class VisionLanguageModel(MegatronModule):
             attention_mask=hidden_mask,
             extra_block_kwargs={
                 "context": image_states,
-                "context_mask": image_ranges_2bt.transpose(1, 2).contiguous(),
+                "context_mask": image_ranges_2bt,
             },
             **kwargs,
         )

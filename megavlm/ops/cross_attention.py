@@ -1,33 +1,41 @@
-"""Cross-attention from packed text tokens to packed image tokens, in plain torch.
+"""Cross-attention from rows of text tokens to packed image tokens.
 
-Letters in shapes: t text tokens, v image tokens, h query heads, g key/value heads, d head width.
+Letters in shapes: b rows, t text tokens, v image tokens, h query heads, g key/value heads, d head
+width.
 """
+
+import math
 
 import torch
 from torch import Tensor
-from torch.nn import functional
+
+from megavlm.ops import reference
+from megavlm.ops.library import compiled_for
 
 
 def cross_attention(
-    q_thd: Tensor, k_vgd: Tensor, v_vgd: Tensor, low_t: Tensor, high_t: Tensor
+    q_bthd: Tensor,
+    k_vgd: Tensor,
+    v_vgd: Tensor,
+    low_bt: Tensor,
+    high_bt: Tensor,
+    q_norm_epsilon: float | None = None,
 ) -> Tensor:
-    """Text token i attends to the image tokens low[i] <= j < high[i].
+    """Text token i of a row attends to the packed image tokens low[i] <= j < high[i].
 
-    q_thd: (t, h, d); k_vgd and v_vgd: (v, g, d) with h a multiple of g and v at least 1; same
-    floating dtype. low_t and high_t: (t,) integers within 0 to v. Returns (t, h, d) in q's dtype.
+    q_bthd: (b, t, h, d); k_vgd and v_vgd: (v, g, d) with h a multiple of g; same floating dtype,
+    any strides. low_bt and high_bt: int32 (b, t), 0 <= low <= high <= v. Scores are scaled by
+    1 / sqrt(d). With `q_norm_epsilon`, queries pass an RMSNorm first, whose weight is part of the
+    keys: see `norm.prepare_keys`. Returns (b, t, h, d) in q's dtype.
+
     A token that sees nothing (low == high) gets exactly zero and sends exactly zero gradient.
-    The scores are scaled by 1 / sqrt(d).
+
+    Raises RuntimeError for shapes, dtypes or devices that do not fit and, on the CPU, for intervals
+    out of range; on a GPU, where reading them would wait for it, they are clamped to 0 and v.
     """
-    image_tokens = torch.arange(k_vgd.shape[0], device=q_thd.device)
-    sees_tv = (low_t[:, None] <= image_tokens) & (image_tokens < high_t[:, None])
-    sees_any_t = low_t < high_t
-    # A row without any key has no softmax. Let it see everything, then multiply it by zero.
-    sees_tv = sees_tv | ~sees_any_t[:, None]
-    out_htd = functional.scaled_dot_product_attention(
-        q_thd.transpose(0, 1)[None],
-        k_vgd.transpose(0, 1)[None],
-        v_vgd.transpose(0, 1)[None],
-        attn_mask=sees_tv,
-        enable_gqa=True,
+    if not compiled_for(q_bthd):
+        return reference.cross_attention(q_bthd, k_vgd, v_vgd, low_bt, high_bt, q_norm_epsilon)
+    scale = 1 / math.sqrt(q_bthd.shape[-1])
+    return torch.ops.megavlm.cross_attention(
+        q_bthd, k_vgd, v_vgd, low_bt, high_bt, scale, q_norm_epsilon
     )[0]
-    return out_htd.transpose(0, 1) * sees_any_t[:, None, None]

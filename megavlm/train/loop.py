@@ -22,10 +22,11 @@ from megavlm.data.shards import ShardFolder
 from megavlm.data.tokenizer import Tokenizer
 from megavlm.dist import groups
 from megavlm.dist.launch import check_hosts
-from megavlm.engine.base import Engine, StepResult
+from megavlm.engine.base import DTYPES, Engine, StepResult
 from megavlm.engine.optim import learning_rate_at
 from megavlm.engine.start import start_engine
 from megavlm.errors import BadSampleError, DivergenceError, LaunchError
+from megavlm.ops import library
 from megavlm.train.metrics import MetricsLog
 from megavlm.train.preflight import check_run
 
@@ -69,6 +70,8 @@ def _run_steps(run: RunSettings, engine: Engine, first_step: int) -> None:
         run.run_folder, first_step, steps, run.train.log_every, enabled=groups.rank() == 0
     ) as log:
         log.say(f"engine {run.engine}, {groups.describe(run.model_parallel)}")
+        kernels = library.description(groups.device(), DTYPES[run.train.precision])
+        log.say(f"cross-attention and its norms run on {kernels}")
         if first_step == 0:
             _log_heldout_loss(engine, heldout, run, log, step=0)
         for step in range(first_step, steps):

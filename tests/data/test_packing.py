@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from megavlm.data.packing import NO_TEXT, PackedText, pack, python_first_fit_decreasing
+from megavlm.data.packing import NO_TEXT, PackedText, pack, python_text_places
 from megavlm.data.tokenizer import BEGIN, END, PADDING
 
 IMAGE_TOKENS = 5
@@ -60,8 +60,9 @@ def test_the_extension_packs_like_the_python_version(seed):
     extension = pytest.importorskip("megavlm._data", reason="installed without a compiler")
     generator = np.random.default_rng(seed)
     lengths = generator.integers(1, ROW_TOKENS + 1, int(generator.integers(0, 200))).tolist()
-    rows = extension.first_fit_decreasing(lengths, ROW_TOKENS)
-    assert rows.tolist() == python_first_fit_decreasing(lengths, ROW_TOKENS)
+    places = extension.text_places(lengths, ROW_TOKENS)
+    assert places == python_text_places(lengths, ROW_TOKENS)
+    rows = [row for row, _, _ in places]
     loads = np.bincount(rows, weights=lengths) if lengths else np.zeros(0)
     assert (loads <= ROW_TOKENS).all()
     # No two rows could be one: each item went into the first row with room.
@@ -71,4 +72,4 @@ def test_the_extension_packs_like_the_python_version(seed):
 def test_the_extension_refuses_what_cannot_fit():
     extension = pytest.importorskip("megavlm._data", reason="installed without a compiler")
     with pytest.raises(ValueError, match="exceeds the row's capacity"):
-        extension.first_fit_decreasing([3, 9], 8)
+        extension.text_places([3, 9], 8)

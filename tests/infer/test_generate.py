@@ -31,7 +31,7 @@ def without_cache(model, prompt, picture):
     generated = []
     while len(generated) < NEW_TOKENS:
         ids = torch.tensor([tokens])
-        ranges = torch.zeros(2, *ids.shape)
+        ranges = torch.zeros(2, *ids.shape, dtype=torch.int32)
         ranges[1] = 0 if picture is None else TINY.encoder.tokens
         vocabulary = torch.arange(TINY.decoder.vocabulary)
         last = len(tokens) - 1

@@ -57,7 +57,7 @@ def test_equals_hugging_face_mllama(attention, patch_pixels):
     tokens = torch.randint(10, sizes.decoder.vocabulary, (2, 12), generator=generator)
     labels = torch.randint(10, sizes.decoder.vocabulary, (2, 12), generator=generator)
     low = (torch.arange(2) * sizes.encoder.tokens)[:, None].expand(2, 12)
-    ranges = torch.stack([low, low + sizes.encoder.tokens])
+    ranges = torch.stack([low, low + sizes.encoder.tokens]).int()
     with torch.no_grad():
         ours = model(tokens, labels, torch.zeros(2, 12), ranges, pixels)
         logits = mllama(

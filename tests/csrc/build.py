@@ -1,0 +1,146 @@
+"""Builds check.cpp with the CPU kernels, or with the CUDA kernels under the emulator.
+
+python tests/csrc/build.py cpu|cuda|selftest [--sanitize] [--only=REGEX] prints the program's path.
+"""
+
+import hashlib
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+CSRC = ROOT / "csrc"
+BUILD = ROOT / "build" / "csrc"
+COMPILER = shutil.which(os.environ.get("CXX", "g++"))
+FLAGS = ["-std=c++20", "-O2", "-g", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-psabi"]
+SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+# As setup.py has it.
+CPU_KERNELS = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
+INSTRUCTION_SETS = {
+    "baseline": [],
+    "avx2": ["-march=x86-64-v3"],
+    "avx512": ["-march=x86-64-v4", "-mprefer-vector-width=512"],
+    "avx512bf16": ["-march=x86-64-v4", "-mavx512bf16", "-mprefer-vector-width=512"],
+}
+# GCC's hooks for memory accesses, without its library: emulator/races.cpp has its own. Addresses
+# in its messages are the program's.
+RACES = ["-fsanitize=thread", "-fno-pie"]
+EMULATED = ["-DCHECK_CUDA", f"-I{HERE / 'emulator'}", f"-I{CSRC / 'cuda'}"]
+INCLUDE = re.compile(r'^\s*#\s*include\s+["<](.+?)[">]', re.MULTILINE)
+
+
+def sources_of(path: Path, seen: set[Path], directories: list[Path]) -> set[Path]:
+    """The file and all of ours that it includes."""
+    if path not in seen:
+        seen.add(path)
+        for name in INCLUDE.findall(path.read_text()):
+            candidates = [directory / name for directory in [path.parent, *directories]]
+            found = next((file.resolve() for file in candidates if file.is_file()), None)
+            if found:
+                sources_of(found, seen, directories)
+    return seen
+
+
+def compile_object(source: Path, flags: list[str]) -> Path:
+    directories = [Path(flag[2:]) for flag in flags if flag.startswith("-I")]
+    digest = hashlib.sha256(" ".join([str(COMPILER), *flags]).encode())
+    for file in sorted(sources_of(source, set(), directories)):
+        digest.update(file.read_bytes())
+    target = BUILD / f"{source.stem}-{digest.hexdigest()[:16]}.o"
+    if not target.exists():
+        partial = target.with_suffix(f".{os.getpid()}")
+        command = [str(COMPILER), *flags, "-c", "-x", "c++", str(source), "-o", str(partial)]
+        subprocess.run(command, check=True)
+        partial.rename(target)
+    return target
+
+
+def cpu_parts() -> list[tuple[Path, list[str]]]:
+    folder = CSRC / "cpu"
+    parts = [(source, []) for source in sorted(folder.glob("*.cpp"))]
+    kernels = folder / "instruction_set.cpp"
+    parts.remove((kernels, []))
+    intel = platform.machine() in ("x86_64", "AMD64")
+    for name, flags in INSTRUCTION_SETS.items() if intel else [("baseline", [])]:
+        parts.append((kernels, [*CPU_KERNELS, *flags, f"-DMEGAVLM_ISA={name}"]))
+    return parts
+
+
+def build(kind: str, sanitize: bool = False, only: str = "") -> Path:
+    """Returns the program: `cpu` and `cuda` check kernels, `selftest` the emulator."""
+    flags = FLAGS + (SANITIZE if sanitize else ["-fno-pie"])
+    kernel_flags = EMULATED + ([] if sanitize else RACES)
+    emulator = [(file, [*EMULATED, "-O3"]) for file in sorted((HERE / "emulator").glob("*.cpp"))]
+    if kind == "cpu":
+        parts = [(HERE / "check.cpp", []), *cpu_parts()]
+    elif kind == "cuda":
+        kernels = sorted((CSRC / "cuda").glob("*.cu"))
+        stubs = BUILD / "stubs.cpp"
+        BUILD.mkdir(parents=True, exist_ok=True)
+        stubs.write_text(STUBS)
+        if only:
+            wanted = re.compile(rf"^cross_attention$|{only}")
+            kernels = [kernel for kernel in kernels if wanted.search(kernel.stem)]
+        parts = [(HERE / "check.cpp", EMULATED), *emulator, (stubs, EMULATED)]
+        parts += [(kernel, [*kernel_flags, "-w"]) for kernel in kernels]
+    else:
+        parts = [(HERE / "emulator_selftest.cu", kernel_flags), *emulator]
+    BUILD.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", "2"))) as pool:
+        objects = list(pool.map(lambda part: compile_object(part[0], flags + part[1]), parts))
+    only = re.sub(r"\W", "", only)
+    program = BUILD / "_".join(["check", kind, *filter(None, [only, "sanitized" * sanitize])])
+    digest = hashlib.sha256("\n".join(map(str, objects)).encode()).hexdigest()
+    stamp = program.with_suffix(".objects")
+    if not program.exists() or not stamp.exists() or stamp.read_text() != digest:
+        partial = program.with_suffix(f".{os.getpid()}")
+        link = SANITIZE if sanitize else ["-no-pie"]
+        subprocess.run(
+            [str(COMPILER), *link, *map(str, objects), "-pthread", "-o", str(partial)], check=True
+        )
+        partial.rename(program)
+        stamp.write_text(digest)
+    return program
+
+
+# While kernels are being written: what those that are left out would define.
+STUBS = """
+#include "../../csrc/cuda/kernels.h"
+#include "../../csrc/norm.h"
+#define STUB [[gnu::weak]]
+namespace megavlm::cuda {
+constexpr const char* MISSING = "not built";
+namespace sm80 {
+STUB int64_t workspace_bytes(const CrossAttentionBackward&) { return 0; }
+STUB const char* cross_attention(const CrossAttentionForward&, void*) { return MISSING; }
+STUB const char* cross_attention_backward(const CrossAttentionBackward&, void*, void*) {
+  return MISSING;
+}
+}  // namespace sm80
+namespace sm90 {
+STUB int64_t workspace_bytes(const CrossAttentionBackward&) { return 0; }
+STUB const char* cross_attention(const CrossAttentionForward&, void*) { return MISSING; }
+STUB const char* cross_attention_backward(const CrossAttentionBackward&, void*, void*) {
+  return MISSING;
+}
+}  // namespace sm90
+namespace decode {
+STUB int64_t workspace_bytes(const CrossAttentionForward&) { return 0; }
+STUB const char* cross_attention(const CrossAttentionForward&, void*, void*) { return MISSING; }
+}  // namespace decode
+STUB int64_t workspace_bytes(const NormBackward&) { return 0; }
+STUB const char* norm(const NormForward&, void*) { return MISSING; }
+STUB const char* norm_backward(const NormBackward&, void*, void*) { return MISSING; }
+}  // namespace megavlm::cuda
+"""
+
+
+if __name__ == "__main__":
+    only = next((one.partition("=")[2] for one in sys.argv if one.startswith("--only=")), "")
+    print(build(sys.argv[1], "--sanitize" in sys.argv, only))
