@@ -12,11 +12,13 @@ import hashlib
 import importlib.util
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 
 from pybind11.setup_helpers import Pybind11Extension, build_ext
@@ -25,9 +27,11 @@ from setuptools.errors import CompileError
 
 ROOT = Path(__file__).parent
 CSRC = ROOT / "csrc"
+OBJECTS = ROOT / "build/operators"  # kept between builds: only what changed is compiled again
 
 OLDEST_TORCH = "0x020b000000000000"  # 2.11: the binary runs with it and every later one
-CXX = [os.environ.get("CXX", "g++"), "-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall"]
+COMPILER = shlex.split(os.environ.get("CXX", "g++"))
+CXX = [*COMPILER, "-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall"]
 # Contraction and errno change no rule of IEEE arithmetic that the kernels rely on: infinities stay.
 CPU_KERNELS = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
 INSTRUCTION_SETS = {
@@ -58,32 +62,46 @@ def cuda_home() -> Path | None:
         sys.exit(f"MEGAVLM_CUDA={wanted!r}: must be auto, 0 or 1")
     if wanted == "0":
         return None
-    on_path = shutil.which("nvcc")
-    for home in (
-        os.environ.get("CUDA_HOME"),
-        "/usr/local/cuda",
-        on_path and Path(on_path).resolve().parents[1],
-        *sorted(Path("/usr/local").glob("cuda-*"), reverse=True),
-    ):
-        if home and (Path(home) / "bin/nvcc").exists():
-            return Path(home)
-    if wanted == "1":
-        sys.exit("MEGAVLM_CUDA=1, but no nvcc: put it on PATH, or set CUDA_HOME to its toolkit")
+    chosen, on_path = os.environ.get("CUDA_HOME"), shutil.which("nvcc")
+    homes = [Path(on_path).resolve().parents[1]] if on_path else []
+    homes += [Path("/usr/local/cuda"), *sorted(Path("/usr/local").glob("cuda-*"), reverse=True)]
+    for home in [Path(chosen)] if chosen else homes:
+        if (home / "bin/nvcc").exists() and runtime_folder(home):
+            return home
+    if wanted == "1" or chosen:
+        where = f"in CUDA_HOME={chosen}" if chosen else "on PATH or below /usr/local; set CUDA_HOME"
+        sys.exit(f"MEGAVLM_CUDA={wanted}, but no CUDA toolkit with bin/nvcc {where}")
     return None
+
+
+def runtime_folder(cuda: Path) -> Path | None:
+    """Where the CUDA runtime for static linking lies."""
+    for folder in ("lib64", "lib", f"targets/{platform.machine()}-linux/lib"):
+        if (cuda / folder / "libcudart_static.a").exists():
+            return cuda / folder
+    return None
+
+
+def torch_folder() -> Path:
+    """Of the installed torch, found without importing it, which takes seconds."""
+    torch = importlib.util.find_spec("torch")
+    if torch is None or torch.origin is None:
+        sys.exit(
+            "torch is not installed in this build environment: install torch first, then megavlm "
+            "with pip install --no-build-isolation"
+        )
+    return Path(torch.origin).parent
 
 
 def compile_commands(cuda: Path | None) -> dict[str, list[str]]:
     """Object name -> the command that compiles it, without `-o`; the source comes last."""
-    torch = importlib.util.find_spec("torch")  # found, not imported: that takes seconds
-    if torch is None or torch.origin is None:
-        raise CompileError("torch is not installed here; install with --no-build-isolation")
     library = [
         *CXX,
         "-O2",
         f"-DTORCH_TARGET_VERSION={OLDEST_TORCH}",
         "-DTORCH_STABLE_ONLY",
         "-DPy_LIMITED_API=0x030b0000",
-        f"-isystem{Path(torch.origin).parent / 'include'}",
+        f"-isystem{torch_folder() / 'include'}",
         f"-I{sysconfig.get_path('include')}",
         *(["-DMEGAVLM_WITH_CUDA"] if cuda else []),
     ]
@@ -109,20 +127,31 @@ class Build(build_ext):
         if ext.name != "megavlm._C":
             super().build_extension(ext)
             return
-        cuda = cuda_home()
-        objects = Path(self.build_temp) / "operators"
-        objects.mkdir(parents=True, exist_ok=True)
-        commands = compile_commands(cuda)
-        jobs = int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))
-        with ThreadPoolExecutor(jobs) as pool:
-            compiled = list(
-                pool.map(lambda name: compile_one(objects / name, commands[name]), commands)
-            )
         target = Path(self.get_ext_fullpath(ext.name))
-        target.parent.mkdir(parents=True, exist_ok=True)
-        link = [CXX[0], "-shared", "-o", str(target), *map(str, compiled), *cuda_libraries(cuda)]
-        run([*link, *torch_libraries()])
-        print(f"megavlm._C: built with {'CPU and CUDA' if cuda else 'CPU'} kernels")
+        cuda = cuda_home()
+        try:
+            build_operators(target, cuda)
+        except CompileError as error:
+            if cuda is None or os.environ.get("MEGAVLM_CUDA") == "1":
+                raise
+            print(f"{error}\n\nmegavlm: the CUDA kernels cannot be built; going on without them")
+            build_operators(target, None)
+
+
+def build_operators(target: Path, cuda: Path | None) -> None:
+    """Compile and link `megavlm._C`."""
+    OBJECTS.mkdir(parents=True, exist_ok=True)
+    commands = compile_commands(cuda)
+    jobs = int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))
+    with ThreadPoolExecutor(jobs) as pool:
+        compiled = list(
+            pool.map(lambda name: compile_one(OBJECTS / name, commands[name]), commands)
+        )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # No run path to torch: Python has loaded it before the operators.
+    libraries = [f"-L{torch_folder() / 'lib'}", "-ltorch_cpu", *cuda_libraries(cuda)]
+    run([*COMPILER, "-shared", "-o", str(target), *map(str, compiled), *libraries])
+    print(f"megavlm._C: built with {'CPU and CUDA' if cuda else 'CPU'} kernels")
 
 
 def compile_one(stem: Path, command: list[str]) -> Path:
@@ -130,8 +159,8 @@ def compile_one(stem: Path, command: list[str]) -> Path:
     output, log, key_file = (stem.with_suffix(suffix) for suffix in (".o", ".log", ".key"))
     source = Path(command[-1])
     headers = sorted(path for path in CSRC.rglob("*") if path.suffix in (".h", ".cuh"))
-    key = hashlib.sha256(repr(command).encode())
-    for path in (source, *headers):
+    key = hashlib.sha256(repr(command).encode() + compiler_version(command[0]).encode())
+    for path in (source, *headers, torch_folder() / "version.py"):
         key.update(path.read_bytes())
     if output.exists() and key_file.exists() and key_file.read_text() == key.hexdigest():
         return output
@@ -139,6 +168,12 @@ def compile_one(stem: Path, command: list[str]) -> Path:
     log.write_text(run([*compiler, "-o", str(output)]))
     key_file.write_text(key.hexdigest())
     return output
+
+
+@cache
+def compiler_version(program: str) -> str:
+    """What it says of itself."""
+    return run([program, "--version"])
 
 
 def run(command: list[str]) -> str:
@@ -156,16 +191,7 @@ def cuda_libraries(cuda: Path | None) -> list[str]:
     """The CUDA runtime, linked statically, so that the binary also loads without a driver."""
     if cuda is None:
         return []
-    for folder in ("lib64", "lib", f"targets/{platform.machine()}-linux/lib"):
-        if (cuda / folder / "libcudart_static.a").exists():
-            return [f"-L{cuda / folder}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
-    raise CompileError(f"no libcudart_static.a below {cuda}")
-
-
-def torch_libraries() -> list[str]:
-    """Torch's stable functions; no run path: Python loads them with torch, before the operators."""
-    folder = Path(importlib.util.find_spec("torch").origin).parent / "lib"
-    return [f"-L{folder}", "-ltorch_cpu"]
+    return [f"-L{runtime_folder(cuda)}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
 
 
 CUDA_REQUIRED = os.environ.get("MEGAVLM_CUDA") == "1"

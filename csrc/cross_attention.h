@@ -9,7 +9,8 @@
 //   lse[b,h,t]     = log(sum(exp(score[b,t,h])))
 //
 // RMSNorm on queries costs nothing beyond r: its weight is folded into the keys beforehand.
-// A token that sees nothing has out = 0, lse = -infinity and sends gradient 0, exactly.
+// A token that sees nothing has out = 0, lse = -infinity and sends gradient 0, exactly, as long as
+// all operands are finite.
 #pragma once
 
 #include <cstdint>

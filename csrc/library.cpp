@@ -11,6 +11,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
 #include <limits>
 #include <optional>
 #include <tuple>
@@ -39,6 +40,11 @@ Element element_of(const Tensor& x) {
   return type == ScalarType::Float ? Element::float32 : Element::bfloat16;
 }
 
+bool same_shape(const Tensor& x, const Tensor& y) {
+  const auto a = x.sizes(), b = y.sizes();
+  return std::equal(a.begin(), a.end(), b.begin(), b.end());
+}
+
 void check_like(const Tensor& x, const Tensor& q, const char* name) {
   STD_TORCH_CHECK(x.scalar_type() == q.scalar_type(), "megavlm: ", name,
                   " has another dtype than the first operand");
@@ -64,13 +70,13 @@ bool fits_kernels(const Tensor& x) {
   bool fits = x.size(last) <= 1 || x.stride(last) == 1;
   if (!x.is_cuda()) return fits;
   for (int64_t axis = 0; axis < last; ++axis)
-    fits = fits && (x.size(axis) == 1 || x.stride(axis) % 8 == 0);
+    fits = fits && (x.size(axis) == 1 || (x.stride(axis) > 0 && x.stride(axis) % 8 == 0));
   return fits && reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0;
 }
 
 // x, or a copy that fits.
 Tensor readable(const Tensor& x) {
-  if (fits_kernels(x)) return x;
+  if (x.dim() == 0 || fits_kernels(x)) return x;
   auto copy = torch::stable::new_empty(x, x.sizes());
   return torch::stable::copy_(copy, x);
 }
@@ -136,7 +142,7 @@ CrossAttention described(const Tensor& q, const Tensor& k, const Tensor& v, cons
   STD_TORCH_CHECK(q.dim() == 4,
                   "megavlm: q must be (rows, text tokens, heads, head width), but has ", q.dim(),
                   " axes");
-  STD_TORCH_CHECK(k.dim() == 3 && v.dim() == 3 && k.sizes() == v.sizes(),
+  STD_TORCH_CHECK(k.dim() == 3 && v.dim() == 3 && same_shape(k, v),
                   "megavlm: k and v must both be (image tokens, key/value heads, head width)");
   check_like(k, q, "k");
   check_like(v, q, "v");
@@ -148,6 +154,9 @@ CrossAttention described(const Tensor& q, const Tensor& k, const Tensor& v, cons
   STD_TORCH_CHECK(
       x.head_width > 0 && (!q.is_cuda() || (x.head_width % 8 == 0 && x.head_width <= 128)),
       "megavlm: head width ", x.head_width, "; the CUDA kernels take multiples of 8 up to 128");
+  STD_TORCH_CHECK(q_norm_epsilon.value_or(0) >= 0, "megavlm: q_norm_epsilon is ", *q_norm_epsilon,
+                  ", but must not be negative");
+  STD_TORCH_CHECK(scale > 0, "megavlm: scale is ", scale, ", but must be positive");
   for (const auto* ends : {&low, &high}) {
     STD_TORCH_CHECK(ends->scalar_type() == ScalarType::Int && ends->dim() == 2 &&
                         ends->size(0) == x.rows && ends->size(1) == x.text_tokens &&
@@ -212,7 +221,7 @@ std::tuple<Tensor, Tensor, Tensor> cross_attention_backward(
              high = torch::stable::contiguous(high_given);
   const auto grad_out = readable(grad_out_given), out = readable(out_given);
   CrossAttentionBackward x{described(q, k, v, low, high, scale, q_norm_epsilon)};
-  STD_TORCH_CHECK(grad_out.sizes() == q.sizes() && out.sizes() == q.sizes(),
+  STD_TORCH_CHECK(same_shape(grad_out, q) && same_shape(out, q),
                   "megavlm: out and its gradient must have q's shape");
   check_like(grad_out, q, "the gradient of out");
   check_like(out, q, "out");
@@ -261,7 +270,7 @@ Norm described(const Tensor& residual, const Tensor* branch, const Tensor* gate,
   x.residual = matrix(residual);
   x.branch = {nullptr, 0};
   if (branch) {
-    STD_TORCH_CHECK(branch->sizes() == residual.sizes(),
+    STD_TORCH_CHECK(same_shape(*branch, residual),
                     "megavlm: residual and branch must have one shape");
     check_like(*branch, residual, "the branch");
     check_float32(*gate, 1, residual, "the gate");
@@ -300,8 +309,9 @@ void run(const NormBackward& x, const Tensor& on) {
 }
 
 template <bool CUDA>
-std::tuple<Tensor, Tensor> rms_norm(const Tensor& x_given, const Tensor& weight, double epsilon) {
-  const auto input = readable(x_given);
+std::tuple<Tensor, Tensor> rms_norm(const Tensor& x_given, const Tensor& weight_given,
+                                    double epsilon) {
+  const auto input = readable(x_given), weight = readable(weight_given);
   NormForward x{described(input, nullptr, nullptr, weight, epsilon)};
   auto normed = empty(input, {x.rows, x.width});
   auto inverse_rms = empty(input, {x.rows}, ScalarType::Float);
@@ -313,10 +323,12 @@ std::tuple<Tensor, Tensor> rms_norm(const Tensor& x_given, const Tensor& weight,
 
 template <bool CUDA>
 std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad_normed_given, const Tensor& x_given,
-                                             const Tensor& weight, const Tensor& inverse_rms) {
-  const auto input = readable(x_given), grad_normed = readable(grad_normed_given);
+                                             const Tensor& weight_given,
+                                             const Tensor& inverse_rms) {
+  const auto input = readable(x_given), weight = readable(weight_given);
+  const auto grad_normed = readable(grad_normed_given);
   NormBackward x{described(input, nullptr, nullptr, weight, 0)};
-  STD_TORCH_CHECK(grad_normed.sizes() == input.sizes(),
+  STD_TORCH_CHECK(same_shape(grad_normed, input),
                   "megavlm: a norm's output and its gradient must have one shape");
   check_like(grad_normed, input, "the gradient");
   check_float32(inverse_rms, x.rows, input, "inverse_rms");
@@ -336,8 +348,9 @@ std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad_normed_given, co
 template <bool CUDA>
 std::tuple<Tensor, Tensor, Tensor> gated_norm(const Tensor& residual_given,
                                               const Tensor& branch_given, const Tensor& gate,
-                                              const Tensor& weight, double epsilon) {
+                                              const Tensor& weight_given, double epsilon) {
   const auto residual = readable(residual_given), branch = readable(branch_given);
+  const auto weight = readable(weight_given);
   NormForward x{described(residual, &branch, &gate, weight, epsilon)};
   auto sum = empty(residual, {x.rows, x.width});
   auto normed = empty(residual, {x.rows, x.width});
@@ -352,12 +365,13 @@ std::tuple<Tensor, Tensor, Tensor> gated_norm(const Tensor& residual_given,
 template <bool CUDA>
 std::tuple<Tensor, Tensor, Tensor, Tensor> gated_norm_backward(
     const Tensor& grad_sum_given, const Tensor& grad_normed_given, const Tensor& sum_given,
-    const Tensor& branch_given, const Tensor& gate, const Tensor& weight,
+    const Tensor& branch_given, const Tensor& gate, const Tensor& weight_given,
     const Tensor& inverse_rms) {
   const auto sum = readable(sum_given), branch = readable(branch_given);
+  const auto weight = readable(weight_given);
   const auto grad_sum = readable(grad_sum_given), grad_normed = readable(grad_normed_given);
   NormBackward x{described(sum, &branch, &gate, weight, 0)};
-  STD_TORCH_CHECK(grad_sum.sizes() == sum.sizes() && grad_normed.sizes() == sum.sizes(),
+  STD_TORCH_CHECK(same_shape(grad_sum, sum) && same_shape(grad_normed, sum),
                   "megavlm: a norm's outputs and their gradients must have one shape");
   check_like(grad_sum, sum, "the gradient of the sum");
   check_like(grad_normed, sum, "the gradient of the norm");

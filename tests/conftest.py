@@ -2,10 +2,9 @@
 
 import os
 
-# The tests compare real CPU ranks, on machines with GPUs too; tools/gpu_check.sh runs those of the
-# kernels alone, and on the GPU.
-if "MEGAVLM_TEST_GPU" not in os.environ:
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+# The tests compare real CPU ranks, on machines with GPUs too. (tools/gpu_check.sh runs those of the
+# kernels without this file.)
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ["DS_ACCELERATOR"] = "cpu"
 
 import io

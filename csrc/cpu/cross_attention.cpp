@@ -26,7 +26,7 @@ Interval seen_by(const CrossAttention& problem, int64_t i) {
 
 // Sorted bounds between which image tokens are taken together: those of intervals as far as they
 // make blocks large, even cuts elsewhere.
-std::vector<int64_t> block_bounds(const CrossAttention& problem) {
+std::vector<int64_t> cut_blocks(const CrossAttention& problem) {
   std::vector<char> interval_ends(problem.image_tokens + 1);
   for (int64_t i = 0; i < problem.rows * problem.text_tokens; ++i) {
     const auto [low, high] = seen_by(problem, i);
@@ -81,11 +81,89 @@ void zero(const View& view, int64_t row, int64_t token, int64_t heads, int64_t w
   }
 }
 
+// A backward plan and the tables that it points to.
+class BackwardSchedule : public CrossAttentionBackwardPlan {
+ public:
+  explicit BackwardSchedule(const CrossAttention& problem)
+      : CrossAttentionBackwardPlan(),
+        bounds_(cut_blocks(problem)),
+        token_meets_(problem.rows * problem.text_tokens, Meets::none) {
+    static_cast<CrossAttentionPlan&>(*this) = make_plan(problem, bounds_, backward_tile_rows);
+    survey(problem);
+    deal_out(problem);
+  }
+  BackwardSchedule(const BackwardSchedule&) = delete;
+
+ private:
+  // What each tile sees, and how many pairs of tokens meet in each tile and block.
+  void survey(const CrossAttention& problem) {
+    const int64_t tiles = problem.rows * tiles_per_row;
+    tile_low_.assign(tiles, problem.image_tokens);
+    tile_high_.assign(tiles, 0);
+    tile_work_.assign(tiles, 0);
+    block_work_.assign(blocks, 0);
+    std::vector<int64_t> viewers(problem.image_tokens + 1);  // differences from token to token
+    for (int64_t i = 0; i < problem.rows * problem.text_tokens; ++i) {
+      const auto [low, high] = seen_by(problem, i);
+      if (low >= high) continue;
+      const int64_t tile =
+          i / problem.text_tokens * tiles_per_row + i % problem.text_tokens / tile_tokens;
+      tile_low_[tile] = std::min<int64_t>(tile_low_[tile], low);
+      tile_high_[tile] = std::max<int64_t>(tile_high_[tile], high);
+      tile_work_[tile] += high - low;
+      viewers[low] += 1;
+      viewers[high] -= 1;
+      const int64_t block_end = *std::upper_bound(bounds_.begin(), bounds_.end(), low);
+      token_meets_[i] = high <= block_end ? Meets::one : Meets::several;
+    }
+    int64_t now = 0;
+    for (int64_t block = 0; block < blocks; ++block) {
+      for (int64_t token = bounds_[block]; token < bounds_[block + 1]; ++token) {
+        block_work_[block] += now += viewers[token];
+      }
+    }
+    tile_low = tile_low_.data();
+    tile_high = tile_high_.data();
+    token_meets = token_meets_.data();
+  }
+
+  void deal_out(const CrossAttention& problem) {
+    // Few enough that packing a block for a part of the tiles stays cheap.
+    const int64_t rows = problem.rows * problem.text_tokens * (problem.heads / problem.kv_heads);
+    parts = std::clamp<int64_t>(std::min(blocks, rows / 512), 1, 16);
+    block_parts_ = split(block_work_, parts);
+    tile_parts_ = split(tile_work_, parts);
+    block_meets_.assign(blocks, Meets::none);
+    std::vector<int64_t> first_part(blocks);  // of the tiles, that meets the block
+    for (int64_t part = 0; part < parts; ++part) {
+      for (int64_t tile = tile_parts_[part]; tile < tile_parts_[part + 1]; ++tile) {
+        int64_t block =
+            std::upper_bound(bounds_.begin(), bounds_.end(), tile_low_[tile]) - bounds_.begin() - 1;
+        for (; block < blocks && bounds_[block] < tile_high_[tile]; ++block) {
+          if (block_meets_[block] == Meets::none) {
+            block_meets_[block] = Meets::one;
+            first_part[block] = part;
+          } else if (first_part[block] != part) {
+            block_meets_[block] = Meets::several;
+          }
+        }
+      }
+    }
+    block_parts = block_parts_.data();
+    tile_parts = tile_parts_.data();
+    block_meets = block_meets_.data();
+  }
+
+  std::vector<int64_t> bounds_, tile_work_, block_work_, block_parts_, tile_parts_;
+  std::vector<int32_t> tile_low_, tile_high_;
+  std::vector<Meets> token_meets_, block_meets_;
+};
+
 }  // namespace
 
 void cross_attention(const CrossAttentionForward& problem, const ParallelFor& parallel) {
   const Kernels& set = kernels(problem.element);
-  const auto bounds = block_bounds(problem);
+  const auto bounds = cut_blocks(problem);
   const auto plan = make_plan(problem, bounds, forward_tile_rows);
   parallel(problem.rows * plan.tiles_per_row * problem.kv_heads,
            [&](int64_t begin, int64_t end) { set.cross_attention(problem, plan, begin, end); });
@@ -93,67 +171,8 @@ void cross_attention(const CrossAttentionForward& problem, const ParallelFor& pa
 
 void cross_attention_backward(const CrossAttentionBackward& problem, const ParallelFor& parallel) {
   const Kernels& set = kernels(problem.element);
-  const auto bounds = block_bounds(problem);
-  CrossAttentionBackwardPlan plan = {};
-  static_cast<CrossAttentionPlan&>(plan) = make_plan(problem, bounds, backward_tile_rows);
+  BackwardSchedule plan(problem);
   const int64_t tokens = problem.rows * problem.text_tokens;
-  const int64_t tiles = problem.rows * plan.tiles_per_row;
-
-  // What each tile sees, and how many pairs of tokens meet in each tile and block.
-  std::vector<int32_t> tile_low(tiles, problem.image_tokens), tile_high(tiles, 0);
-  std::vector<int64_t> tile_work(tiles), block_work(plan.blocks);
-  std::vector<int64_t> viewers(problem.image_tokens + 1);  // differences from token to token
-  std::vector<Meets> token_meets(tokens, Meets::none);
-  const auto tile_of = [&](int64_t i) {
-    return i / problem.text_tokens * plan.tiles_per_row +
-           i % problem.text_tokens / plan.tile_tokens;
-  };
-  for (int64_t i = 0; i < tokens; ++i) {
-    const auto [low, high] = seen_by(problem, i);
-    if (low >= high) continue;
-    const int64_t tile = tile_of(i);
-    tile_low[tile] = std::min<int64_t>(tile_low[tile], low);
-    tile_high[tile] = std::max<int64_t>(tile_high[tile], high);
-    tile_work[tile] += high - low;
-    viewers[low] += 1;
-    viewers[high] -= 1;
-    const bool one = high <= *std::upper_bound(bounds.begin(), bounds.end(), low);
-    token_meets[i] = one ? Meets::one : Meets::several;
-  }
-  int64_t now = 0;
-  for (int64_t block = 0; block < plan.blocks; ++block) {
-    for (int64_t token = bounds[block]; token < bounds[block + 1]; ++token) {
-      block_work[block] += now += viewers[token];
-    }
-  }
-
-  // Few enough that packing a block for a part of the tiles stays cheap.
-  const int64_t rows = tokens * (problem.heads / problem.kv_heads);
-  plan.parts = std::clamp<int64_t>(std::min(plan.blocks, rows / 512), 1, 16);
-  const auto block_parts = split(block_work, plan.parts), tile_parts = split(tile_work, plan.parts);
-  std::vector<Meets> block_meets(plan.blocks, Meets::none);
-  std::vector<int64_t> block_part(plan.blocks);  // of the tiles, the first that meets it
-  for (int64_t part = 0; part < plan.parts; ++part) {
-    for (int64_t tile = tile_parts[part]; tile < tile_parts[part + 1]; ++tile) {
-      int64_t block =
-          std::upper_bound(bounds.begin(), bounds.end(), tile_low[tile]) - bounds.begin() - 1;
-      for (; block < plan.blocks && bounds[block] < tile_high[tile]; ++block) {
-        if (block_meets[block] == Meets::none) {
-          block_meets[block] = Meets::one;
-          block_part[block] = part;
-        } else if (block_part[block] != part) {
-          block_meets[block] = Meets::several;
-        }
-      }
-    }
-  }
-  plan.block_parts = block_parts.data();
-  plan.tile_parts = tile_parts.data();
-  plan.tile_low = tile_low.data();
-  plan.tile_high = tile_high.data();
-  plan.token_meets = token_meets.data();
-  plan.block_meets = block_meets.data();
-
   // Sums are in fp32: in the gradients' own memory or, for bfloat16, beside it.
   plan.grad_q = problem.grad_q;
   plan.grad_k = problem.grad_k;
@@ -170,15 +189,15 @@ void cross_attention_backward(const CrossAttentionBackward& problem, const Paral
   }
   parallel(tokens, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      if (token_meets[i] != Meets::several) continue;
+      if (plan.token_meets[i] != Meets::several) continue;
       zero(plan.grad_q, i / problem.text_tokens, i % problem.text_tokens, problem.heads,
            problem.head_width);
     }
   });
   parallel(plan.blocks, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      if (block_meets[i] != Meets::several) continue;
-      for (int64_t token = bounds[i]; token < bounds[i + 1]; ++token) {
+      if (plan.block_meets[i] != Meets::several) continue;
+      for (int64_t token = plan.block_bounds[i]; token < plan.block_bounds[i + 1]; ++token) {
         zero(plan.grad_k, 0, token, problem.kv_heads, problem.head_width);
         zero(plan.grad_v, 0, token, problem.kv_heads, problem.head_width);
       }

@@ -48,9 +48,9 @@ inline float dot(const A* a, const B* b, int64_t width) {
 
 // 1 / sqrt(mean(q^2) + epsilon), or 1 where queries are taken as they are.
 template <class T>
-inline float inverse_rms(const T* q, int64_t width, float epsilon) {
-  if (epsilon < 0) return 1.0f;
-  return 1.0f / __builtin_sqrtf(dot(q, q, width) / float(width) + epsilon);
+inline double inverse_rms(const T* q, int64_t width, float epsilon) {
+  if (epsilon < 0) return 1;
+  return 1 / __builtin_sqrt(dot(q, q, width) / double(width) + epsilon);
 }
 
 // ---- Packing: rows of numbers to operands of multiplications; a null row is zeros ----
@@ -223,8 +223,8 @@ class Forward {
     visit_rows(tile, kv_head, shape_.group, [&](int64_t i, int64_t token, int64_t head) {
       row_queries_[i] = row_of<const T>(problem_.q, tile.row, token, head);
       seen_[i] = seen_by(problem_, tile.row, token);
-      factors_[i] =
-          problem_.scale * inverse_rms(row_queries_[i], shape_.width, problem_.q_norm_epsilon);
+      factors_[i] = float(problem_.scale *
+                          inverse_rms(row_queries_[i], shape_.width, problem_.q_norm_epsilon));
     });
     for (int64_t i = rows; i < padded_rows; ++i) {
       row_queries_[i] = nullptr;
@@ -348,8 +348,8 @@ template <class T>
 inline void finish_query(const T* q, const float* sums, T* grad, int64_t width, float epsilon) {
   float share = 0;
   if (epsilon >= 0) {
-    const float r = inverse_rms(q, width, epsilon);
-    share = r * r * dot(q, sums, width) / float(width);
+    const double r = inverse_rms(q, width, epsilon);
+    share = float(r * r * dot(q, sums, width) / double(width));
   }
   for (int64_t d = 0; d < width; d += lanes) {
     const int64_t count = width - d;
@@ -437,7 +437,7 @@ class Backward {
       row_grad_queries_[i] = once ? row_of<T>(problem_.grad_q, tile.row, token, head) : nullptr;
       row_sums_[i] = row_of<float>(plan_.grad_q, tile.row, token, head);
       seen_[i] = clamp(seen_by(problem_, tile.row, token), begin, end);
-      factors_[i] = problem_.scale * inverse_rms(q, shape_.width, problem_.q_norm_epsilon);
+      factors_[i] = float(problem_.scale * inverse_rms(q, shape_.width, problem_.q_norm_epsilon));
       logs_[i] = problem_.lse[(tile.row * problem_.heads + head) * problem_.text_tokens + token];
       deltas_[i] = dot(grad, row_of<const T>(problem_.out, tile.row, token, head), shape_.width);
     });

@@ -40,6 +40,7 @@ InstructionSet choose() {
       {"baseline", true, &baseline::float32_kernels, &baseline::bfloat16_kernels},
   };
   const char* wanted = std::getenv("MEGAVLM_CPU_ISA");
+  if (wanted && !*wanted) wanted = nullptr;
   std::string names;
   for (const auto& set : sets) {
     if (set.available && (!wanted || set.name == std::string(wanted))) return set;

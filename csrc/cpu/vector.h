@@ -20,7 +20,7 @@ inline constexpr int lanes = 16, tile_rows = 12, tile_vectors = 2;
 #elif defined(__AVX2__)
 inline constexpr int lanes = 8, tile_rows = 6, tile_vectors = 2;
 #elif defined(__aarch64__)
-inline constexpr int lanes = 4, tile_rows = 12, tile_vectors = 2;
+inline constexpr int lanes = 4, tile_rows = 8, tile_vectors = 2;
 #else
 inline constexpr int lanes = 4, tile_rows = 4, tile_vectors = 2;
 #endif
@@ -48,20 +48,16 @@ inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 template <class V>
 inline V load_as(const void* from) {
-  V v;
-  memcpy(&v, from, sizeof(v));
-  return v;
+  using Anywhere [[gnu::may_alias, gnu::aligned(1)]] = V;
+  return *static_cast<const Anywhere*>(from);
+}
+template <class V>
+inline void store(void* to, V v) {
+  using Anywhere [[gnu::may_alias, gnu::aligned(1)]] = V;
+  *static_cast<Anywhere*>(to) = v;
 }
 inline Vector load(const void* from) { return load_as<Vector>(from); }
-inline void store(void* to, Vector v) { memcpy(to, &v, sizeof(v)); }
 
-inline float to_float(float x) { return x; }
-inline float to_float(BFloat16 x) {
-  const uint32_t bits = uint32_t(x) << 16;
-  float value;
-  memcpy(&value, &bits, 4);
-  return value;
-}
 inline Vector load_floats(const float* from) { return load(from); }
 inline Vector load_floats(const BFloat16* from) {
   return Vector(__builtin_convertvector(load_as<HalfBits>(from), Bits) << 16);
@@ -78,10 +74,7 @@ inline HalfBits to_bfloat16(Vector v) {
 #endif
 }
 inline void store_floats(float* to, Vector v) { store(to, v); }
-inline void store_floats(BFloat16* to, Vector v) {
-  const HalfBits half = to_bfloat16(v);
-  memcpy(to, &half, sizeof(half));
-}
+inline void store_floats(BFloat16* to, Vector v) { store(to, to_bfloat16(v)); }
 
 // The first `count` lanes only; a load fills the others with zeros.
 template <class T>
@@ -112,10 +105,8 @@ inline Doubles upper(Vector v) {
 // Adds the first `count` lanes to doubles in memory.
 inline void add_floats(double* to, Vector v, int64_t count) {
   if (count >= lanes) {
-    const Doubles low = load_as<Doubles>(to) + lower(v);
-    const Doubles high = load_as<Doubles>(to + lanes / 2) + upper(v);
-    memcpy(to, &low, sizeof(low));
-    memcpy(to + lanes / 2, &high, sizeof(high));
+    store(to, load_as<Doubles>(to) + lower(v));
+    store(to + lanes / 2, load_as<Doubles>(to + lanes / 2) + upper(v));
   } else {
     for (int64_t i = 0; i < count; ++i) to[i] += v[i];
   }

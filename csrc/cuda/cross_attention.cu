@@ -22,6 +22,11 @@ const Device& current_device() {
   return device;
 }
 
+// Hopper's kernels hold all query heads of a key/value head in one tile.
+static bool for_hopper(const CrossAttention& x) {
+  return current_device().capability == 90 && x.heads / x.kv_heads <= sm90::MAX_GROUP;
+}
+
 static bool few_queries(const CrossAttention& x) {
   return x.text_tokens * (x.heads / x.kv_heads) <= decode::MAX_QUERIES;
 }
@@ -33,19 +38,18 @@ int64_t workspace_bytes(const CrossAttentionForward& x) {
 const char* cross_attention(const CrossAttentionForward& x, void* workspace, void* stream) {
   if (current_device().capability < 80) return "the kernels need compute capability 8.0 or later";
   if (few_queries(x)) return decode::cross_attention(x, workspace, stream);
-  return current_device().capability == 90 ? sm90::cross_attention(x, stream)
-                                           : sm80::cross_attention(x, stream);
+  return for_hopper(x) ? sm90::cross_attention(x, stream) : sm80::cross_attention(x, stream);
 }
 
 int64_t workspace_bytes(const CrossAttentionBackward& x) {
-  return current_device().capability == 90 ? sm90::workspace_bytes(x) : sm80::workspace_bytes(x);
+  return for_hopper(x) ? sm90::workspace_bytes(x) : sm80::workspace_bytes(x);
 }
 
 const char* cross_attention_backward(const CrossAttentionBackward& x, void* workspace,
                                      void* stream) {
   if (current_device().capability < 80) return "the kernels need compute capability 8.0 or later";
-  return current_device().capability == 90 ? sm90::cross_attention_backward(x, workspace, stream)
-                                           : sm80::cross_attention_backward(x, workspace, stream);
+  return for_hopper(x) ? sm90::cross_attention_backward(x, workspace, stream)
+                       : sm80::cross_attention_backward(x, workspace, stream);
 }
 
 }  // namespace megavlm::cuda

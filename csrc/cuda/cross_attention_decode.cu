@@ -70,7 +70,7 @@ __device__ __forceinline__ float finite(float max) { return max == -INFINITY ? 0
 __device__ __forceinline__ void write_lse(const CrossAttentionForward& x, int row, int head,
                                           int token, float max, float sum) {
   x.lse[(row * x.heads + head) * x.text_tokens + token] =
-      sum > 0.f ? (max + log2f(sum)) * (1.f / LOG2_E) : -INFINITY;
+      sum != 0.f ? (max + log2f(sum)) * (1.f / LOG2_E) : -INFINITY;
 }
 
 // One block per (row, split, key/value head), the head changing fastest: neighbours in time read
@@ -286,7 +286,7 @@ __global__ void __launch_bounds__(THREADS, 2)
       if (column == 0) partials.statistics[first_partial + query] = make_float2(max, sum);
     } else {
       const int token = query / group, head = kv_head * group + query % group;
-      const float inverse = sum > 0.f ? 1.f / sum : 0.f;
+      const float inverse = sum != 0.f ? 1.f / sum : 0.f;
       uint4 packed;
       packed.x = pack_bf16(total[0] * inverse, total[1] * inverse);
       packed.y = pack_bf16(total[2] * inverse, total[3] * inverse);
@@ -362,7 +362,7 @@ __global__ void __launch_bounds__(THREADS)
 
   const int row = row_and_head / kv_heads, token = query / group;
   const int head = row_and_head % kv_heads * group + query % group;
-  const float inverse = sum > 0.f ? 1.f / sum : 0.f;
+  const float inverse = sum != 0.f ? 1.f / sum : 0.f;
   *reinterpret_cast<uint2*>(static_cast<__nv_bfloat16*>(x.out.data) + row * x.out.row_stride +
                             token * x.out.token_stride + head * x.out.head_stride + column) =
       make_uint2(pack_bf16(total.x * inverse, total.y * inverse),

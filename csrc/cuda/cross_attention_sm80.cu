@@ -170,7 +170,7 @@ __global__ void __launch_bounds__(THREADS, 2)
 template <int WIDTH>
 const char* launch(const CrossAttentionForward& x, void* stream) {
   const int64_t packed_rows = x.text_tokens * (x.heads / x.kv_heads);
-  if (!(x.scale > 0)) return "cross-attention needs a positive scale";
+  if (x.rows > 65535) return "cross-attention has more than 65,535 rows";  // a grid's limit
   if (packed_rows > INT_MAX - QUERIES || x.image_tokens > INT_MAX - TOKENS)
     return "cross-attention has too many tokens";
   if (!strides_fit(x.q) || !strides_fit(x.k) || !strides_fit(x.v) || !strides_fit(x.out))

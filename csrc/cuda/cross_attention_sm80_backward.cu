@@ -5,6 +5,8 @@
 // pass needs 5; but nothing is added up in global memory. A token sees few images here: an fp32
 // grad_q of atomic additions, its zeroing and its conversion would cost more than two products.
 // Besides, the result does not depend on the order in which blocks run.
+//
+// A text token that sees nothing may hold anything, NaN too; all other operands are to be finite.
 #include <algorithm>
 #include <cmath>
 #include <type_traits>
@@ -22,7 +24,7 @@ constexpr int TILE = 32;          // packed rows of its step
 constexpr int TILE_GROUP = 32;    // tiles that are looked at together
 
 // What the blocks that own image tokens need to know of a packed row. A row that sees nothing or
-// does not exist has an infinite log_sum: all its probabilities are 0.
+// does not exist has {0, infinity, 0, 0}: all its probabilities are 0.
 struct alignas(16) QueryScalars {
   float scale;          // from score to base-2 logarithm
   float log_sum;        // of the row's exponentials, base 2
@@ -33,6 +35,7 @@ struct alignas(16) QueryScalars {
 // What the queries of a tile see, leaving out those that see nothing.
 struct alignas(16) TileIntervals {
   Interval all, common;
+  unsigned seeing_rows;  // bits: those that see something
 };
 
 // Division of numbers below 2^31 by the same one: n / value = (n + n * factor / 2^32) / 2^shift.
@@ -79,9 +82,10 @@ __global__ void __launch_bounds__(TILE* TILE_GROUP)
   const bool exists = tile < plan.tiles && row < plan.packed_rows;
   const Interval interval = exists ? interval_of(x, b, plan.group.divide(row).x) : Interval{0, 0};
   const Interval all = warp_union(interval), common = warp_intersection(interval);
+  const unsigned seeing_rows = __ballot_sync(~0u, !interval.empty());
   if (tile < plan.tiles) {
     plan.intervals[static_cast<int64_t>(tile) * TILE + lane_index()] = interval;
-    if (lane_index() == 0) plan.seen[tile] = {all, common};
+    if (lane_index() == 0) plan.seen[tile] = {all, common, seeing_rows};
   }
   Interval* of_warp = reinterpret_cast<Interval*>(dynamic_shared());
   if (lane_index() == 0) of_warp[warp_index()] = all;
@@ -189,7 +193,7 @@ __global__ void __launch_bounds__(THREADS, 2)
       lane_delta += dot(out[chunk], *reinterpret_cast<const uint4*>(dynamic_shared() + grad_outs +
                                                                     T::at(lane, chunk)));
     const float r = inverse_rms<WIDTH>(x, queries);
-    scalars = {x.scale * LOG2_E * r, lse * LOG2_E, r, lane_delta * r};
+    if (!interval.empty()) scalars = {x.scale * LOG2_E * r, lse * LOG2_E, r, lane_delta * r};
   }
   plan.scalars[(static_cast<int64_t>(kv_head) * x.rows + b) * plan.padded_rows + row_index] =
       scalars;
@@ -377,7 +381,8 @@ __global__ void __launch_bounds__(THREADS, 2)
   const BlockCopy<WIDTH> copy;
   const int64_t q_head = times_stride(kv_head * plan.group.value, x.q.head_stride),
                 grad_out_head = times_stride(kv_head * plan.group.value, x.grad_out.head_stride);
-  const auto start_copy = [&](int tile, int stage) {
+  // Rows that see nothing become zeros: probabilities of 0 would not keep a NaN from others.
+  const auto start_copy = [&](int tile, unsigned seeing_rows, int stage) {
     if (tile >= 0) {
       const int2 b_and_tile = plan.tiles_per_row.divide(tile);
       const auto row_of = [&](const View& view, int64_t head, int2 token_and_head) {
@@ -389,9 +394,8 @@ __global__ void __launch_bounds__(THREADS, 2)
       if (copy.takes_part())
 #pragma unroll
         for (int i = 0; i < TILE; i += copy.ROWS) {
-          const int row = b_and_tile.y * TILE + copy.row + i;
-          const bool valid = row < plan.packed_rows && 8 * copy.chunk < width;
-          const int2 token_and_head = plan.group.divide(row);
+          const bool valid = seeing_rows >> (copy.row + i) & 1 && 8 * copy.chunk < width;
+          const int2 token_and_head = plan.group.divide(b_and_tile.y * TILE + copy.row + i);
           copy_async(copy.target(stage, i), row_of(x.q, q_head, token_and_head), valid);
           copy_async(copy.target(stage + S::GRAD_OUTS, i),
                      row_of(x.grad_out, grad_out_head, token_and_head), valid);
@@ -406,16 +410,19 @@ __global__ void __launch_bounds__(THREADS, 2)
     }
     copy_commit();
   };
-  start_copy(tile, 0);
+  TileIntervals next_seen{};
+  if (tile >= 0) next_seen = plan.seen[tile];
+  start_copy(tile, next_seen.seeing_rows, 0);
 
   TokenGrads<WIDTH> grads;
   for (int stage = 0; tile >= 0; stage = S::BYTES - stage) {
     const int next_tile = visible_tiles.next();
-    const TileIntervals seen = plan.seen[tile];
+    const TileIntervals seen = next_seen;
+    if (next_tile >= 0) next_seen = plan.seen[next_tile];
     const bool all_visible = seen.common.covers(warp_first, warp_first + 16);
     copy_wait<0>();
     __syncthreads();  // the tile is there, the other stage no longer in use
-    start_copy(next_tile, S::BYTES - stage);
+    start_copy(next_tile, next_seen.seeing_rows, S::BYTES - stage);
     tile = next_tile;
     if (!seen.all.meets(warp_first, warp_first + 16)) continue;
 

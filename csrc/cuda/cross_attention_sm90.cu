@@ -3,6 +3,7 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <climits>
 #include <cmath>
 #include <sm90.cuh>
 
@@ -73,6 +74,7 @@ struct Shared {
   uint64_t key_full[2], key_empty[2], value_full[2], value_empty[2];
 };
 static_assert(sizeof(Shared<128>) <= 227 * 1024);
+static_assert(MAX_GROUP <= TILE_ROWS);
 
 // The tiles of this block, out of all in the order (g, b, token). In each of several rounds the
 // blocks take a run of successive tiles each, which share keys and values, from left to right or
@@ -183,7 +185,7 @@ template <int HALVES, int BYTES>
 __device__ __forceinline__ void load_block(uint8_t (&shared)[HALVES][BYTES], const CUtensorMap* map,
                                            uint64_t* full, uint64_t* empty, int loads, int start,
                                            int g) {
-  barrier_wait(empty, loads & 1 ^ 1);
+  barrier_wait(empty, (loads & 1) ^ 1);
   barrier_arrive_expect(full, sizeof shared);
 #pragma unroll
   for (int half = 0; half < HALVES; ++half)
@@ -222,7 +224,7 @@ template <int WIDTH>
 __device__ __forceinline__ void store_out(Shared<WIDTH>& shared, const Maps& maps, int count,
                                           const Tile& tile) {
   const int stage = count % STAGES;
-  barrier_wait(&shared.out_full[stage], count / STAGES & 1);
+  barrier_wait(&shared.out_full[stage], (count / STAGES) & 1);
 #pragma unroll
   for (int half = 0; half < WIDTH / 64; ++half)
     tensor_store(&maps.out, shared.queries[stage][half], 64 * half, 0, tile.token, tile.g, tile.b);
@@ -309,7 +311,7 @@ __device__ __forceinline__ void prepare_rows(Shared<WIDTH>& shared, const Argume
       lse[i] = real ? x.lse + line * x.text_tokens + token : nullptr;
     }
     // The stage's queries came after the consumers were done with its last tile.
-    barrier_wait(&shared.query_full[stage], count / STAGES & 1);
+    barrier_wait(&shared.query_full[stage], (count / STAGES) & 1);
 #pragma unroll
     for (int i = 0; i < THREAD_ROWS; ++i) {
       const int row = thread + 32 * ROW_WARPS * i;
@@ -392,7 +394,7 @@ __device__ __forceinline__ int after(const float (&sum)[2], int parity) {
   return parity | (sum[0] + sum[1] < 0);
 }
 
-// TOKENS: of the block that holds the first R / 4 columns' keys.
+// The first 2 R keys of a block of TOKENS.
 template <int TOKENS, int WIDTH, int R>
 __device__ __forceinline__ void multiply_keys(float (&score)[R], uint64_t queries, uint64_t keys) {
 #pragma unroll
@@ -546,7 +548,7 @@ __device__ __forceinline__ void consume(Shared<WIDTH>& shared, const Arguments& 
   int count = 0;
   Window window{0, false, false, 1, 1};
   for (bool last = false; !last; ++count) {
-    const int stage = count % STAGES, parity = count / STAGES & 1;
+    const int stage = count % STAGES, parity = (count / STAGES) & 1;
     barrier_wait(&shared.query_full[stage], parity);
     barrier_wait(&shared.rows_full[stage], parity);
     const Plan& plan = shared.plan[stage];
@@ -603,12 +605,12 @@ __device__ __forceinline__ void consume(Shared<WIDTH>& shared, const Arguments& 
   if (warpgroup == 0) named_barrier_sync(TURN, 256);
 }
 
-// A tile is 128 rows: the query heads of one key/value head for as many text tokens of one row.
-// Its image tokens, from the first to the last that a token of it sees, come in windows of 272:
-// up to 272 the next tile finds them there if it sees no others, more of them stream through.
-// Warp 0 copies keys and values, warp 1 queries and outputs, warps 2 and 3 prepare what is known of
-// each row; two warpgroups of consumers have 64 rows each: products of a window, its softmax (with
-// the running maximum of earlier windows), product with the values from registers.
+// Tiles of up to 128 rows: the query heads of one key/value head for as many text tokens of one
+// row. A tile's image tokens, from the first to the last that any of it sees, come in windows of
+// 272, a single one of which stays for the next tile if that sees no others. Warp 0 copies keys and
+// values, warp 1 queries and outputs, warps 2 and 3 prepare each row's data. Two warpgroups
+// multiply 64 rows each: products of a window in registers, softmax relative to the highest product
+// so far, probabilities times values.
 template <int WIDTH>
 __global__ void __launch_bounds__(THREADS, 1)
     forward(const __grid_constant__ Maps maps, const __grid_constant__ Arguments x) {
@@ -668,6 +670,11 @@ const char* launch(const CrossAttentionForward& x, void* stream) {
   const int blocks = std::min(arguments.tiles, current_device().multiprocessors);
   arguments.rounds = 2 * std::max(1, arguments.tiles / blocks / (2 * RUN_TILES));
 
+  // Comes before the tensor maps: it also makes the context that the driver needs for them.
+  const int shared_bytes = sizeof(Shared<WIDTH>);
+  cudaError_t status = cudaFuncSetAttribute(
+      forward<WIDTH>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+  if (status != cudaSuccess) return cudaGetErrorString(status);
   Maps maps;
   const char* error = nullptr;
   if ((error = make_query_map(&maps.query, x, x.q, arguments.tile_tokens)) ||
@@ -678,10 +685,6 @@ const char* launch(const CrossAttentionForward& x, void* stream) {
       (error = make_key_map(&maps.second_values, x, x.v, SECOND)))
     return error;
 
-  const int shared_bytes = sizeof(Shared<WIDTH>);
-  cudaError_t status = cudaFuncSetAttribute(
-      forward<WIDTH>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
-  if (status != cudaSuccess) return cudaGetErrorString(status);
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(blocks);
   config.blockDim = dim3(THREADS);
@@ -694,8 +697,9 @@ const char* launch(const CrossAttentionForward& x, void* stream) {
 }  // namespace
 
 const char* cross_attention(const CrossAttentionForward& x, void* stream) {
-  if (x.heads / x.kv_heads > TILE_ROWS) return "more than 128 query heads share a key/value head";
-  if (!(x.scale > 0)) return "scale must be positive";
+  const int64_t tiles = x.rows * x.kv_heads * x.text_tokens;  // at most
+  if (tiles > INT_MAX || x.image_tokens > INT_MAX - WINDOW)
+    return "cross-attention has too many tokens";
   return x.head_width <= 64 ? launch<64>(x, stream) : launch<128>(x, stream);
 }
 

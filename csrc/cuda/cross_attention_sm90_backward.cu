@@ -1,11 +1,14 @@
 // The backward pass of cross-attention on Hopper. Image tokens stay where they are and queries
 // stream past them: the gradients of keys and values gather in registers, those of queries in
 // memory. Five kernels: prepare, plan, multiply, finish_queries, finish_keys.
+//
+// A text token that sees nothing may hold anything, NaN too; all other operands are to be finite.
 
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <climits>
 #include <cmath>
 #include <sm90.cuh>
 #include <type_traits>
@@ -31,7 +34,7 @@ constexpr int64_t ACCUMULATOR_BYTES = 256 << 20;
 // its products with keys and with queries both lack the factor ln 2 only.
 struct alignas(16) TileRecord {
   Interval seen;           // the union of the tokens' intervals
-  Interval common;         // the intersection of those that are not empty
+  Interval common;         // their intersection; 0, 0: some token sees nothing
   float multiplier[ROWS];  // scale * log2(e) / rms(q)
   float log2_sum[ROWS];    // log2(e) * lse; infinity: the row takes no part
   float delta[ROWS];       // multiplier * grad_out.out
@@ -49,10 +52,14 @@ struct Item {
   int block, begin, end;
 };
 
+constexpr int PLAN_THREADS = 256, PLAN_WARPS = PLAN_THREADS / 32;
+constexpr int MIN_ITEM_TILES = 4;  // and up to PLAN_THREADS - 1 more
+
 struct Counters {
-  int lists;  // written
-  int items;  // of each key/value head
-  int taken;  // items of all heads
+  int lists;                   // written
+  int items;                   // of each key/value head
+  int taken;                   // items of all heads
+  int possible[PLAN_THREADS];  // items of each head if they had MIN_ITEM_TILES + index tiles
 };
 
 // Accumulators are kept in the order of wgmma's registers: element i of thread t at
@@ -114,21 +121,20 @@ __device__ __forceinline__ uint4 pack(const float (&x)[8]) {
 
 constexpr int PREPARE_THREADS = 256;
 
-// The intersection of those of the intervals that are not empty. One warp calls; every lane gets
-// it.
+// The intersection of the intervals; 0, 0 if one is empty. One warp calls; every lane gets it.
 __device__ __forceinline__ Interval common_interval(const int32_t* low, const int32_t* high,
                                                     int tokens, int image_tokens) {
   Interval common{0, image_tokens};
   for (int i = threadIdx.x % 32; i < tokens; i += 32) {
     const Interval one = clamped_interval(__ldg(low + i), __ldg(high + i), image_tokens);
-    if (one.low < one.high) common = {max(common.low, one.low), min(common.high, one.high)};
+    common = {max(common.low, one.low), min(common.high, one.high)};
   }
 #pragma unroll
   for (int lanes = 16; lanes > 0; lanes /= 2) {
     common.low = max(common.low, __shfl_xor_sync(~0u, common.low, lanes));
     common.high = min(common.high, __shfl_xor_sync(~0u, common.high, lanes));
   }
-  return common;
+  return common.high > 0 ? common : Interval{0, 0};
 }
 
 template <int WIDTH>
@@ -142,10 +148,10 @@ __global__ void __launch_bounds__(PREPARE_THREADS) prepare(const __grid_constant
   const int image_tokens = x.image_tokens;
 
   const Interval seen = union_of_intervals(low, high, tokens, image_tokens);
-  if (g == 0 && threadIdx.x == 0) {
-    x.workspace.seen[tile] = seen;
-    if (tile == 0) *x.workspace.counters = {};
-  }
+  if (g == 0 && threadIdx.x == 0) x.workspace.seen[tile] = seen;
+  if (g == 0 && tile == 0)
+    for (int i = threadIdx.x; i < sizeof(Counters) / sizeof(int); i += PREPARE_THREADS)
+      reinterpret_cast<int*>(x.workspace.counters)[i] = 0;
   if (seen.low >= seen.high) return;
   const Interval common = common_interval(low, high, tokens, image_tokens);
   TileRecord& record = x.workspace.records[int64_t{tile} * x.kv_heads + g];
@@ -205,9 +211,7 @@ __global__ void __launch_bounds__(PREPARE_THREADS) prepare(const __grid_constant
 // ---- plan: one block of 256 threads per block of image tokens lists the tiles that see it; the
 // last one to end divides the lists into items.
 
-constexpr int PLAN_THREADS = 256, PLAN_WARPS = PLAN_THREADS / 32;
-constexpr int MIN_ITEM_TILES = 4;  // and up to PLAN_THREADS - 1 more
-constexpr int ITEM_COST = 3;       // of keys, values and their gradients, in tiles
+constexpr int ITEM_COST = 3;  // of keys, values and their gradients, in tiles
 
 // The sum of the lower threads' values; adds that of all threads to `total`.
 __device__ __forceinline__ int sum_before(int value, int* warp_sums, int& total) {
@@ -241,29 +245,32 @@ __device__ __forceinline__ int64_t min_over_threads(int64_t x, int64_t* warp_val
   return x;
 }
 
-// Every thread tries a number of tiles per item; taken is the one by which all end first.
+__device__ __forceinline__ int items_of(int length, int item_tiles) {
+  return (length + item_tiles - 1) / item_tiles;
+}
+
+// Each thread judges a number of tiles per item; taken is the one by which all end first. Then each
+// divides the lists of some successive blocks.
 __device__ __forceinline__ void divide_lists(const Problem& x, int64_t* shared) {
-  const int blocks = x.sizes.image_blocks;
-  const auto length_of = [&](int block) {
-    return block < blocks ? __ldcg(x.workspace.list_lengths + block) : 0;
-  };
-  const int tried = MIN_ITEM_TILES + threadIdx.x;
-  int64_t items = 0;
-  for (int block = 0; block < blocks; ++block) items += (length_of(block) + tried - 1) / tried;
+  const int64_t items = __ldcg(x.workspace.counters->possible + threadIdx.x);
   const int64_t rounds = (items * x.sizes.kv_heads + x.multiprocessors - 1) / x.multiprocessors;
-  const int64_t best =
-      min_over_threads(rounds * (tried + ITEM_COST) * PLAN_THREADS + threadIdx.x, shared);
+  const int64_t time = rounds * (MIN_ITEM_TILES + threadIdx.x + ITEM_COST);
+  const int64_t best = min_over_threads(time * PLAN_THREADS + threadIdx.x, shared);
   const int item_tiles = MIN_ITEM_TILES + static_cast<int>(best % PLAN_THREADS);
 
-  int total = 0;
-  for (int first = 0; first < blocks; first += PLAN_THREADS) {
-    const int block = first + threadIdx.x;
-    const int64_t length = length_of(block);
-    const int parts = (length + item_tiles - 1) / item_tiles;
-    Item* item = x.workspace.items + total;
-    item += sum_before(parts, reinterpret_cast<int*>(shared), total);
+  const int blocks = x.sizes.image_blocks;
+  const int blocks_each = (blocks + PLAN_THREADS - 1) / PLAN_THREADS;
+  const int begin = min(static_cast<int>(threadIdx.x) * blocks_each, blocks);
+  const int end = min(begin + blocks_each, blocks);
+  int own = 0, total = 0;
+  for (int block = begin; block < end; ++block)
+    own += items_of(__ldcg(x.workspace.list_lengths + block), item_tiles);
+  Item* item = x.workspace.items + sum_before(own, reinterpret_cast<int*>(shared), total);
+  for (int block = begin; block < end; ++block) {
+    const int64_t length = __ldcg(x.workspace.list_lengths + block);
+    const int parts = items_of(length, item_tiles);
     for (int i = 0; i < parts; ++i)
-      item[i] = {block, static_cast<int>(length * i / parts),
+      *item++ = {block, static_cast<int>(length * i / parts),
                  static_cast<int>(length * (i + 1) / parts)};
   }
   if (threadIdx.x == 0) x.workspace.counters->items = total;
@@ -282,6 +289,10 @@ __global__ void __launch_bounds__(PLAN_THREADS) plan(const __grid_constant__ Pro
     entry += sum_before(meets, shared_ints, length);
     if (meets) *entry = tile;
   }
+  if (length > 0)
+    atomicAdd(x.workspace.counters->possible + threadIdx.x,
+              items_of(length, MIN_ITEM_TILES + threadIdx.x));
+  __syncthreads();
   if (threadIdx.x == 0) {
     x.workspace.list_lengths[blockIdx.x] = length;
     __threadfence();
@@ -325,6 +336,7 @@ static_assert(sizeof(Shared<128>) <= 227 << 10);
 constexpr int WARPGROUP = 1;     // + 0, 1
 constexpr int SCORES_READY = 3;  // both warpgroups' dS are in shared memory
 constexpr int SCORES_READ = 4;   // + 0, 1: the other warpgroup has read dS
+constexpr int CLEARED = 6;       // both warpgroups have cleared rows
 
 template <int WIDTH>
 __device__ __forceinline__ void copy_tiles(Shared<WIDTH>& shared, const Problem& x,
@@ -393,6 +405,23 @@ __device__ __forceinline__ void add_registers(float* accumulator, const float* r
     bulk_add(accumulator, &staging[0][0].x, COUNT * 128 * sizeof(float));
     bulk_commit();
   }
+}
+
+// Clears the tile's rows of tokens that see nothing: probabilities of 0 would not keep a NaN there
+// from others. Both warpgroups call.
+template <int WIDTH>
+__device__ __forceinline__ void clear_blind_rows(Shared<WIDTH>& shared, int stage) {
+  const TileRecord& record = shared.records[stage];
+  const int thread = threadIdx.x - 128, column = thread % 8 * 16;
+#pragma unroll 1
+  for (int row = thread / 8; row < ROWS; row += 32)
+    if (record.low[row] >= record.high[row])
+#pragma unroll
+      for (int part = 0; part < Shared<WIDTH>::PARTS; ++part)
+        for (auto* tile : {shared.queries[stage][part], shared.grads[stage][part]})
+          *reinterpret_cast<uint4*>(tile + row * 128 + column) = make_uint4(0, 0, 0, 0);
+  async_proxy_fence();
+  named_barrier_sync(CLEARED, 256);
 }
 
 // What a thread holds of S', dP' and so on: of every 8 rows of the tile, which are columns here,
@@ -524,6 +553,7 @@ __device__ __forceinline__ void multiply_tiles(Shared<WIDTH>& shared, const Prob
       const int stage = count % STAGES;
       barrier_wait(&shared.full[stage], count / STAGES % 2);
       const TileRecord& record = shared.records[stage];
+      if (record.common.high == 0) clear_blind_rows(shared, stage);
       const int first = shared.item.block * BLOCK + 64 * own;
       const bool meets = meet(record.seen, first, 64);
       Operand p, ds;
@@ -685,12 +715,17 @@ __global__ void __launch_bounds__(FINISH_THREADS)
   for (int i = 0; i < 2; ++i) {
     const int row = 8 * eighth + 2 * (lane % 4) + i;
     const int token = row / x.sizes.group, head = g * x.sizes.group + row % x.sizes.group;
+    bool sees = false;
+    if (token < tokens) {
+      const int64_t at = b * x.text_tokens + first + token;
+      sees = max(__ldg(x.low + at), 0) < min(__ldg(x.high + at), static_cast<int>(x.image_tokens));
+    }
     if (x.q_norm_epsilon >= 0.f && seen.low < seen.high) {
       float q[2][8] = {};
       float squares = 0.f, product = 0.f;
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        if (token < tokens && column + 8 * half < x.head_width)
+        if (sees && column + 8 * half < x.head_width)
           unpack(q[half], row_of(x.q, b, first + token, head) + column + 8 * half);
 #pragma unroll
         for (int j = 0; j < 8; ++j) {
@@ -703,7 +738,8 @@ __global__ void __launch_bounds__(FINISH_THREADS)
         squares += __shfl_xor_sync(~0u, squares, lanes);
         product += __shfl_xor_sync(~0u, product, lanes);
       }
-      const float factor = product / (squares + x.q_norm_epsilon * x.head_width);
+      const float factor =
+          squares > 0.f ? product / (squares + x.q_norm_epsilon * x.head_width) : 0.f;
 #pragma unroll
       for (int half = 0; half < 2; ++half)
 #pragma unroll
@@ -713,7 +749,7 @@ __global__ void __launch_bounds__(FINISH_THREADS)
     for (int half = 0; half < 2; ++half)
       if (token < tokens && column + 8 * half < x.head_width)
         *reinterpret_cast<uint4*>(row_of(x.grad_q, b, first + token, head) + column + 8 * half) =
-            pack(grad[i][half]);
+            sees ? pack(grad[i][half]) : make_uint4(0, 0, 0, 0);
   }
 }
 
@@ -813,14 +849,13 @@ cudaError_t launch(void (*kernel)(P...), dim3 grid, int threads, size_t shared_b
 
 // All but finish_keys, for some of the rows.
 template <int WIDTH>
-const char* run_rows(const Problem& x, cudaStream_t stream) {
+const char* run_rows(const Problem& x, const CUtensorMap& k_map, const CUtensorMap& v_map,
+                     cudaStream_t stream) {
   const Sizes& sizes = x.sizes;
-  CUtensorMap q_map, k_map, v_map, grad_out_map;
+  CUtensorMap q_map, grad_out_map;
   if (const char* error = make_query_map(&q_map, x, x.q, sizes.tile_tokens)) return error;
   if (const char* error = make_query_map(&grad_out_map, x, x.grad_out, sizes.tile_tokens))
     return error;
-  if (const char* error = make_key_map(&k_map, x, x.k, BLOCK)) return error;
-  if (const char* error = make_key_map(&v_map, x, x.v, BLOCK)) return error;
 
   const dim3 head_tiles(sizes.tiles, sizes.kv_heads);
   cudaError_t error = launch(prepare<WIDTH>, head_tiles, PREPARE_THREADS, 0, stream, x);
@@ -843,6 +878,9 @@ const char* run(const CrossAttentionBackward& x, void* memory, cudaStream_t stre
   piece.rows = rows_at_once(x);
   piece.sizes = sizes_of(piece);
   lay_out(piece.workspace, memory, piece, piece.sizes);
+  CUtensorMap k_map, v_map;
+  if (const char* failure = make_key_map(&k_map, x, x.k, BLOCK)) return failure;
+  if (const char* failure = make_key_map(&v_map, x, x.v, BLOCK)) return failure;
   cudaError_t error =
       cudaMemsetAsync(piece.workspace.grad_keys, 0, key_accumulator_bytes(x), stream);
   if (error == cudaSuccess)
@@ -855,7 +893,7 @@ const char* run(const CrossAttentionBackward& x, void* memory, cudaStream_t stre
       piece.rows = x.rows - first;
       piece.sizes = sizes_of(piece);
     }
-    if (const char* failure = run_rows<WIDTH>(piece, stream)) return failure;
+    if (const char* failure = run_rows<WIDTH>(piece, k_map, v_map, stream)) return failure;
     for (View* view : {&piece.q, &piece.out, &piece.grad_out, &piece.grad_q})
       view->data = static_cast<__nv_bfloat16*>(view->data) + piece.rows * view->row_stride;
     piece.lse += piece.rows * x.heads * x.text_tokens;
@@ -870,10 +908,26 @@ const char* run(const CrossAttentionBackward& x, void* memory, cudaStream_t stre
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
+// Why the problem cannot be solved, or null. Indices have 32 bits.
+const char* refusal(const CrossAttention& x) {
+  if (x.heads / x.kv_heads > ROWS)
+    return "cross-attention's gradient takes at most 80 heads per key/value head";
+  const char* const too_many = "cross-attention has too many tokens";
+  if (x.text_tokens > INT_MAX || x.image_tokens > INT_MAX - BLOCK) return too_many;
+  CrossAttention piece = x;
+  piece.rows = rows_at_once(x);
+  const Sizes sizes = sizes_of(piece);
+  const int64_t tile_items = ceil_divide(sizes.tiles, MIN_ITEM_TILES);
+  const int64_t most = std::max({int64_t{sizes.tiles} * (ROWS / 2) * (128 / 16),   // finish_queries
+                                 int64_t{sizes.image_blocks} * BLOCK * (128 / 8),  // finish_keys
+                                 sizes.image_blocks * tile_items});                // items
+  return most > INT_MAX / x.kv_heads ? too_many : nullptr;
+}
+
 }  // namespace
 
 int64_t workspace_bytes(const CrossAttentionBackward& x) {
-  if (x.heads / x.kv_heads > ROWS) return 0;
+  if (refusal(x)) return 0;
   CrossAttentionBackward piece = x;
   piece.rows = rows_at_once(x);
   Workspace workspace;
@@ -882,8 +936,7 @@ int64_t workspace_bytes(const CrossAttentionBackward& x) {
 
 const char* cross_attention_backward(const CrossAttentionBackward& x, void* workspace,
                                      void* stream) {
-  if (x.heads / x.kv_heads > ROWS)
-    return "cross-attention's gradient takes at most 80 heads per key/value head";
+  if (const char* error = refusal(x)) return error;
   const auto run_width = padded_width(x) == 64 ? run<64> : run<128>;
   return run_width(x, workspace, static_cast<cudaStream_t>(stream));
 }

@@ -19,7 +19,9 @@ const char* cross_attention_backward(const CrossAttentionBackward&, void* worksp
 }  // namespace sm80
 
 // Tensor cores by wgmma, copies by TMA: compute capability 9.0 alone.
+// heads / kv_heads at most sm90::MAX_GROUP.
 namespace sm90 {
+constexpr int MAX_GROUP = 80;  // the rows of the backward pass's tile
 int64_t workspace_bytes(const CrossAttentionBackward&);
 const char* cross_attention(const CrossAttentionForward&, void* stream);
 const char* cross_attention_backward(const CrossAttentionBackward&, void* workspace, void* stream);

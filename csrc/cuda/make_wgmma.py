@@ -6,8 +6,8 @@ WIDTHS = [64, 80, 96, 112, 128, 144, 256]
 
 HEADER = """\
 // Written by make_wgmma.py; do not edit.
-// d (64 x N, fp32) = or += a (64 x 16) . b (16 x N), both bf16, by one warpgroup. Thread 32 w + l of
-// it holds of d: row 16 w + l / 4 + 8 * ((i / 2) % 2), column 8 * (i / 4) + 2 * (l % 4) + i % 2 in
+// d (64 x N, fp32) = or += a (64 x 16) . b (16 x N), both bf16, by one warpgroup. Thread 32 w + l
+// holds of d: row 16 w + l / 4 + 8 * ((i / 2) % 2), column 8 * (i / 4) + 2 * (l % 4) + i % 2 in
 // d[i]; of a in registers: a[j] is columns 2 * (l % 4) + 8 * (j / 2) and the next, of row
 // 16 w + l / 4 + 8 * (j % 2). The operands in shared memory are descriptors (sm90.cuh), K-major, or
 // MN-major where A_TRANSPOSED / B_TRANSPOSED is 1.

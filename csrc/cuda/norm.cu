@@ -407,6 +407,8 @@ const char* launch(void (*kernel)(Parameters...), int64_t blocks, int threads, i
                    void* stream, const Arguments&... arguments) {
   cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+  if (error == cudaErrorInvalidValue)
+    return "this GPU's multiprocessors have too little shared memory for a norm of this width";
   if (error == cudaSuccess) {
     cudaLaunchConfig_t config = {};
     config.gridDim = dim3(static_cast<unsigned>(blocks));

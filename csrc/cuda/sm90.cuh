@@ -72,14 +72,15 @@ __device__ __forceinline__ void named_barrier_arrive(int id, int threads) {
 // strides: of axes 1 to rank - 1, in elements.
 inline const char* make_tensor_map(CUtensorMap* map, const void* data, int rank,
                                    const int64_t* sizes, const int64_t* strides, const int* box) {
-  static const auto encode = [] {
-    void* entry = nullptr;
-    cudaDriverEntryPointQueryResult result;
-    cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault,
-                                     &result);
-    return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(entry);
-  }();
-  if (!encode) return "the CUDA driver has no cuTensorMapEncodeTiled";
+  static void* entry = nullptr;  // of the driver, found at run time: importing needs no driver
+  if (!entry) {
+    cudaDriverEntryPointQueryResult found;
+    const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry,
+                                                               12000, cudaEnableDefault, &found);
+    if (error != cudaSuccess) return cudaGetErrorString(error);
+    if (!entry) return "the CUDA driver has no cuTensorMapEncodeTiled";
+  }
+  const auto encode = reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(entry);
   cuuint64_t size[5], stride_bytes[4];
   cuuint32_t box_size[5], step[5];
   for (int axis = 0; axis < rank; ++axis) {
@@ -92,7 +93,15 @@ inline const char* make_tensor_map(CUtensorMap* map, const void* data, int rank,
       map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, rank, const_cast<void*>(data), size, stride_bytes,
       box_size, step, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
       CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  return result == CUDA_SUCCESS ? nullptr : "cuTensorMapEncodeTiled refused the tensor's layout";
+  switch (result) {
+    case CUDA_SUCCESS:
+      return nullptr;
+    case CUDA_ERROR_INVALID_VALUE:
+      return "cuTensorMapEncodeTiled refused the tensor's layout";
+    default:
+      return "cuTensorMapEncodeTiled failed: an earlier CUDA call has an error, or none made a "
+             "context";
+  }
 }
 
 __device__ __forceinline__ void tensor_map_prefetch(const CUtensorMap* map) {

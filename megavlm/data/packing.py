@@ -134,5 +134,5 @@ def python_text_places(lengths: Sequence[int], capacity: int) -> list[tuple[int,
 try:
     _data = cast(Any, importlib.import_module("megavlm._data"))
     text_places: Callable[[Sequence[int], int], list[tuple[int, int, int]]] = _data.text_places
-except ImportError:  # installed without a compiler
+except (ImportError, AttributeError):  # installed without a compiler, or built from older sources
     text_places = python_text_places

@@ -16,7 +16,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor, nn
 
-from megavlm.model.layers import GatedNorm, Norm, mlp_spec
+from megavlm.model.layers import GatedNorm, Norm, NormWeight, mlp_spec
 from megavlm.ops.cross_attention import cross_attention
 from megavlm.ops.norm import prepare_keys
 
@@ -51,8 +51,8 @@ class CrossAttention(MegatronModule):
         # Keys and values of one head lie together, so that heads split over ranks.
         self.linear_kv = ColumnParallelLinear(config.hidden_size, 2 * key_width, **column)
         # Shared by all heads; under these names megatron-core sums their gradients over ranks.
-        self.q_layernorm = Norm(config, self.head_width)
-        self.k_layernorm = Norm(config, self.head_width)
+        self.q_layernorm = NormWeight(config, self.head_width)
+        self.k_layernorm = NormWeight(config, self.head_width)
         self.linear_proj = RowParallelLinear(
             query_width,
             config.hidden_size,
@@ -91,8 +91,9 @@ class CrossAttention(MegatronModule):
         assert image_v1w is not None, "no cached keys, so image states are needed"
         kv_vgd2 = self.linear_kv(image_v1w)[0].squeeze(1).unflatten(-1, (-1, 2 * self.head_width))
         k_vgd, v_vgd = kv_vgd2.chunk(2, dim=-1)
-        k_norm, q_norm = self.k_layernorm, self.q_layernorm
-        k_vgd = prepare_keys(k_vgd, k_norm.weight, q_norm.weight, k_norm.eps)
+        one_d = k_vgd.new_ones(self.head_width, dtype=torch.float32)
+        weights = self.k_layernorm(one_d), self.q_layernorm(one_d)
+        k_vgd = prepare_keys(k_vgd, *weights, self.k_layernorm.eps)
         cache[self.layer_number] = (k_vgd, v_vgd)
         return cache[self.layer_number]
 

@@ -58,6 +58,18 @@ class Norm(nn.Module):
         return functional.layer_norm(x, shape, self.weight, self.bias, self.eps)
 
 
+class NormWeight(Norm):
+    """The weight of an RMSNorm that is computed elsewhere.
+
+    It is read through a call, because the engines make a module's parameters ready when it is
+    called.
+    """
+
+    def forward(self, scale_w: Tensor) -> Tensor:  # pyright: ignore
+        """Returns scale * weight."""
+        return scale_w * self.weight
+
+
 class GatedNorm(Norm):
     """RMSNorm of a residual that a gated branch is added to first, in one pass over both."""
 

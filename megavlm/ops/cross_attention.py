@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megavlm.ops import reference
-from megavlm.ops.library import compiled_for
+from megavlm.ops.library import refusal
 
 
 def cross_attention(
@@ -30,10 +30,12 @@ def cross_attention(
 
     A token that sees nothing (low == high) gets exactly zero and sends exactly zero gradient.
 
+    The operands are finite and of one dtype (no autocast). Gradients can be taken once, not twice.
+
     Raises RuntimeError for shapes, dtypes or devices that do not fit and, on the CPU, for intervals
     out of range; on a GPU, where reading them would wait for it, they are clamped to 0 and v.
     """
-    if not compiled_for(q_bthd):
+    if refusal(q_bthd):
         return reference.cross_attention(q_bthd, k_vgd, v_vgd, low_bt, high_bt, q_norm_epsilon)
     scale = 1 / math.sqrt(q_bthd.shape[-1])
     return torch.ops.megavlm.cross_attention(

@@ -16,32 +16,49 @@ try:
 except ImportError as error:  # not compiled, or for a later torch
     MISSING = str(error)
 
-
-def compiled_for(x: Tensor) -> bool:
-    """Whether the operators take tensors of this device and dtype; plain torch serves the rest."""
-    match x.device.type:
-        case "cpu":
-            return not MISSING and x.dtype in (torch.float32, torch.bfloat16)
-        case "cuda":
-            return _cuda_kernels() and x.dtype == torch.bfloat16
-        case "meta":
-            return not MISSING
-        case _:
-            return False
+HEAD_WIDTH_LIMIT = 128
+NORM_WIDTH_LIMIT = 12288  # what every GPU's shared memory has room for
 
 
-def description(device: torch.device, dtype: torch.dtype) -> str:
+def refusal(x: Tensor, width_limit: int = HEAD_WIDTH_LIMIT) -> str:
+    """Why the operators do not take tensors like this, and plain torch must; empty if they do."""
+    missing = _missing_kernels(x.device, x.dtype)
+    if missing:
+        return missing
+    width = x.shape[-1]
+    if x.is_cuda and (width % 8 != 0 or width > width_limit):
+        return f"width {width} is not a multiple of 8 up to {width_limit}"
+    return ""
+
+
+def description(device: torch.device, dtype: torch.dtype, head_width: int) -> str:
     """What cross-attention and its norms run on, for the log."""
-    if compiled_for(torch.empty(0, device=device, dtype=dtype)):
-        return "megavlm's kernels"
+    reason = refusal(torch.empty(0, head_width, device=device, dtype=dtype))
+    return f"plain torch ({reason})" if reason else "megavlm's kernels"
+
+
+@torch.compiler.assume_constant_result
+def _missing_kernels(device: torch.device, dtype: torch.dtype) -> str:
+    if MISSING:
+        return MISSING
     name = str(dtype).removeprefix("torch.")
-    return f"plain torch ({MISSING or f'no kernels for {name} on {device.type}'})"
-
-
-def _cuda_kernels() -> bool:
-    return not MISSING and torch._C._dispatch_has_kernel_for_dispatch_key(
-        "megavlm::cross_attention", "CUDA"
-    )
+    match device.type:
+        case "cpu" if dtype in (torch.float32, torch.bfloat16):
+            return ""
+        case "cuda" if dtype == torch.bfloat16:
+            built = torch._C._dispatch_has_kernel_for_dispatch_key(
+                "megavlm::cross_attention", "CUDA"
+            )
+            capability = torch.cuda.get_device_capability(device)
+            if built and capability >= (8, 0):
+                return ""
+            return (
+                f"the GPU's compute capability is {capability}" if built else "built without CUDA"
+            )
+        case "meta":
+            return ""
+        case _:
+            return f"no kernels for {name} on {device.type}"
 
 
 def _cross_attention_shapes(
@@ -125,6 +142,10 @@ def _gated_norm_gradients(
     return *grads, None
 
 
+def _no_second_gradients(*_: Any) -> tuple[Any, ...]:
+    raise NotImplementedError("megavlm's operators are differentiable once, not twice")
+
+
 def _register() -> None:
     for name, shapes, gradients, keep in (
         (
@@ -149,7 +170,11 @@ def _register() -> None:
         register_fake(f"megavlm::{name}", shapes[0])
         register_fake(f"megavlm::{name}_backward", shapes[1])
         register_autograd(f"megavlm::{name}", gradients, setup_context=keep)
+        register_autograd(f"megavlm::{name}_backward", _no_second_gradients)
 
 
 if not MISSING:
-    _register()
+    try:
+        _register()
+    except RuntimeError as error:
+        MISSING = f"megavlm._C was built from other sources, build it again: {error}"

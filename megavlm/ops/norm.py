@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from megavlm.ops import reference
-from megavlm.ops.library import compiled_for
+from megavlm.ops.library import NORM_WIDTH_LIMIT, refusal
 
 
 def rms_norm(x: Tensor, weight_w: Tensor, epsilon: float) -> Tensor:
     """RMSNorm over the last axis, x / sqrt(mean(x^2) + epsilon) * weight, computed in fp32."""
-    if not compiled_for(x):
+    if refusal(x, NORM_WIDTH_LIMIT):
         return reference.rms_norm(x, weight_w, epsilon)
     normed, _ = torch.ops.megavlm.rms_norm(x.flatten(0, -2), weight_w.float(), epsilon)
     return normed.view(x.shape)
@@ -34,7 +34,7 @@ def gated_norm(
 
     gate: one element. Source: Alayrac et al. 2022, section 3.1.
     """
-    if not compiled_for(residual):
+    if refusal(residual, NORM_WIDTH_LIMIT):
         return reference.gated_norm(residual, branch, gate, weight_w, epsilon)
     shape = residual.shape
     total, normed, _ = torch.ops.megavlm.gated_norm(

@@ -33,7 +33,7 @@ def cross_attention(
         attn_mask=sees_btv[:, None],
         enable_gqa=True,
     )
-    return out_bhtd.transpose(1, 2) * sees_any_bt[..., None, None]
+    return torch.where(sees_any_bt[..., None, None], out_bhtd.transpose(1, 2), 0)
 
 
 def rms_norm(x_nw: Tensor, weight_w: Tensor, epsilon: float) -> Tensor:

@@ -70,7 +70,8 @@ def _run_steps(run: RunSettings, engine: Engine, first_step: int) -> None:
         run.run_folder, first_step, steps, run.train.log_every, enabled=groups.rank() == 0
     ) as log:
         log.say(f"engine {run.engine}, {groups.describe(run.model_parallel)}")
-        kernels = library.description(groups.device(), DTYPES[run.train.precision])
+        head_width = run.model.decoder.head_width
+        kernels = library.description(groups.device(), DTYPES[run.train.precision], head_width)
         log.say(f"cross-attention and its norms run on {kernels}")
         if first_step == 0:
             _log_heldout_loss(engine, heldout, run, log, step=0)

@@ -8,14 +8,27 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from megavlm.ops import library
 
 ROOT = Path(__file__).parents[2]
-OBJECTS = sorted(ROOT.glob("build/temp*/operators/cuda_*.o"))
+OBJECTS = sorted((ROOT / "build/operators").glob("cuda_*.o"))
 CUOBJDUMP = shutil.which("cuobjdump") or next(
     map(str, Path(sys.prefix).glob("lib/python*/site-packages/nvidia/cu13/bin/cuobjdump")), None
 )
 
-pytestmark = pytest.mark.skipif(not OBJECTS, reason="no CUDA kernels were built (no nvcc)")
+HAS_CUDA_KERNELS = not library.MISSING and torch._C._dispatch_has_kernel_for_dispatch_key(
+    "megavlm::cross_attention", "CUDA"
+)
+pytestmark = pytest.mark.skipif(not HAS_CUDA_KERNELS, reason="built without CUDA kernels (no nvcc)")
+
+
+def test_the_products_are_those_that_the_generator_writes(tmp_path):
+    for name in ("make_wgmma.py", "wgmma.cuh"):
+        shutil.copy(ROOT / "csrc/cuda" / name, tmp_path)
+    subprocess.run([sys.executable, str(tmp_path / "make_wgmma.py")], check=True)
+    assert (tmp_path / "wgmma.cuh").read_text() == (ROOT / "csrc/cuda/wgmma.cuh").read_text()
 
 
 def test_every_kernel_file_was_built():

@@ -26,8 +26,11 @@ class Case:
         return Case(*cast[:3], self.low, self.high, self.q_norm_epsilon, cast[3])
 
 
-def random_case(seed, dtype=torch.float32, device="cpu"):
-    """Lengths from 1, packed images of uneven sizes, tokens that see none, strided operands."""
+def random_case(seed, dtype=torch.float32, device="cpu", long=False):
+    """Packed images of uneven sizes, tokens that see none, strided operands.
+
+    Lengths from 1 to some hundred; `long`: so many image tokens that kernels take them in parts.
+    """
     draw = random.Random(seed)
     torch.manual_seed(seed)
     width = draw.choice(WIDTHS)
@@ -37,6 +40,10 @@ def random_case(seed, dtype=torch.float32, device="cpu"):
     ends = [0]
     for _ in range(draw.choice((1, 1, 2, 5))):
         ends.append(ends[-1] + draw.choice((1, 2, 17, 33, draw.randint(1, 90))))
+    if long:
+        kv_heads, heads, text = 2, 2 * draw.choice((1, 3)), draw.randint(60, 400)
+        image_tokens = draw.choice((257, 577, draw.randint(100, 900)))
+        ends = [i * image_tokens for i in range(draw.choice((2, 3, 6)) + 1)]
     image = ends[-1]
     low, high = intervals(draw, rows, text, ends)
     q = torch.randn(text, rows, heads, width).to(dtype).transpose(0, 1)

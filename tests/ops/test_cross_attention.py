@@ -3,6 +3,7 @@
 import math
 import statistics
 from collections import defaultdict
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,6 @@ import torch
 from megavlm.ops import library, reference
 from megavlm.ops.cross_attention import cross_attention
 from tests.ops.cases import errors, exact, outcome, random_case
-from tests.ranks import run_on_ranks
 
 pytestmark = pytest.mark.skipif(bool(library.MISSING), reason=f"not compiled: {library.MISSING}")
 
@@ -39,6 +39,57 @@ def test_at_most_twice_the_error_of_torch(device, part):
                     assert error <= WORST[dtype], (seed, dtype, name)
         for name in ours:  # worst measured: see docs/kernels.md
             assert root_mean_square(ours[name]) <= 2 * root_mean_square(theirs[name]), (dtype, name)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("seed", range(24))
+def test_many_image_tokens(device, seed):
+    for dtype in DTYPES[device]:
+        case = random_case(seed, dtype, device, long=True)
+        want = exact(case)
+        theirs = errors(outcome(reference.cross_attention, case), want)
+        for name, error in errors(outcome(cross_attention, case), want).items():
+            # worst measured on a CPU: 1.6 times
+            assert error <= max(2 * theirs[name], 1e-3 * WORST[dtype]), (dtype, name)
+
+
+def unusual_layouts(x):
+    """The same values behind other strides and addresses."""
+    padded = torch.empty(*x.shape[:-1], x.shape[-1] + 3, dtype=x.dtype, device=x.device)
+    padded[..., 3:] = x
+    flat = torch.empty(x.numel() + 1, dtype=x.dtype, device=x.device)
+    flat[1:] = x.flatten()
+    yield x.transpose(0, -1).contiguous().transpose(0, -1)
+    yield padded[..., 3:]
+    yield flat[1:].view(x.shape)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_any_layout_gives_the_same(device):
+    case = random_case(37, torch.bfloat16, device)
+    plain = outcome(cross_attention, case)
+    for name in ("q", "k", "v", "grad_out"):
+        for laid_out in unusual_layouts(getattr(case, name)):
+            other = outcome(cross_attention, replace(case, **{name: laid_out}))
+            assert all(torch.equal(plain[what], other[what]) for what in plain), name
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_expanded_gradients(device):
+    case = random_case(41, torch.bfloat16, device)
+    ones = torch.ones((), dtype=torch.bfloat16, device=device)
+    plain = outcome(cross_attention, replace(case, grad_out=torch.ones_like(case.grad_out)))
+    other = outcome(cross_attention, replace(case, grad_out=ones.expand(case.grad_out.shape)))
+    assert all(torch.equal(plain[what], other[what]) for what in plain)
+
+
+def test_second_gradients_are_refused():
+    case = random_case(43)
+    q = case.q.detach().requires_grad_()
+    out = cross_attention(q, case.k, case.v, case.low, case.high)
+    (grad,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
+    with pytest.raises(NotImplementedError, match="once, not twice"):
+        grad.sum().backward()
 
 
 def root_mean_square(values):
@@ -108,19 +159,6 @@ def test_recomputation_changes_nothing():
     assert all(torch.equal(plain[name], again[name]) for name in plain)
 
 
-def test_threads_change_nothing():
-    def on_threads(_rank):  # in a process of its own: those forked later must find no threads
-        outcomes = []
-        for threads in (1, 2, 5):
-            torch.set_num_threads(threads)
-            outcomes.append(outcome(cross_attention, random_case(23)))
-        return outcomes
-
-    [(one, *several)] = run_on_ranks(1, on_threads, groups=False)
-    for other in several:
-        assert all(torch.equal(one[name], other[name]) for name in one)
-
-
 @pytest.mark.parametrize(("text", "image"), [(0, 5), (3, 0), (0, 0)])
 def test_nothing_to_attend(text, image):
     q, k = torch.randn(2, text, 4, 64), torch.randn(image, 2, 64)
@@ -133,7 +171,6 @@ def test_nothing_to_attend(text, image):
 
 
 def wrong(**changed):
-    case = random_case(29)
     width, kv_heads, image = 64, 2, 9
     parts = {
         "q": torch.randn(1, 3, 4, width),
@@ -141,7 +178,6 @@ def wrong(**changed):
         "v": torch.randn(image, kv_heads, width),
         "low": torch.zeros(1, 3, dtype=torch.int32),
         "high": torch.full((1, 3), image, dtype=torch.int32),
-        "q_norm_epsilon": case.q_norm_epsilon,
     }
     return parts | changed
 
@@ -158,6 +194,8 @@ def wrong(**changed):
         ({"low": torch.zeros(1, 4, dtype=torch.int32)}, "must be int32"),
         ({"high": torch.tensor([[9, 10, 9]], dtype=torch.int32)}, "token 1 .* 0 to 10 of 9"),
         ({"low": torch.tensor([[0, 0, -1]], dtype=torch.int32)}, "token 2 .* -1 to 9 of 9"),
+        ({"q_norm_epsilon": -1e-5}, "must not be negative"),
+        ({"q": torch.randn(64)}, "q must be .* but has 1 axes"),
         ({"low": torch.tensor([[5, 0, 0]], dtype=torch.int32),
           "high": torch.tensor([[4, 9, 9]], dtype=torch.int32)}, "token 0 .* 5 to 4 of 9"),
     ],

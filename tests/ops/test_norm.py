@@ -12,7 +12,7 @@ pytestmark = pytest.mark.skipif(bool(library.MISSING), reason=f"not compiled: {l
 
 # Below these, both are as near as rounding allows and their ratio says nothing.
 ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 4e-3}
-SHAPES = [(1, 8), (3, 64), (2, 3, 104), (37, 128), (5, 1000), (2, 6144)]
+SHAPES = [(1, 8), (3, 64), (2, 3, 104), (37, 128), (5, 1000), (2, 6144), (3000, 96)]
 
 
 def gradients(outputs, operands, seed):

@@ -49,7 +49,7 @@ _ZERO3 = (
     "engine=zero3",
     "zero3.reduce_bucket=20000",
     "zero3.prefetch_bucket=10000",
-    "zero3.persistence_threshold=40",
+    "zero3.persistence_threshold=0",
 )
 _INTERLEAVED = {"pipeline_parallel": 2, "virtual_pipeline": 2}
 LAYOUTS = [

@@ -89,6 +89,10 @@ struct Fiber {
 
   Actor actor() const { return {static_cast<uint32_t>(index), clock.steps[index]}; }
   void next_step() { clock.steps[index] += 1; }
+  // What the other did until then comes before what this thread does from now on.
+  void learn(Actor other) {
+    clock.steps[other.slot] = std::max(clock.steps[other.slot], other.step);
+  }
   // What this thread did so far comes before what others do after taking over the clock.
   void release(Clock& to) {
     to.merge(clock);
@@ -106,7 +110,7 @@ struct Meeting {
 // Returns when all `expected` threads, told apart by `place`, are at this point of their program;
 // the last to come calls `perform`.
 void meet(Meeting& meeting, const char* name, uint32_t key, int expected, int place, void* payload,
-          Perform perform, bool orders_memory);
+          Order order, Perform perform);
 
 struct NamedBarrier {
   int threads, arrived = 0;

@@ -113,7 +113,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
 inline void __syncthreads() { emulator::named_barrier(0, emulator::block_threads(), true); }
 
 inline void __syncwarp(unsigned mask = ~0u) {
-  emulator::meet_warp("__syncwarp", mask, &mask, [](void* const*) {}, true);
+  emulator::meet_warp("__syncwarp", mask, &mask, emulator::Order::all, [](void* const*) {});
 }
 
 namespace emulator {
@@ -124,7 +124,7 @@ T shuffle(const char* name, unsigned mask, T value, int source) {
     T value, result;
     int source;
   } mine{value, value, source};
-  meet_warp(name, mask, &mine, [](void* const* lanes) {
+  meet_warp(name, mask, &mine, Order::none, [](void* const* lanes) {
     for (int lane = 0; lane < 32; ++lane) {
       auto* payload = static_cast<Payload*>(lanes[lane]);
       if (!payload) continue;
@@ -142,7 +142,7 @@ inline unsigned ballot(const char* name, unsigned mask, bool predicate) {
     bool predicate;
     unsigned result;
   } mine{predicate, 0};
-  meet_warp(name, mask, &mine, [](void* const* lanes) {
+  meet_warp(name, mask, &mine, Order::none, [](void* const* lanes) {
     unsigned result = 0;
     for (int lane = 0; lane < 32; ++lane)
       if (lanes[lane] && static_cast<Payload*>(lanes[lane])->predicate) result |= 1u << lane;

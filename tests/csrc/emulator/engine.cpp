@@ -260,7 +260,7 @@ uint32_t shared_address(const void* shared, uint32_t bytes) {
 // ---- Barriers
 
 void meet(Meeting& meeting, const char* name, uint32_t key, int expected, int place, void* payload,
-          Perform perform, bool orders_memory) {
+          Order order, Perform perform) {
   if (meeting.present.empty()) {
     meeting.name = name;
     meeting.key = key;
@@ -273,25 +273,27 @@ void meet(Meeting& meeting, const char* name, uint32_t key, int expected, int pl
     meeting.present.push_back(current);
     return park(name, key);
   }
-  if (orders_memory) {
-    for (Fiber* fiber : meeting.present) current->clock.merge(fiber->clock);
+  if (order == Order::all) {
+    for (const Fiber* fiber : meeting.present) current->clock.merge(fiber->clock);
     for (Fiber* fiber : meeting.present) fiber->clock = current->clock;
   }
   perform(meeting.payloads);
   std::fill_n(meeting.payloads, std::size(meeting.payloads), nullptr);
-  for (Fiber* fiber : meeting.present) fiber->next_step();
+  for (Fiber* fiber : meeting.present) {
+    if (order == Order::own) fiber->learn(current->actor());
+    fiber->next_step();
+  }
   current->next_step();
   wake_all(meeting.present);
 }
 
-void meet_warp(const char* name, uint32_t mask, void* payload, Perform perform,
-               bool orders_memory) {
+void meet_warp(const char* name, uint32_t mask, void* payload, Order order, Perform perform) {
   if (!(mask >> lane() & 1)) fail("%s: the lane is not in its mask %08x", name, mask);
   const int warp = current->index / 32;
   const uint32_t lanes = std::min(32, block_threads() - 32 * warp);
   if (lanes < 32) mask &= (1u << lanes) - 1;
   meet(block->meetings[warp][std::countr_zero(mask)], name, mask, std::popcount(mask), lane(),
-       payload, perform, orders_memory);
+       payload, order, perform);
 }
 
 void named_barrier(int id, int threads, bool wait) {

@@ -23,12 +23,14 @@ uint8_t* dynamic_shared();
 // Offset in the block's dynamic shared memory; fails unless all `bytes` are inside it.
 uint32_t shared_address(const void* shared, uint32_t bytes = 1);
 
+// What comes before the shared-memory accesses that threads make after an operation they do
+// together: nothing, the operation's own accesses, or all that they did so far.
+enum class Order { none, own, all };
+
 // Called by all lanes in `mask`, each with its own payload: the last to come calls `perform` once,
-// with the payloads by lane (null outside the mask), before any returns. `orders_memory`: what the
-// lanes did with shared memory before comes before what they do with it after.
+// with the payloads by lane (null outside the mask), before any returns.
 using Perform = void (*)(void* const* payloads);
-void meet_warp(const char* name, uint32_t mask, void* payload, Perform perform,
-               bool orders_memory = false);
+void meet_warp(const char* name, uint32_t mask, void* payload, Order order, Perform perform);
 
 void named_barrier(int id, int threads, bool wait);
 

@@ -247,7 +247,7 @@ std::vector<float> read_registers(const Product& product) {
   return matrix;
 }
 
-// Records that each warp reads rows [first, last) of an operand (16 of `a`, all of `b`).
+// Records that each warp reads an operand: its own 16 rows of `a`, all of `b`.
 void touch_operand(const Product& product, Fiber* const* leaders, uint64_t descriptor,
                    bool transposed, int rows, bool own_rows) {
   for (int warp = 0; warp < 4; ++warp) {
@@ -363,27 +363,19 @@ void wgmma(const Wgmma& what) {
 void wgmma_commit() { current->committed.push_back(current->products); }
 
 void wgmma_wait(size_t groups) {
-  meet(
-      warpgroup().waiting, "wgmma_wait", groups, 128, current->index % 128, current,
-      [](void* const* payloads) {
-        auto* const* fibers = reinterpret_cast<Fiber* const*>(payloads);
-        const auto& committed = fibers[0]->committed;
-        Fiber* leaders[4];
-        for (int warp = 0; warp < 4; ++warp) {  // the lanes of a warp act as one
-          leaders[warp] = fibers[32 * warp];
-          Clock all;
-          for (int t = 32 * warp; t < 32 * warp + 32; ++t) all.merge(fibers[t]->clock);
-          for (int t = 32 * warp; t < 32 * warp + 32; ++t) {
-            fibers[t]->clock = all;
-            if (fibers[t]->committed != committed)
-              fail("the threads of a warpgroup committed different wgmma groups");
-          }
-        }
-        const size_t groups = warpgroup().waiting.key;
-        if (committed.size() > groups)
-          finish_products(warpgroup(), committed[committed.size() - groups - 1], leaders);
-      },
-      false);
+  meet(warpgroup().waiting, "wgmma_wait", groups, 128, current->index % 128, current, Order::none,
+       [](void* const* payloads) {
+         auto* const* fibers = reinterpret_cast<Fiber* const*>(payloads);
+         const auto& committed = fibers[0]->committed;
+         for (int t = 0; t < 128; ++t)
+           if (fibers[t]->committed != committed)
+             fail("the threads of a warpgroup committed different wgmma groups");
+         Fiber* const leaders[] = {fibers[0], fibers[32], fibers[64], fibers[96]};
+         const size_t groups = warpgroup().waiting.key;
+         if (committed.size() > groups)
+           finish_products(warpgroup(), committed[committed.size() - groups - 1], leaders);
+         for (int t = 0; t < 128; ++t) fibers[t]->learn(leaders[t / 32]->actor());
+       });
   while (current->committed.size() > groups) current->committed.pop_front();
   current->fenced = false;
 }

@@ -47,24 +47,21 @@ void move_matrices(const char* name, void* row, uint32_t* r) {
   if (emulator::shared_address(row, 16) % 16)
     emulator::fail("%s: address not 16-byte aligned", name);
   MatrixRows mine{row, r};
-  emulator::meet_warp(
-      name, ~0u, &mine,
-      [](void* const* lanes) {
-        for (int lane = 0; lane < 32; ++lane)
-          for (int j = 0; j < 4; ++j)
-            for (int half = 0; half < 2; ++half) {
-              const int row = TRANSPOSED ? lane % 4 * 2 + half : lane / 4;
-              const int column = TRANSPOSED ? lane / 4 : lane % 4 * 2 + half;
-              uint16_t* shared = MatrixRows::element(lanes, j, row, column);
-              uint16_t* own =
-                  reinterpret_cast<uint16_t*>(static_cast<MatrixRows*>(lanes[lane])->r + j) + half;
-              if (STORE)
-                *shared = *own;
-              else
-                *own = *shared;
-            }
-      },
-      true);
+  emulator::meet_warp(name, ~0u, &mine, emulator::Order::own, [](void* const* lanes) {
+    for (int lane = 0; lane < 32; ++lane)
+      for (int j = 0; j < 4; ++j)
+        for (int half = 0; half < 2; ++half) {
+          const int row = TRANSPOSED ? lane % 4 * 2 + half : lane / 4;
+          const int column = TRANSPOSED ? lane / 4 : lane % 4 * 2 + half;
+          uint16_t* shared = MatrixRows::element(lanes, j, row, column);
+          uint16_t* own =
+              reinterpret_cast<uint16_t*>(static_cast<MatrixRows*>(lanes[lane])->r + j) + half;
+          if (STORE)
+            *shared = *own;
+          else
+            *own = *shared;
+        }
+  });
 }
 
 inline void load_matrices(uint32_t (&r)[4], const void* row) {
@@ -80,7 +77,7 @@ inline void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uin
     const uint32_t* a;
     uint32_t b[2];
   } mine{c, a, {b0, b1}};
-  emulator::meet_warp("mma.sync", ~0u, &mine, [](void* const* lanes) {
+  emulator::meet_warp("mma.sync", ~0u, &mine, emulator::Order::none, [](void* const* lanes) {
     float a[16][16], b[16][8];
     for (int lane = 0; lane < 32; ++lane) {
       const Payload& of = *static_cast<Payload*>(lanes[lane]);
