@@ -5,21 +5,38 @@
 All contenders of a problem run in one process, interleaved. FLOPs count only what tokens see:
 4 per score and head channel forward, 10 backward. The floor is the larger of FLOPs over torch's
 measured rate for a large matrix product, and least bytes over the measured rate of a large copy.
+Errors are relative, against fp64; of a backward pass, the worst of the three gradients.
 
 Letters in shapes: b rows, t text tokens, v image tokens, h heads, g key/value heads, d head width.
 """
 
 import argparse
+import inspect
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from timing import interleaved_seconds, machine, markdown_table, measured_ceilings, write_results
+import torch._dynamo
+import torch._functorch.config
+from timing import (
+    Row,
+    UnavailableError,
+    machine,
+    markdown_table,
+    measured_ceilings,
+    race,
+    refusals,
+    run_in_turn,
+    write_results,
+)
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 
 from megavlm.ops import library
@@ -37,9 +54,21 @@ class Problem:
     images: int
     image_tokens: int
     sees: str  # "all" or "one"
-    tensor_parallel: int = 1
-    on_cpu: bool = False
-    """Small enough to be timed on a CPU."""
+    tensor_parallel: int
+
+    def __str__(self) -> str:
+        return f"{self.name}, TP {self.tensor_parallel}"
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether it is small enough for a CPU, even for those that compute every masked score."""
+        scores = self.rows * self.text_tokens * self.all_image_tokens * self.heads
+        return self.tensor_parallel == 8 and self.all_image_tokens <= 64 * 257 and scores < 1 << 27
+
+    @property
+    def trains(self) -> bool:
+        """Whether gradients are taken, too."""
+        return self.text_tokens > 1
 
     @property
     def heads(self) -> int:
@@ -52,6 +81,11 @@ class Problem:
     @property
     def all_image_tokens(self) -> int:
         return self.images * self.image_tokens
+
+    @property
+    def stretches(self) -> int:
+        """Equal parts of the text, each of which sees all of an equal part of the images."""
+        return 1 if self.sees == "all" else self.images
 
     def intervals(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """First and one past the last image token each text token sees, (b, t)."""
@@ -79,30 +113,31 @@ class Problem:
 
 
 def problems() -> list[Problem]:
-    """Training and decoding shapes of vlm-30b at tensor-parallel sizes 1, 4 and 8."""
-    found = []
-    for tp in (8, 4, 1):
-        cpu = tp == 8
-        found += [
-            Problem("1 x 2,048 text, 257 image", 1, 2048, 1, 257, "all", tp, cpu),
-            Problem("1 x 2,048 text, 576 image", 1, 2048, 1, 576, "all", tp, cpu),
-            Problem("1 x 2,048 text, 4 x 257 image, all", 1, 2048, 4, 257, "all", tp, cpu),
-            Problem("1 x 2,048 text, 4 x 257 image, one", 1, 2048, 4, 257, "one", tp, cpu),
-            Problem("1 x 2,048 text, 8 x 576 image, all", 1, 2048, 8, 576, "all", tp),
-            Problem("8 x 256 text, 32 x 257 image, one", 8, 256, 32, 257, "one", tp, cpu),
-            Problem("1 x 2,048 text, 64 x 257 image, one", 1, 2048, 64, 257, "one", tp, cpu),
-            Problem("decode 1, 257 image", 1, 1, 1, 257, "one", tp, cpu),
-            Problem("decode 8, 257 image", 8, 1, 8, 257, "one", tp, cpu),
-            Problem("decode 64, 257 image", 64, 1, 64, 257, "one", tp, cpu),
-            Problem("decode 64, 1,028 image", 64, 1, 64, 1028, "one", tp),
-        ]
-    return found
+    """Training and decoding shapes of vlm-30b at tensor-parallel sizes 1, 8 and 4.
+
+    In the order of their weight, for runs that end early; small ones also for a CPU.
+    """
+    first = [
+        ("1 x 2,048 text, 257 image", 1, 2048, 1, 257, "all"),
+        ("1 x 2,048 text, 576 image", 1, 2048, 1, 576, "all"),
+        ("1 x 2,048 text, 4 x 257 image, all", 1, 2048, 4, 257, "all"),
+        ("1 x 2,048 text, 64 x 257 image, one", 1, 2048, 64, 257, "one"),
+        ("decode 64, 1,028 image", 64, 1, 64, 1028, "one"),
+        ("decode 8, 257 image", 8, 1, 8, 257, "one"),
+    ]
+    second = [
+        ("1 x 2,048 text, 4 x 257 image, one", 1, 2048, 4, 257, "one"),
+        ("8 x 256 text, 32 x 257 image, one", 8, 256, 32, 257, "one"),
+        ("1 x 2,048 text, 8 x 576 image, all", 1, 2048, 8, 576, "all"),
+        ("decode 64, 257 image", 64, 1, 64, 257, "one"),
+        ("decode 1, 257 image", 1, 1, 1, 257, "one"),
+    ]
+    return [
+        Problem(*shape, tp) for shapes in (first, second) for tp in (1, 8, 4) for shape in shapes
+    ]
 
 
-class UnavailableError(Exception):
-    """This contender cannot run this problem here."""
-
-
+# (q (b, t, h, d), k (v, g, d), v) -> (b, t, h, d), or with text in stretches instead of rows
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -130,104 +165,73 @@ def sdpa_masked(problem: Problem, device: torch.device) -> Attention:
     return run
 
 
+def in_stretches(problem: Problem, q_bthd: Tensor, *kv_vgd: Tensor) -> list[Tensor]:
+    """(stretches, heads, tokens, d) each, as views; tokens see all of their stretch: no mask."""
+    stretches = (problem.stretches, -1)
+    return [x.unflatten(0, stretches).transpose(1, 2) for x in (q_bthd.flatten(0, 1), *kv_vgd)]
+
+
 def sdpa(backend: SDPBackend | None) -> Callable[[Problem, torch.device], Attention]:
-    """SDPA without a mask: problems where every token sees all, or its row's one image."""
+    """SDPA without a mask."""
 
     def make(problem: Problem, device: torch.device) -> Attention:
-        if problem.sees == "one" and problem.rows != problem.images:
-            raise UnavailableError("needs a mask")
-
-        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return scaled_dot_product_attention(q, k, v, enable_gqa=True)
-
         def run(q_bthd: Tensor, k_vgd: Tensor, v_vgd: Tensor) -> Tensor:
-            q, k, v = heads_first(q_bthd, k_vgd, v_vgd)
-            if problem.sees == "one":
-                images = (problem.images, -1)
-                k, v = (x.unflatten(0, images).transpose(1, 2) for x in (k_vgd, v_vgd))
+            q, k, v = in_stretches(problem, q_bthd, k_vgd, v_vgd)
+            grouped = k.shape[1] < q.shape[1]
             if backend is None:
-                return attend(q, k, v).transpose(1, 2)
-            with sdpa_kernel(backend):
-                return attend(q, k, v).transpose(1, 2)
+                out = scaled_dot_product_attention(q, k, v, enable_gqa=grouped)
+            else:
+                with sdpa_kernel(backend):
+                    out = scaled_dot_product_attention(q, k, v, enable_gqa=grouped)
+            return out.transpose(1, 2)
 
         return run
 
     return make
 
 
-def flex_attention(problem: Problem, device: torch.device) -> Attention:
-    """FlexAttention, compiled; building its block mask is not part of its time."""
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
+def block_mask(problem: Problem, device: torch.device) -> BlockMask:
+    """FlexAttention's mask."""
     low, high = problem.intervals(device)
 
     def sees(b: Tensor, h: Tensor, t: Tensor, v: Tensor) -> Tensor:
         return (low[b, t] <= v) & (v < high[b, t])
 
     sizes = (problem.rows, None, problem.text_tokens, problem.all_image_tokens)
-    mask = create_block_mask(sees, *sizes, device=device.type)
-    compiled = torch.compile(flex_attention, dynamic=False)
+    return create_block_mask(sees, *sizes, device=device.type)
+
+
+def compiled_flex_attention(problem: Problem, device: torch.device) -> Attention:
+    """FlexAttention, compiled; building its block mask is not part of its time."""
+    mask = block_mask(problem, device)
+    compiled: Any = torch.compile(flex_attention, dynamic=False, fullgraph=True)
 
     def run(q_bthd: Tensor, k_vgd: Tensor, v_vgd: Tensor) -> Tensor:
         q, k, v = heads_first(q_bthd, k_vgd, v_vgd)
-        out: Any = compiled(q, k, v, block_mask=mask, enable_gqa=True)
-        return out.transpose(1, 2)
+        return compiled(q, k, v, block_mask=mask, enable_gqa=True).transpose(1, 2)
 
     return run
 
 
-def block_mask_building(problem: Problem, device: torch.device) -> Callable[[], object]:
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    low, high = problem.intervals(device)
-    sizes = (problem.rows, None, problem.text_tokens, problem.all_image_tokens)
-
-    def sees(b: Tensor, h: Tensor, t: Tensor, v: Tensor) -> Tensor:
-        return (low[b, t] <= v) & (v < high[b, t])
-
-    return lambda: create_block_mask(sees, *sizes, device=device.type)
-
-
-def segments(problem: Problem, device: torch.device) -> tuple[Tensor, Tensor, int, int]:
-    """Cumulative text and image tokens of stretches that attend to each other alone."""
-    tokens = problem.rows * problem.text_tokens
-    if problem.sees == "all":
-        if problem.rows > 1:
-            raise UnavailableError("rows share images")
-        count, image_tokens = 1, problem.all_image_tokens
-    else:
-        count, image_tokens = problem.images, problem.image_tokens
-    if tokens % count:
-        raise UnavailableError("uneven stretches")
-    ends = torch.arange(count + 1, device=device, dtype=torch.int32)
-    return ends * (tokens // count), ends * image_tokens, tokens // count, image_tokens
-
-
 def varlen(attend: Callable[..., Any], problem: Problem, device: torch.device) -> Attention:
-    text_ends, image_ends, most_text, most_image = segments(problem, device)
+    """By cumulative text and image tokens of the stretches."""
+    if device.type != "cuda":
+        raise UnavailableError("CUDA only")
+    text_tokens = problem.rows * problem.text_tokens // problem.stretches
+    image_tokens = problem.all_image_tokens // problem.stretches
+    ends = torch.arange(problem.stretches + 1, device=device, dtype=torch.int32)
+    lengths = (ends * text_tokens, ends * image_tokens, text_tokens, image_tokens)
 
     def run(q_bthd: Tensor, k_vgd: Tensor, v_vgd: Tensor) -> Tensor:
-        q = q_bthd.flatten(0, 1)
-        out = attend(q, k_vgd, v_vgd, text_ends, image_ends, most_text, most_image)
+        out = attend(q_bthd.flatten(0, 1), k_vgd, v_vgd, *lengths)
         return (out[0] if isinstance(out, tuple) else out).view_as(q_bthd)
 
     return run
 
 
 def torch_varlen(problem: Problem, device: torch.device) -> Attention:
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError as error:
-        raise UnavailableError("this torch has no varlen_attn") from error
-    if device.type != "cuda":
-        raise UnavailableError("CUDA only")
-    group = problem.heads // problem.kv_heads
-
-    def attend(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Any:
-        # It takes as many key heads as query heads.
-        return varlen_attn(q, k.repeat_interleave(group, 1), v.repeat_interleave(group, 1), *rest)
-
-    return varlen(attend, problem, device)
+    grouped = {} if "varlen_attn" in NEED_REPEATED_HEADS else {"enable_gqa": True}
+    return varlen(partial(varlen_attn, **grouped), problem, device)
 
 
 def flash_attention(module: str) -> Callable[[Problem, torch.device], Attention]:
@@ -236,8 +240,6 @@ def flash_attention(module: str) -> Callable[[Problem, torch.device], Attention]
             attend = __import__(module, fromlist=["flash_attn_varlen_func"]).flash_attn_varlen_func
         except ImportError as error:
             raise UnavailableError("not installed") from error
-        if device.type != "cuda":
-            raise UnavailableError("CUDA only")
         return varlen(attend, problem, device)
 
     return make
@@ -251,12 +253,24 @@ CONTENDERS: dict[str, Callable[[Problem, torch.device], Attention]] = {
     "SDPA efficient": sdpa(SDPBackend.EFFICIENT_ATTENTION),
     "SDPA math": sdpa(SDPBackend.MATH),
     "SDPA dense mask": sdpa_masked,
-    "FlexAttention": flex_attention,
+    "FlexAttention": compiled_flex_attention,
     "varlen_attn": torch_varlen,
     "FlashAttention-2": flash_attention("flash_attn"),
     "FlashAttention-3": flash_attention("flash_attn_interface"),
     "FlashAttention-4": flash_attention("flash_attn.cute"),
 }
+
+
+# These take as many key as query heads: keys and values are repeated before time is taken. Their
+# gradients then flow to the repeated ones; to sum these up would be more work, not counted here.
+# ("SDPA efficient": sdp_utils.cpp of torch 2.11 to 2.13.)
+NEED_REPEATED_HEADS = {"SDPA efficient"}
+if "enable_gqa" not in inspect.signature(varlen_attn).parameters:
+    NEED_REPEATED_HEADS.add("varlen_attn")
+
+
+def repeat_heads(problem: Problem, kv_vgd: Tensor) -> Tensor:
+    return kv_vgd.repeat_interleave(problem.heads // problem.kv_heads, 1)
 
 
 def heads_first(q_bthd: Tensor, k_vgd: Tensor, v_vgd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -275,94 +289,88 @@ def operands(problem: Problem, device: torch.device, dtype: torch.dtype) -> list
     return [torch.randn(s, device=device, dtype=dtype).requires_grad_() for s in shapes]
 
 
-def relative_error(out: Tensor, want: Tensor) -> float:
-    return ((out - want).norm() / want.norm()).item()
+def relative_error(found: Tensor, want: Tensor) -> float:
+    return ((found - want).norm() / want.norm()).item()
+
+
+def exact(problem: Problem, tensors: list[Tensor], grad: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """Output and gradients in fp64, without masks or intervals."""
+    leaves = [x.detach().double().requires_grad_() for x in tensors]
+    q, k, v = in_stretches(problem, *leaves)
+    out = scaled_dot_product_attention(q, k, v, enable_gqa=True).transpose(1, 2)
+    out = out.reshape(grad.shape)
+    return out.detach(), list(torch.autograd.grad(out, leaves, grad.double()))
 
 
 def contest(
     problem: Problem, device: torch.device, dtype: torch.dtype, names: list[str], rounds: int
-) -> Iterator[dict[str, Any]]:
-    """One row per contender and direction, with seconds and worst error, or why it cannot run."""
+) -> list[Row]:
+    """One row per contender and pass, with seconds and relative error, or why it cannot run."""
+    torch._dynamo.reset()
     tensors = operands(problem, device, dtype)
-    low, high = problem.intervals(device)
-    forward: dict[str, Callable[[], object]] = {}
-    backward: dict[str, Callable[[], object]] = {}
-    trains = not problem.name.startswith("decode")
-    errors, refused = {}, {}
-    want = library_reference(tensors, low, high)
-    grad = torch.randn_like(want).to(dtype)
-    for name in names:
-        try:
-            attend = CONTENDERS[name](problem, device)
-            out = attend(*tensors)
-            errors[name] = relative_error(out.float(), want)
-            if trains:
-                torch.autograd.grad(out, tensors, grad, retain_graph=True)
-        except UnavailableError as error:
-            refused[name] = str(error)
-            continue
-        except Exception as error:  # whatever a contender raises is its answer
-            refused[name] = f"{type(error).__name__}: {str(error)[:80]}".replace("\n", " ")
-            continue
+    grad = torch.randn_like(tensors[0])
+    want, want_grads = exact(problem, tensors, grad)
 
-        def run_forward(attend: Attention = attend) -> object:
+    @cache
+    def contender(name: str) -> tuple[Attention, list[Tensor]]:
+        if name == "megavlm":
+            refuse_plain_torch(tensors[0])
+        inputs = tensors
+        if name in NEED_REPEATED_HEADS:
+            q, *kv = (x.detach() for x in tensors)
+            inputs = [x.requires_grad_() for x in (q, *(repeat_heads(problem, x) for x in kv))]
+        return CONTENDERS[name](problem, device), inputs
+
+    def forward(name: str) -> tuple[Callable[[], Tensor], float]:
+        attend, inputs = contender(name)
+        inputs = [x.detach() for x in inputs]  # FlexAttention on a CPU refuses all that want grads
+
+        def run() -> Tensor:
             with torch.no_grad():
-                return attend(*tensors)
+                return attend(*inputs)
 
-        def run_backward(out: Tensor = out) -> object:
-            return torch.autograd.grad(out, tensors, grad, retain_graph=True)
+        return run, relative_error(run().reshape(want.shape), want)
 
-        forward[name] = run_forward
-        backward[name] = run_backward
-    directions = {"forward": forward, "backward": backward} if trains else {"forward": forward}
-    for direction, functions in directions.items():
-        seconds = interleaved_seconds(functions, device, rounds)
-        for name in names:
-            yield {
-                "problem": problem.name,
-                "tensor_parallel": problem.tensor_parallel,
-                "direction": direction,
-                "contender": name,
-                "seconds": seconds.get(name),
-                "relative_error": errors.get(name) if direction == "forward" else None,
-                "refused": refused.get(name),
-            }
-    if "FlexAttention" in forward:
-        seconds = interleaved_seconds(
-            {"building": block_mask_building(problem, device)}, device, min(rounds, 5)
-        )
-        yield {
-            "problem": problem.name,
-            "tensor_parallel": problem.tensor_parallel,
-            "direction": "mask",
-            "contender": "FlexAttention",
-            "seconds": seconds["building"],
-        }
+    def backward(name: str) -> tuple[Callable[[], tuple[Tensor, ...]], float]:
+        attend, inputs = contender(name)
+        out = attend(*inputs)
+        grad_out = grad.view(out.shape)
+
+        def run() -> tuple[Tensor, ...]:
+            return torch.autograd.grad(out, inputs, grad_out, retain_graph=True)
+
+        dq, *dkv = (x.double() for x in run())
+        dkv = [x.unflatten(1, (problem.kv_heads, -1)).sum(2) for x in dkv]  # if repeated
+        found = zip((dq, *dkv), want_grads, strict=True)
+        return run, max(relative_error(x, want) for x, want in found)
+
+    passes: dict[str, Callable[[str], Any]] = {"forward": forward}
+    if problem.trains:
+        passes["backward"] = backward
+    if "FlexAttention" in names:
+        passes["mask"] = lambda _: (partial(block_mask, problem, device), None)
+    rows: list[Row] = []
+    for direction, prepare in passes.items():
+        entered = ["FlexAttention"] if direction == "mask" else names
+        about = {"problem": problem.name, "tensor_parallel": problem.tensor_parallel}
+        about["direction"] = direction
+        results = race({name: partial(prepare, name) for name in entered}, device, rounds)
+        rows += [about | row for row in results]
+    return rows
 
 
-def library_reference(tensors: list[Tensor], low: Tensor, high: Tensor) -> Tensor:
-    """The output in fp32, one stretch of text at a time so that it fits."""
-    from megavlm.ops import reference
-
-    with torch.no_grad():
-        q, k, v = (x.detach().float() for x in tensors)
-        step = max(1, (64 << 20) // max(1, len(k) * q.shape[0]))
-        return torch.cat(
-            [
-                reference.cross_attention(
-                    q[:, i : i + step], k, v, low[:, i : i + step], high[:, i : i + step]
-                )
-                for i in range(0, q.shape[1], step)
-            ],
-            dim=1,
-        )
+def refuse_plain_torch(*operands: Tensor, width_limit: int = library.HEAD_WIDTH_LIMIT) -> None:
+    """Raises where megavlm would fall back to it: that time would not be of its kernels."""
+    for x in operands:
+        if reason := library.refusal(x, width_limit):
+            raise UnavailableError(reason)
 
 
 def with_rates(
-    row: dict[str, Any], problem: Problem, dtype: torch.dtype, ceilings: tuple[float, float]
-) -> dict[str, Any]:
+    row: Row, problem: Problem, dtype: torch.dtype, ceilings: tuple[float, float]
+) -> Row:
     """Adds FLOP/s, and the fraction of the roofline reached."""
-    if row.get("seconds") is None or row["direction"] == "mask":
+    if row["seconds"] is None or row["direction"] == "mask":
         return row
     backward = row["direction"] == "backward"
     flops = (10 if backward else 4) * WIDTH * problem.visible_scores
@@ -375,9 +383,9 @@ def with_rates(
     }
 
 
-def table_of(rows: list[dict[str, Any]]) -> str:
+def table_of(rows: list[Row]) -> str:
     """Problems down; megavlm's figures first, then each contender's time over megavlm's."""
-    groups: dict[tuple[str, int, str], dict[str, dict[str, Any]]] = {}
+    groups: dict[tuple[str, int, str], dict[str, Row]] = {}
     for row in rows:
         key = (row["problem"], row["tensor_parallel"], row["direction"])
         groups.setdefault(key, {})[row["contender"]] = row
@@ -405,27 +413,27 @@ def table_of(rows: list[dict[str, Any]]) -> str:
             ratio = other / mine["seconds"] if other and mine["seconds"] else None
             line[f"{name} /"] = f"{ratio:.2f}" if ratio else "-"
         lines.append(line)
-    masks = [r["seconds"] for r in rows if r["direction"] == "mask"]
+    masks = [r["seconds"] for r in rows if r["direction"] == "mask" and r["seconds"]]
     note = (
         f"\nFlexAttention's block mask takes {min(masks) * 1e6:,.0f} to {max(masks) * 1e6:,.0f} us "
         "more, not counted above.\n"
         if masks
         else ""
     )
-    refusals = sorted({f"{r['contender']}: {r['refused']}" for r in rows if r.get("refused")})
     return (
         markdown_table(lines)
         + "\n`NAME /`: that contender's time over megavlm's, so above 1 megavlm is faster. `-`: "
-        "cannot run there.\n"
-        + note
-        + ("\nCannot run: " + "; ".join(refusals) + ".\n" if refusals else "")
+        "cannot run there.\n" + note + refusals(rows)
     )
 
 
-def draw(rows: list[dict[str, Any]], path: Path) -> None:
+def draw(rows: list[Row], path: Path) -> None:
     """Bars of every contender's rate, forward, one group per problem."""
-    from matplotlib.figure import Figure
-
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        print(f"no {path}: matplotlib is not installed")
+        return
     shown = [r for r in rows if r["direction"] == "forward" and r.get("flops_per_second")]
     names = [n for n in CONTENDERS if any(r["contender"] == n for r in shown)]
     labels = list(dict.fromkeys((r["problem"], r["tensor_parallel"]) for r in shown))
@@ -447,50 +455,69 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def main() -> None:
+def options_of(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Parses, with the options of all benchmarks; then sets torch up for them."""
     default_device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", default=default_device)
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--threads", type=int, default=1, help="of a CPU (default: 1)")
     parser.add_argument("--rounds", type=int, help="timed calls of each contender")
     parser.add_argument("--only", default="", help="problems whose name contains this")
     parser.add_argument("--tensor-parallel", type=int, help="this size alone")
-    parser.add_argument("--contenders", help="comma-separated; megavlm always runs")
-    parser.add_argument("--out", type=Path, help="writes OUT.md, OUT.json and OUT.png")
+    parser.add_argument(
+        "--seconds", type=float, default=math.inf, help="start no problem after these"
+    )
+    parser.add_argument("--out", type=Path, help="writes OUT.md and OUT.json")
     options = parser.parse_args()
-    device, dtype = torch.device(options.device), getattr(torch, options.dtype)
     if library.MISSING:
         parser.error(f"megavlm's kernels are not built: {library.MISSING}")
-    if device.type == "cpu":
+    options.device, options.dtype = torch.device(options.device), getattr(torch, options.dtype)
+    if options.device.type == "cpu":
         torch.set_num_threads(options.threads)
-    names = list(CONTENDERS)
-    if options.contenders:
-        names = ["megavlm", *(n for n in names if n in options.contenders.split(","))]
-    chosen = [
+    options.problems = [
         p
         for p in problems()
         if options.only in p.name
-        and (device.type == "cuda" or p.on_cpu)
+        and (options.device.type == "cuda" or p.on_cpu)
         and options.tensor_parallel in (None, p.tensor_parallel)
     ]
-    rounds = options.rounds or (20 if device.type == "cuda" else 5)
+    if not options.problems:
+        parser.error("no problem is left: see --only and --tensor-parallel")
+    # A compiled contender must not go on uncompiled without a word.
+    torch._dynamo.config.recompile_limit = 64
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    torch._functorch.config.donated_buffer = False  # backward passes are timed again and again
+    return options
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--contenders", help="comma-separated; megavlm always runs")
+    options = options_of(parser)
+    device, dtype = options.device, options.dtype
+    names = list(CONTENDERS)
+    if options.contenders:
+        names = ["megavlm", *(n for n in names if n in options.contenders.split(","))]
     ceilings = measured_ceilings(device, dtype)
     about = machine(device) | {
-        "dtype": options.dtype,
+        "dtype": str(dtype),
         "matrix product": f"{ceilings[0] / 1e12:.3g} TFLOP/s",
         "copy": f"{ceilings[1] / 1e9:.3g} GB/s",
     }
     print(about)
-    rows: list[dict[str, Any]] = []
-    for i, problem in enumerate(chosen):
-        print(f"[{i + 1}/{len(chosen)}] {problem.name}, TP {problem.tensor_parallel}", flush=True)
-        for row in contest(problem, device, dtype, names, rounds):
-            rows.append(with_rates(row, problem, dtype, ceilings))
-    table = table_of(rows)
-    print(table)
+
+    def contest_with_rates(problem: Problem) -> list[Row]:
+        rounds = options.rounds or (20 if device.type == "cuda" else 5)
+        rows = contest(problem, device, dtype, names, rounds)
+        return [with_rates(row, problem, dtype, ceilings) for row in rows]
+
+    def report(rows: list[Row], not_run: str) -> None:
+        if options.out:
+            write_results(options.out, "Cross-attention", about, table_of(rows) + not_run, rows)
+
+    rows = run_in_turn(options.problems, contest_with_rates, report, options.seconds)
+    print(table_of(rows))
     if options.out:
-        write_results(options.out, "Cross-attention", about, table, rows)
         draw(rows, options.out.with_suffix(".png"))
 
 

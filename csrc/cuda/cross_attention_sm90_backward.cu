@@ -25,6 +25,7 @@ constexpr int ROWS = 80;    // of a tile of queries
 constexpr int BLOCK = 128;  // image tokens, 64 for each consumer warpgroup
 constexpr int STAGES = 2;   // tiles of queries in shared memory
 constexpr float LOG2_E = 1.4426950408889634f, LN_2 = 0.6931471805599453f;
+static_assert(MAX_GROUP <= ROWS);
 
 // Rows of text are taken in pieces whose accumulator has at most this size (or are one row).
 constexpr int64_t ACCUMULATOR_BYTES = 256 << 20;
@@ -908,12 +909,9 @@ const char* run(const CrossAttentionBackward& x, void* memory, cudaStream_t stre
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
-// Why the problem cannot be solved, or null. Indices have 32 bits.
-const char* refusal(const CrossAttention& x) {
-  if (x.heads / x.kv_heads > ROWS)
-    return "cross-attention's gradient takes at most 80 heads per key/value head";
-  const char* const too_many = "cross-attention has too many tokens";
-  if (x.text_tokens > INT_MAX || x.image_tokens > INT_MAX - BLOCK) return too_many;
+// For indices of 32 bits.
+bool too_many_tokens(const CrossAttention& x) {
+  if (x.text_tokens > INT_MAX || x.image_tokens > INT_MAX - BLOCK) return true;
   CrossAttention piece = x;
   piece.rows = rows_at_once(x);
   const Sizes sizes = sizes_of(piece);
@@ -921,13 +919,13 @@ const char* refusal(const CrossAttention& x) {
   const int64_t most = std::max({int64_t{sizes.tiles} * (ROWS / 2) * (128 / 16),   // finish_queries
                                  int64_t{sizes.image_blocks} * BLOCK * (128 / 8),  // finish_keys
                                  sizes.image_blocks * tile_items});                // items
-  return most > INT_MAX / x.kv_heads ? too_many : nullptr;
+  return most > INT_MAX / x.kv_heads;
 }
 
 }  // namespace
 
 int64_t workspace_bytes(const CrossAttentionBackward& x) {
-  if (refusal(x)) return 0;
+  if (too_many_tokens(x)) return 0;
   CrossAttentionBackward piece = x;
   piece.rows = rows_at_once(x);
   Workspace workspace;
@@ -936,7 +934,7 @@ int64_t workspace_bytes(const CrossAttentionBackward& x) {
 
 const char* cross_attention_backward(const CrossAttentionBackward& x, void* workspace,
                                      void* stream) {
-  if (const char* error = refusal(x)) return error;
+  if (too_many_tokens(x)) return "cross-attention has too many tokens";
   const auto run_width = padded_width(x) == 64 ? run<64> : run<128>;
   return run_width(x, workspace, static_cast<cudaStream_t>(stream));
 }
