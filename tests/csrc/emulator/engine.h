@@ -2,7 +2,7 @@
 // after another, in random order, and which runnable thread runs next is random as well
 // (environment: EMULATOR_SEED). What many threads do together parks them until all are there.
 // Asynchronous work is carried out as late as a program may count on, or at a random moment before.
-// Misuse ends the process with a message.
+// Misuse, races on shared memory (races.cpp) and deadlocks end the process with a message.
 #pragma once
 
 #include <array>
