@@ -19,8 +19,9 @@ setup: .venv/installed
 	pip install -q -c constraints.txt setuptools wheel pybind11 ninja
 	pip install -q -c constraints.txt torch
 	pip install -q -c constraints.txt --no-build-isolation -e '.[dev]'
-	@python -c "from megavlm import _data; from megavlm.ops import library; exit(bool(library.MISSING))" \
-	  || echo "no C++ compiler or no Python.h (python3-dev): kernels run on plain torch, packing in Python"
+	@python -c "from megavlm.ops import library; print('kernels:', library.built())"
+	@python -c "import megavlm._data" 2>/dev/null || \
+	  echo "no C++ compiler or no Python.h (python3-dev): packing runs in Python"
 	touch $@
 
 # The sample data is drawn from two Debian packages; libfribidi0 lets Pillow join their sequences.

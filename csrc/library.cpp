@@ -263,9 +263,9 @@ Norm described(const Tensor& residual, const Tensor* branch, const Tensor* gate,
   STD_TORCH_CHECK(residual.dim() == 2, "megavlm: a norm takes (rows, width), but got ",
                   residual.dim(), " axes");
   Norm x{element_of(residual), residual.size(0), residual.size(1)};
-  STD_TORCH_CHECK(x.width > 0 && (!residual.is_cuda() || (x.width % 8 == 0 && x.width <= 16384)),
+  STD_TORCH_CHECK(x.width > 0 && (!residual.is_cuda() || (x.width % 8 == 0 && x.width <= 12288)),
                   "megavlm: a norm of width ", x.width,
-                  "; the CUDA kernels take multiples of 8 up to 16,384");
+                  "; the CUDA kernels take multiples of 8 up to 12,288");
   check_float32(weight, x.width, residual, "the norm's weight");
   x.residual = matrix(residual);
   x.branch = {nullptr, 0};

@@ -19,6 +19,7 @@ if [ -z "$gpu" ]; then
   exit 2
 fi
 export PYTHONPATH=$PWD PYTHONUNBUFFERED=1
+export OMP_NUM_THREADS=1 # the tests' operands are small: threads would mostly wait for each other
 export PATH=$PATH:${CUDA_HOME:-/usr/local/cuda}/bin # compute-sanitizer, cuobjdump
 python3 -c 'import torch, numpy, pytest, pytest_timeout, pybind11, setuptools' || exit 2
 mkdir -p "$out" "$logs"

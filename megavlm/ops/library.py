@@ -3,6 +3,7 @@
 `csrc/library.cpp` has their schemas and checks.
 """
 
+import importlib
 from typing import Any
 
 import torch
@@ -10,8 +11,7 @@ from torch import Tensor
 from torch.library import register_autograd, register_fake
 
 try:
-    from megavlm import _C  # pyright: ignore # noqa: F401 # registers the operators
-
+    importlib.import_module("megavlm._C")  # registers the operators
     MISSING = ""
 except ImportError as error:  # not compiled, or for a later torch
     MISSING = str(error)
@@ -31,10 +31,21 @@ def refusal(x: Tensor, width_limit: int = HEAD_WIDTH_LIMIT) -> str:
     return ""
 
 
+def built() -> str:
+    """Which kernels this installation has."""
+    if MISSING:
+        return f"none, plain torch runs instead ({MISSING})"
+    return "for CPUs and GPUs" if _has_cuda_kernels() else "for CPUs, built without CUDA"
+
+
 def description(device: torch.device, dtype: torch.dtype, head_width: int) -> str:
     """What cross-attention and its norms run on, for the log."""
     reason = refusal(torch.empty(0, head_width, device=device, dtype=dtype))
     return f"plain torch ({reason})" if reason else "megavlm's kernels"
+
+
+def _has_cuda_kernels() -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key("megavlm::cross_attention", "CUDA")
 
 
 @torch.compiler.assume_constant_result
@@ -46,15 +57,10 @@ def _missing_kernels(device: torch.device, dtype: torch.dtype) -> str:
         case "cpu" if dtype in (torch.float32, torch.bfloat16):
             return ""
         case "cuda" if dtype == torch.bfloat16:
-            built = torch._C._dispatch_has_kernel_for_dispatch_key(
-                "megavlm::cross_attention", "CUDA"
-            )
+            if not _has_cuda_kernels():
+                return "built without CUDA kernels"
             capability = torch.cuda.get_device_capability(device)
-            if built and capability >= (8, 0):
-                return ""
-            return (
-                f"the GPU's compute capability is {capability}" if built else "built without CUDA"
-            )
+            return "" if capability >= (8, 0) else f"compute capability {capability} is below 8.0"
         case "meta":
             return ""
         case _:

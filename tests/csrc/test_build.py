@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from megavlm.ops import library
 
@@ -18,9 +17,7 @@ CUOBJDUMP = shutil.which("cuobjdump") or next(
     map(str, Path(sys.prefix).glob("lib/python*/site-packages/nvidia/cu13/bin/cuobjdump")), None
 )
 
-HAS_CUDA_KERNELS = not library.MISSING and torch._C._dispatch_has_kernel_for_dispatch_key(
-    "megavlm::cross_attention", "CUDA"
-)
+HAS_CUDA_KERNELS = library.built() == "for CPUs and GPUs"
 pytestmark = pytest.mark.skipif(not HAS_CUDA_KERNELS, reason="built without CUDA kernels (no nvcc)")
 
 
