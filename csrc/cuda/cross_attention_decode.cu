@@ -10,6 +10,7 @@
 #include <sm80.cuh>
 
 #include "kernels.h"
+#include "lanes.cuh"
 
 namespace megavlm::cuda::decode {
 namespace {
@@ -53,16 +54,6 @@ struct Found {
   float out[MAX_QUERIES][WIDTH + 8];  // 8 more against bank conflicts
   float max[MAX_QUERIES], sum[MAX_QUERIES];
 };
-
-__device__ __forceinline__ float quad_sum(float x) {
-  x += __shfl_xor_sync(~0u, x, 1);
-  return x + __shfl_xor_sync(~0u, x, 2);
-}
-
-__device__ __forceinline__ float quad_max(float x) {
-  x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
-  return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
-}
 
 // What to subtract from scores with this maximum; -infinity - -infinity would not be a number.
 __device__ __forceinline__ float finite(float max) { return max == -INFINITY ? 0.f : max; }

@@ -114,32 +114,11 @@ class Walk {
   int round, index, end;
 };
 
-// What any and what every token of a tile sees.
-struct Seen {
-  Interval any, every;
-};
-
-// One warp calls.
+// What the tile's text tokens see. One warp calls.
 __device__ __forceinline__ Seen seen_by(const Arguments& x, const Tile& tile) {
   const int64_t first = static_cast<int64_t>(tile.b) * x.text_tokens + tile.token;
   const int tokens = min(x.tile_tokens, x.text_tokens - tile.token);
-  Seen seen{{x.image_tokens, 0}, {0, x.image_tokens}};
-#pragma unroll 1
-  for (int i = threadIdx.x % 32; i < tokens; i += 32) {
-    const Interval one =
-        clamped_interval(__ldg(x.low + first + i), __ldg(x.high + first + i), x.image_tokens);
-    if (one.low < one.high) seen.any = {min(seen.any.low, one.low), max(seen.any.high, one.high)};
-    seen.every = {max(seen.every.low, one.low), min(seen.every.high, one.high)};
-  }
-#pragma unroll
-  for (int lanes = 16; lanes > 0; lanes /= 2) {
-    seen.any.low = min(seen.any.low, __shfl_xor_sync(~0u, seen.any.low, lanes));
-    seen.any.high = max(seen.any.high, __shfl_xor_sync(~0u, seen.any.high, lanes));
-    seen.every.low = max(seen.every.low, __shfl_xor_sync(~0u, seen.every.low, lanes));
-    seen.every.high = min(seen.every.high, __shfl_xor_sync(~0u, seen.every.high, lanes));
-  }
-  if (seen.any.low >= seen.any.high) seen.any = {0, 0};
-  return seen;
+  return sm90::seen_by(x.low + first, x.high + first, tokens, x.image_tokens);
 }
 
 // Every warp that plans, plans the same. One warp calls.

@@ -122,22 +122,6 @@ __device__ __forceinline__ uint4 pack(const float (&x)[8]) {
 
 constexpr int PREPARE_THREADS = 256;
 
-// The intersection of the intervals; 0, 0 if one is empty. One warp calls; every lane gets it.
-__device__ __forceinline__ Interval common_interval(const int32_t* low, const int32_t* high,
-                                                    int tokens, int image_tokens) {
-  Interval common{0, image_tokens};
-  for (int i = threadIdx.x % 32; i < tokens; i += 32) {
-    const Interval one = clamped_interval(__ldg(low + i), __ldg(high + i), image_tokens);
-    common = {max(common.low, one.low), min(common.high, one.high)};
-  }
-#pragma unroll
-  for (int lanes = 16; lanes > 0; lanes /= 2) {
-    common.low = max(common.low, __shfl_xor_sync(~0u, common.low, lanes));
-    common.high = min(common.high, __shfl_xor_sync(~0u, common.high, lanes));
-  }
-  return common.high > 0 ? common : Interval{0, 0};
-}
-
 template <int WIDTH>
 __global__ void __launch_bounds__(PREPARE_THREADS) prepare(const __grid_constant__ Problem x) {
   constexpr int LANES = WIDTH / 8, ROWS_AT_ONCE = PREPARE_THREADS / LANES;
@@ -148,13 +132,12 @@ __global__ void __launch_bounds__(PREPARE_THREADS) prepare(const __grid_constant
   const int32_t* high = x.high + b * x.text_tokens + first;
   const int image_tokens = x.image_tokens;
 
-  const Interval seen = union_of_intervals(low, high, tokens, image_tokens);
+  const auto [seen, common] = seen_by(low, high, tokens, image_tokens);
   if (g == 0 && threadIdx.x == 0) x.workspace.seen[tile] = seen;
   if (g == 0 && tile == 0)
     for (int i = threadIdx.x; i < sizeof(Counters) / sizeof(int); i += PREPARE_THREADS)
       reinterpret_cast<int*>(x.workspace.counters)[i] = 0;
   if (seen.low >= seen.high) return;
-  const Interval common = common_interval(low, high, tokens, image_tokens);
   TileRecord& record = x.workspace.records[int64_t{tile} * x.kv_heads + g];
   if (threadIdx.x == 0) {
     record.seen = seen;

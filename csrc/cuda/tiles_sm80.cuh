@@ -13,6 +13,7 @@
 #include <sm80.cuh>
 
 #include "../cross_attention.h"
+#include "lanes.cuh"
 
 namespace megavlm::cuda::sm80 {
 
@@ -32,16 +33,6 @@ __device__ __forceinline__ int warp_min(int x) {
   return x;
 }
 __device__ __forceinline__ int warp_max(int x) { return -warp_min(-x); }
-
-// Over the four lanes that hold one row of an accumulator.
-__device__ __forceinline__ float quad_sum(float x) {
-  x += __shfl_xor_sync(~0u, x, 1);
-  return x + __shfl_xor_sync(~0u, x, 2);
-}
-__device__ __forceinline__ float quad_max(float x) {
-  x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
-  return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
-}
 
 // ---- Tiles
 

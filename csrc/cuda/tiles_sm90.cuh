@@ -48,21 +48,32 @@ __device__ __forceinline__ Interval clamped_interval(int low, int high, int imag
   return low < high ? Interval{low, high} : Interval{0, 0};
 }
 
-// The smallest interval that contains those of `tokens` successive text tokens. One warp calls;
-// every lane gets it.
-__device__ __forceinline__ Interval union_of_intervals(const int32_t* low, const int32_t* high,
-                                                       int tokens, int image_tokens) {
-  Interval all{image_tokens, 0};
+// What successive text tokens see: the smallest interval that contains all of theirs, and their
+// intersection; 0, 0 where that is nothing, so for `every` if one token sees nothing.
+struct Seen {
+  Interval any, every;
+};
+
+// One warp calls; every lane gets it.
+__device__ __forceinline__ Seen seen_by(const int32_t* low, const int32_t* high, int tokens,
+                                        int image_tokens) {
+  Seen seen{{image_tokens, 0}, {0, image_tokens}};
+#pragma unroll 1
   for (int i = threadIdx.x % 32; i < tokens; i += 32) {
     const Interval one = clamped_interval(__ldg(low + i), __ldg(high + i), image_tokens);
-    if (one.low < one.high) all = {min(all.low, one.low), max(all.high, one.high)};
+    if (one.low < one.high) seen.any = {min(seen.any.low, one.low), max(seen.any.high, one.high)};
+    seen.every = {max(seen.every.low, one.low), min(seen.every.high, one.high)};
   }
 #pragma unroll
   for (int lanes = 16; lanes > 0; lanes /= 2) {
-    all.low = min(all.low, __shfl_xor_sync(~0u, all.low, lanes));
-    all.high = max(all.high, __shfl_xor_sync(~0u, all.high, lanes));
+    seen.any.low = min(seen.any.low, __shfl_xor_sync(~0u, seen.any.low, lanes));
+    seen.any.high = max(seen.any.high, __shfl_xor_sync(~0u, seen.any.high, lanes));
+    seen.every.low = max(seen.every.low, __shfl_xor_sync(~0u, seen.every.low, lanes));
+    seen.every.high = min(seen.every.high, __shfl_xor_sync(~0u, seen.every.high, lanes));
   }
-  return all.low < all.high ? all : Interval{0, 0};
+  if (seen.any.low >= seen.any.high) seen.any = {0, 0};
+  if (seen.every.low >= seen.every.high) seen.every = {0, 0};
+  return seen;
 }
 
 }  // namespace megavlm::cuda::sm90

@@ -1,13 +1,12 @@
 """Builds check.cpp with the CPU kernels, or with the CUDA kernels under the emulator.
 
-python tests/csrc/build.py cpu|cuda|selftest [--sanitize] prints the program's path. `selftest` is
+python -m tests.csrc.build cpu|cuda|selftest [--sanitize] prints the program's path. `selftest` is
 for the emulator itself. --sanitize: GCC's address and undefined-behaviour sanitizers, which find
 accesses out of bounds, instead of the emulator's search for races.
 """
 
 import hashlib
 import os
-import platform
 import re
 import shutil
 import subprocess
@@ -15,21 +14,13 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from setup import CSRC, ROOT, cpu_sources
+
 HERE = Path(__file__).resolve().parent
-ROOT = HERE.parents[1]
-CSRC = ROOT / "csrc"
 BUILD = ROOT / "build" / "csrc"
 COMPILER = shutil.which(os.environ.get("CXX", "g++"))
 FLAGS = ["-std=c++20", "-O2", "-g", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-psabi"]
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
-# As setup.py has it.
-CPU_KERNELS = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
-INSTRUCTION_SETS = {
-    "baseline": [],
-    "avx2": ["-march=x86-64-v3"],
-    "avx512": ["-march=x86-64-v4", "-mprefer-vector-width=512"],
-    "avx512bf16": ["-march=x86-64-v4", "-mavx512bf16", "-mprefer-vector-width=512"],
-}
 # GCC's hooks for memory accesses, without its library: emulator/races.cpp has its own. Addresses
 # in its messages are the program's.
 RACES = ["-fsanitize=thread", "-fno-pie"]
@@ -63,24 +54,13 @@ def compile_object(source: Path, flags: list[str]) -> Path:
     return target
 
 
-def cpu_parts() -> list[tuple[Path, list[str]]]:
-    folder = CSRC / "cpu"
-    parts = [(source, []) for source in sorted(folder.glob("*.cpp"))]
-    kernels = folder / "instruction_set.cpp"
-    parts.remove((kernels, []))
-    intel = platform.machine() in ("x86_64", "AMD64")
-    for name, flags in INSTRUCTION_SETS.items() if intel else [("baseline", [])]:
-        parts.append((kernels, [*CPU_KERNELS, *flags, f"-DMEGAVLM_ISA={name}"]))
-    return parts
-
-
 def build(kind: str, sanitize: bool = False) -> Path:
     """Returns the program: `cpu` and `cuda` check kernels, `selftest` the emulator."""
     flags = FLAGS + (SANITIZE if sanitize else ["-fno-pie"])
     kernel_flags = EMULATED + ([] if sanitize else RACES)
     emulator = [(file, [*EMULATED, "-O3"]) for file in sorted((HERE / "emulator").glob("*.cpp"))]
     if kind == "cpu":
-        parts = [(HERE / "check.cpp", []), *cpu_parts()]
+        parts = [(HERE / "check.cpp", []), *cpu_sources().values()]
     elif kind == "cuda":
         kernels = sorted((CSRC / "cuda").glob("*.cu"))
         parts = [(HERE / "check.cpp", EMULATED), *emulator]
