@@ -20,6 +20,7 @@ from megavlm.config.load import run_as_tree
 from megavlm.config.presets import PRESETS
 from megavlm.config.run import (
     AugmentSettings,
+    CheckpointSettings,
     DataSettings,
     OptimizerSettings,
     RunSettings,
@@ -85,9 +86,8 @@ def tiny_run(coloured_squares, tmp_path) -> RunSettings:
             augment=AugmentSettings(minimum_area=0.5),
         ),
         optimizer=OptimizerSettings(learning_rate=2e-3),
-        train=TrainSettings(
-            steps=6, samples_per_step=8, micro_batches=2, precision="fp32", checkpoint_every=2
-        ),
+        train=TrainSettings(steps=6, samples_per_step=8, micro_batches=2, precision="fp32"),
+        checkpoint=CheckpointSettings(every=2),
         zero3=Zero3Settings(reduce_bucket=20_000, prefetch_bucket=10_000, persistence_threshold=40),
     )
 

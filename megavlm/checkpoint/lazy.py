@@ -23,6 +23,4 @@ Tensors = Mapping[str, LazyTensor]
 
 def in_memory(tensors: Mapping[str, Tensor]) -> dict[str, LazyTensor]:
     """Tensors that are there already."""
-    return {
-        name: LazyTensor(tuple(t.shape), t.dtype, lambda t=t: t) for name, t in tensors.items()
-    }
+    return {name: LazyTensor(tuple(t.shape), t.dtype, lambda t=t: t) for name, t in tensors.items()}

@@ -1,32 +1,28 @@
 """What a checkpoint says of its run beside the tensors, and whether it fits another run."""
 
 import dataclasses
-from pathlib import Path
+import json
+from typing import Any
 
-from megavlm.checkpoint.store import read_state
+from megavlm.checkpoint.folder import Folder
+from megavlm.checkpoint.storage import read_state
 from megavlm.config.load import run_as_tree
 from megavlm.config.run import RunSettings
 from megavlm.config.sizes import ModelSizes
 from megavlm.data.tokenizer import Tokenizer
 from megavlm.errors import CheckpointError, TokenizerError
+from megavlm.model.params import parameters
 
 
-def checkpoint_root(run: RunSettings) -> Path:
+def checkpoint_root(run: RunSettings) -> Folder:
     """Where the checkpoints of a run lie."""
-    return run.run_folder / "checkpoints"
+    return Folder(run.checkpoint.folder or run.run_folder / "checkpoints")
 
 
-def check_checkpoint(checkpoint: Path, sizes: ModelSizes, tokenizer: Tokenizer) -> None:
+def check_checkpoint(checkpoint: Folder, sizes: ModelSizes, tokenizer: Tokenizer) -> None:
     """Raise unless the checkpoint is of a model of these sizes and of this tokenizer."""
     state = read_state(checkpoint)
-    for part, wanted in dataclasses.asdict(sizes).items():
-        for name, value in wanted.items():
-            saved = state["settings"]["model"][part].get(name)
-            if saved != value:
-                raise CheckpointError(
-                    f"checkpoint {checkpoint} has model.{part}.{name}={saved}, the run file says "
-                    f"{value}; match them or choose another run_folder"
-                )
+    check_sizes(checkpoint, state["settings"]["model"], sizes)
     if state["tokenizer_sha256"] != tokenizer.fingerprint:
         raise TokenizerError(
             f"checkpoint {checkpoint} was trained with another tokenizer (SHA-256 "
@@ -35,7 +31,34 @@ def check_checkpoint(checkpoint: Path, sizes: ModelSizes, tokenizer: Tokenizer) 
         )
 
 
-def check_data_position(checkpoint: Path, run: RunSettings, training_samples: int) -> None:
+def check_sizes(checkpoint: Folder, saved: dict[str, Any], sizes: ModelSizes) -> None:
+    """Raise unless a checkpoint's sizes, as plain data, are these; a part it lacks fits.
+
+    Where gates start does not matter: they come from the checkpoint, or it holds none.
+    """
+    # By way of JSON, as the saved ones: tuples become lists.
+    for part, wanted in json.loads(json.dumps(dataclasses.asdict(sizes))).items():
+        for name, value in wanted.items() if part in saved else ():
+            if name != "initial_gate" and saved[part].get(name) != value:
+                raise CheckpointError(
+                    f"checkpoint {checkpoint} has model.{part}.{name}={saved[part].get(name)}, the "
+                    f"run file says {value}; match them or take another checkpoint"
+                )
+
+
+def check_weights(checkpoint: Folder, sizes: ModelSizes) -> None:
+    """Raise unless a model of these sizes can start from a checkpoint's weights."""
+    state = read_state(checkpoint)
+    check_sizes(checkpoint, state["settings"]["model"], sizes)
+    names = {f"weights/{parameter.name}" for parameter in parameters(sizes)}
+    saved = {name for name in state["tensors"] if name.startswith("weights/")}
+    for name in sorted(saved - names):
+        raise CheckpointError(f"checkpoint {checkpoint} has {name}, which the model has not")
+    if not saved:
+        raise CheckpointError(f"checkpoint {checkpoint} holds no weights")
+
+
+def check_data_position(checkpoint: Folder, run: RunSettings, training_samples: int) -> None:
     """Raise unless the run would go on with exactly the samples that the checkpoint has not seen.
 
     Which sample comes at which step depends on the seed, the global batch and the data set's size.
@@ -61,6 +84,18 @@ def check_data_position(checkpoint: Path, run: RunSettings, training_samples: in
                 f"checkpoint {checkpoint} was trained with {name}={before}, now {after}: samples "
                 "would be repeated or skipped; restore it or choose another run_folder"
             )
+
+
+def schedule_change(checkpoint: Folder, run: RunSettings) -> str:
+    """How the run's learning rates differ from those it was saved with, in words; empty if not."""
+    saved, now = read_state(checkpoint)["settings"], run_as_tree(run)
+    before = {**saved["optimizer"], "train.steps": saved["train"]["steps"]}
+    after = {**now["optimizer"], "train.steps": now["train"]["steps"]}
+    return ", ".join(
+        f"{name} {before.get(name)} -> {value}"
+        for name, value in after.items()
+        if before.get(name) != value
+    )
 
 
 def checkpoint_state(

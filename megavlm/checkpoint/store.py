@@ -1,125 +1,297 @@
-"""Checkpoints of the model, not of the engine: whole named tensors in safetensors files.
+"""Saving and loading checkpoints of a run, whatever its engine and its number of ranks.
 
-A checkpoint is a folder `step-00000200` with one file a rank, and `state.json`, which names every
-tensor's file and every file's SHA-256. It gets its name only when it is complete.
+torch Distributed Checkpoint plans who writes and reads what; `storage.py` writes and reads.
 """
 
 import hashlib
-import json
-import os
-import shutil
-from collections.abc import Callable, Iterable
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, TypeVar, cast
 
+import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
+from torch.distributed.checkpoint.staging import AsyncStager
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import async_save, save
 
-from megavlm.errors import CheckpointError
+from megavlm.checkpoint.folder import Folder
+from megavlm.checkpoint.lazy import LazyTensor
+from megavlm.checkpoint.shards import Shards, State, whole
+from megavlm.checkpoint.storage import STATE_FILE, CheckpointReader, CheckpointWriter, read_state
+from megavlm.checkpoint.tensor_file import DTYPES
+from megavlm.config.run import CheckpointSettings
+from megavlm.errors import CheckpointError, MegavlmError
 
-FORMAT = 1
-STATE_FILE = "state.json"
+Value = TypeVar("Value")
+
+
+class CheckpointSaver:
+    """Saves checkpoints of a run, one after the other; every method is collective.
+
+    In the background, if so set: `save` then returns when the tensors are copied.
+    """
+
+    def __init__(self, root: Folder, settings: CheckpointSettings) -> None:
+        self._root = root
+        self._settings = settings
+        # Of its own: the training goes on meanwhile, over its own groups.
+        self._group = dist.new_group(backend="gloo")
+        self._staging = _Staging()
+        self._running: Future[Any] | None = None
+
+    def save(self, step: int, shards: State, state: dict[str, Any]) -> None:
+        """Write the checkpoint of a step, after the one before it is written.
+
+        `state` is plain data. Raises CheckpointError, on all ranks, if this checkpoint, or the one
+        before it, cannot be written; nothing older is touched.
+        """
+        self.wait()
+        writer = CheckpointWriter(
+            self._root / folder_name(step),
+            {"step": step, **state},
+            on_committed=lambda: delete_old(self._root, self._settings),
+        )
+        how: dict[str, Any] = {
+            "storage_writer": writer,
+            "planner": _SavePlanner(),
+            "process_group": self._group,
+        }
+        with _failures_told():
+            if self._settings.asynchronous:
+                running = async_save(dict(shards), async_stager=self._staging, **how)
+                assert isinstance(running, Future)
+                self._running = running
+            else:
+                save(dict(shards), **how)
+
+    def check(self) -> None:
+        """Raise the error of a save in the background, if it has failed by now."""
+        if self._running is not None and self._running.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Return when everything is written; raises CheckpointError if it could not be."""
+        running, self._running = self._running, None
+        if running is not None:
+            with _failures_told():
+                running.result()
 
 
 def save_checkpoint(
-    root: Path, step: int, tensors: Iterable[tuple[str, Tensor]], state: dict[str, Any], keep: int
-) -> Path:
-    """Write the checkpoint of a step; collective. Keeps the newest `keep` checkpoints of `root`.
+    root: Folder, step: int, shards: State, state: dict[str, Any], settings: CheckpointSettings
+) -> Folder:
+    """Write one checkpoint and return its folder; collective."""
+    saver = CheckpointSaver(root, settings)
+    saver.save(step, shards, state)
+    saver.wait()
+    return root / folder_name(step)
 
-    Every rank iterates over the same tensors and writes its turn of them. `state` is plain data.
+
+def load_checkpoint(folder: Folder, shards: State) -> None:
+    """Overwrite what this rank holds with a checkpoint's tensors, in place; collective.
+
+    Their types are converted. The ranks first check all files together, each its share. Raises
+    CheckpointError, on all ranks, for a file that is missing or not as it was written and for a
+    tensor that is missing or of another shape.
     """
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    folder = root / f"step-{step:08d}"
-    partial = folder.with_suffix(".partial")
-    if rank == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    dist.barrier()
-    mine = {key: t.contiguous() for i, (key, t) in enumerate(tensors) if i % ranks == rank}
-    name = f"tensors-{rank:05d}-of-{ranks:05d}.safetensors"
-    save_file(mine, partial / name)
-    _sync(partial / name)
-    written: list[Any] = [None] * ranks
-    dist.all_gather_object(written, (name, _sha256(partial / name), list(mine)))
-    if rank == 0:
-        files = {name: {"sha256": digest, "tensors": keys} for name, digest, keys in written}
-        content = {"format": FORMAT, "step": step, **state, "files": files}
-        (partial / STATE_FILE).write_text(json.dumps(content, indent=1))
-        _sync(partial / STATE_FILE)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.rename(partial, folder)
-        for old in _checkpoints(root)[:-keep]:
-            shutil.rmtree(old)
-    dist.barrier()
-    return folder
+    with _failures_told():
+        reader = _on_all_ranks(lambda: CheckpointReader(folder))
+        _on_all_ranks(lambda: check_shapes(reader, shards))
+        _on_all_ranks(lambda: check_files(reader, sorted(reader.state["files"])[rank::ranks]))
+        planner = _LoadPlanner()
+        load(dict(shards), storage_reader=reader, planner=planner)
 
 
-def latest_checkpoint(root: Path) -> Path | None:
-    """The newest complete checkpoint of a run, or None."""
-    return max(_checkpoints(root), default=None)
+def load_weights(folder: Folder, shards: State) -> None:
+    """Overwrite the weights that a checkpoint has, and nothing else; collective.
 
-
-def read_state(folder: Path) -> dict[str, Any]:
-    """The plain data of a checkpoint; raises CheckpointError when it is missing or broken."""
-    path = folder / STATE_FILE
-    try:
-        state = json.loads(path.read_text())
-        version = state["format"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"cannot read checkpoint {path}: {error}") from error
-    if version != FORMAT:
-        raise CheckpointError(
-            f"checkpoint {folder} has format {version}; this version reads {FORMAT}"
-        )
-    return state
-
-
-def tensor_reader(folder: Path) -> Callable[[str], Tensor]:
-    """A function from a tensor's key to the whole tensor on the CPU; files are checked first.
-
-    Raises CheckpointError for a file that is missing or not as it was written, and, later, for a
-    key that the checkpoint does not hold.
+    Raises CheckpointError as `load_checkpoint` does.
     """
-    files: dict[str, dict[str, Any]] = read_state(folder)["files"]
-    for name, entry in files.items():
-        path = folder / name
-        if not path.is_file():
+    saved = _on_all_ranks(lambda: read_state(folder))["tensors"]
+    wanted = {
+        name: shards[name] for name in shards if name.startswith("weights/") and name in saved
+    }
+    load_checkpoint(folder, wanted)
+
+
+def check_shapes(reader: CheckpointReader, shards: State) -> None:
+    """Raise CheckpointError unless a checkpoint holds these tensors, in these shapes."""
+    saved = reader.state["tensors"]
+    missing = sorted(shards.keys() - saved.keys())
+    if missing:
+        raise CheckpointError(
+            f"checkpoint {reader.folder} holds no tensor {missing[0]} ({len(missing)} are missing);"
+            " it is of another model"
+        )
+    for name, held in shards.items():
+        if tuple(saved[name]["shape"]) != held.shape:
             raise CheckpointError(
-                f"checkpoint file {path} is missing; delete {folder} to go on from an earlier one"
+                f"checkpoint {reader.folder} has {name} of shape {saved[name]['shape']}, the model "
+                f"{list(held.shape)}; it is of another model"
             )
-        if _sha256(path) != entry["sha256"]:
+
+
+def check_files(
+    reader: CheckpointReader, names: list[str], on_progress: Callable[[int], None] = lambda _: None
+) -> None:
+    """Raise CheckpointError unless these files of a checkpoint have their checksums."""
+    for name in names:
+        digest = hashlib.sha256()
+        with reader.folder.open(name, "rb") as file:
+            while block := file.read(16 << 20):
+                digest.update(block)
+                on_progress(len(block))
+        if digest.hexdigest() != reader.state["files"][name]["sha256"]:
             raise CheckpointError(
-                f"checkpoint file {path} is corrupt (its SHA-256 does not match); delete {folder} "
-                "to go on from an earlier one"
+                f"checkpoint file {reader.folder}/{name} is corrupt (its SHA-256 does not match); "
+                f"delete {reader.folder} to go on from an earlier one"
             )
-    file_of = {key: folder / name for name, entry in files.items() for key in entry["tensors"]}
-
-    def read(key: str) -> Tensor:
-        if key not in file_of:
-            raise CheckpointError(
-                f"checkpoint {folder} holds no tensor {key}; it is of another model"
-            )
-        try:
-            with safe_open(file_of[key], framework="pt") as file:
-                return file.get_tensor(key)
-        except SafetensorError as error:
-            raise CheckpointError(f"checkpoint file {file_of[key]} is corrupt: {error}") from error
-
-    return read
 
 
-def _checkpoints(root: Path) -> list[Path]:
-    return sorted(path.parent for path in root.glob(f"step-*[0-9]/{STATE_FILE}"))
+def lazy_tensors(reader: CheckpointReader) -> dict[str, LazyTensor]:
+    """All tensors of a checkpoint, each read whole when it is needed, by this process alone."""
+
+    def read(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        tensor = torch.empty(shape, dtype=dtype)
+        planner = _LoadPlanner()
+        planner.set_up_planner({name: whole(tensor)}, reader.read_metadata(), True)
+        reader.read_data(planner.create_local_plan(), planner)
+        return tensor
+
+    lazy: dict[str, LazyTensor] = {}
+    for name, fields in reader.state["tensors"].items():
+        shape, dtype = tuple(fields["shape"]), DTYPES[fields["dtype"]]
+        lazy[name] = LazyTensor(shape, dtype, partial(read, name, shape, dtype))
+    return lazy
 
 
-def _sync(path: Path) -> None:
-    """Have the file on disk before the folder gets its name."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+def latest_checkpoint(root: Folder) -> Folder | None:
+    """The newest complete checkpoint of a run, or None."""
+    steps = whole_steps(root)
+    return root / folder_name(steps[-1]) if steps else None
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def folder_name(step: int) -> str:
+    """Of a step's checkpoint, below the run's folder of checkpoints."""
+    return f"step-{step:08d}"
+
+
+def whole_steps(root: Folder) -> list[int]:
+    """Steps of the complete checkpoints, ascending."""
+    return [s for s in _steps(root) if (root / folder_name(s)).has(STATE_FILE)]
+
+
+def delete_old(root: Folder, settings: CheckpointSettings) -> None:
+    """Delete what the settings do not keep, and what crashes have left before the newest."""
+    complete = whole_steps(root)
+    kept = set(complete[-settings.keep_last :])
+    if settings.keep_every:
+        kept |= {step for step in complete if step % settings.keep_every == 0}
+    for step in _steps(root):
+        if step in kept or step > complete[-1]:
+            continue
+        folder = root / folder_name(step)
+        if folder.has(STATE_FILE):
+            folder.delete_file(STATE_FILE)  # first, so that it never looks whole again
+        folder.delete()
+
+
+def _steps(root: Folder) -> list[int]:
+    numbers = (name.removeprefix("step-") for name in root.names() if name.startswith("step-"))
+    return sorted(int(number) for number in numbers if number.isdigit())
+
+
+class _SavePlanner(DefaultSavePlanner):
+    def __init__(self) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+
+    def lookup_object(self, index: MetadataIndex) -> Any:
+        return self.state_dict[index.fqn].__get_tensor_shard__(index)
+
+
+class _LoadPlanner(DefaultLoadPlanner):
+    def __init__(self) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+
+    def set_up_planner(
+        self, state_dict: Any, metadata: Metadata | None = None, is_coordinator: bool = False
+    ) -> None:
+        # The default one looks for tensors to allocate, and drops what it does not know.
+        self.state_dict = state_dict
+        self.metadata = metadata
+        self.is_coordinator = is_coordinator
+
+    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
+        return self.state_dict[index.fqn].__get_tensor_shard__(index)
+
+
+class _Staging(AsyncStager):
+    """Copies what a rank holds to memory of the host, which is pinned and kept between saves."""
+
+    _synchronize_after_execute = False  # `stage` waits for its copies
+
+    def __init__(self) -> None:
+        self._copies: dict[str, Shards] = {}
+
+    def stage(self, state_dict: dict[str, Shards]) -> dict[str, Shards]:
+        if not self._copies:
+            self._copies = _allocate_alike(state_dict)
+        for name, shards in state_dict.items():
+            for origin, box in shards.boxes.items():
+                self._copies[name].boxes[origin].copy_(box.detach(), non_blocking=True)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return self._copies
+
+
+def _allocate_alike(state: State) -> dict[str, Shards]:
+    """The same boxes in one block of memory."""
+    alignment = 64
+    boxes = [box for shards in state.values() for box in shards.boxes.values()]
+    size = sum(-(-box.nbytes // alignment) * alignment for box in boxes)
+    block = torch.empty(size, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+    used = 0
+
+    def take(box: Tensor) -> Tensor:
+        nonlocal used
+        part = block[used : used + box.nbytes].view(box.dtype).view(box.shape)
+        used += -(-box.nbytes // alignment) * alignment
+        return part
+
+    return {
+        name: Shards(shards.shape, {origin: take(box) for origin, box in shards.boxes.items()})
+        for name, shards in state.items()
+    }
+
+
+def _on_all_ranks(step: Callable[[], Value]) -> Value:
+    """What it returns; a CheckpointError of one rank is raised on all of them. Collective."""
+    value, error = None, ""
+    try:
+        value = step()
+    except CheckpointError as failed:
+        error = str(failed)
+    errors: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(errors, error)
+    for told in filter(None, errors):
+        raise CheckpointError(told)
+    return cast(Value, value)
+
+
+@contextmanager
+def _failures_told() -> Iterator[None]:
+    """Raise the first rank's error; torch wraps those of all ranks."""
+    try:
+        yield
+    except CheckpointException as failed:
+        rank, (error, trace) = min(failed.failures.items())
+        if isinstance(error, MegavlmError):
+            raise error from failed
+        raise CheckpointError(f"rank {rank}: {error!r}\n{''.join(trace.format())}") from failed

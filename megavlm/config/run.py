@@ -121,10 +121,6 @@ class TrainSettings:
     frozen: tuple[Literal["encoder", "decoder"], ...] = ()
     """Parts that are not trained. `decoder` leaves the cross-attention layers trained, as in
     Flamingo; the projector is always trained."""
-    checkpoint_every: int
-    """Steps between checkpoints; the last step always writes one."""
-    keep_checkpoints: int = 2
-    """Older checkpoints are deleted."""
     log_every: int = 10
     """Steps between lines of the log; metrics.jsonl holds every step."""
 
@@ -140,16 +136,43 @@ class TrainSettings:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
+class CheckpointSettings:
+    """When and where checkpoints are written, and which of them stay."""
+
+    every: int
+    """Steps between checkpoints; the last step always writes one."""
+    folder: str | None = None
+    """A path, or a URL that fsspec knows, such as s3://bucket/run; None: `checkpoints` in the run
+    folder."""
+    keep_last: int = 2
+    """The newest so many stay."""
+    keep_every: int | None = None
+    """And those of steps that this divides, for good."""
+    asynchronous: bool = True
+    """Write in the background; a step waits only until its tensors are copied."""
+    start_from: tuple[str, ...] = ()
+    """Checkpoints, or converted models, whose weights a new run starts from; later ones win. What
+    none of them holds starts as usual."""
+
+    def __post_init__(self) -> None:
+        for name in ("every", "keep_last", "keep_every"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"checkpoint.{name}={value} must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class RunSettings:
     """Everything a run depends on."""
 
     run_folder: Path
-    """Checkpoints, metrics and reports go here."""
+    """Metrics and reports go here, and checkpoints unless `checkpoint.folder` says otherwise."""
     seed: int = 1
     model: ModelSizes
     data: DataSettings
     optimizer: OptimizerSettings
     train: TrainSettings
+    checkpoint: CheckpointSettings
     engine: Literal["zero3", "fsdp2", "megatron"] = "zero3"
     """zero3: DeepSpeed ZeRO-3. fsdp2: PyTorch fully_shard. megatron: Megatron-core."""
     zero3: Zero3Settings = field(default_factory=Zero3Settings)

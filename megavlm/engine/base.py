@@ -1,12 +1,13 @@
 """What the training loop asks of an engine."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from megavlm.checkpoint.shards import State
 from megavlm.data.packing import Batch
 from megavlm.dist import groups
 from megavlm.stages.captioning import loss_sum
@@ -50,16 +51,17 @@ class Engine(Protocol):
         """Summed loss and learned tokens over all batches and ranks, without a gradient."""
         ...
 
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Whole fp32 tensors of the model and its optimiser on the CPU, in one order on all ranks.
+    def state(self) -> State:
+        """What this rank holds of the model and its optimiser, sharing memory where it can.
 
-        Keys are `weights/NAME`, and for trained parameters `exp_avg/NAME` and `exp_avg_sq/NAME`;
-        names are the ledger's. The optimiser has states after the first step, or after a load.
+        Keys are `weights/NAME`, and for trained parameters `exp_avg/NAME` and `exp_avg_sq/NAME`,
+        all fp32; names are the ledger's. What is not trained has the run's precision. Several ranks
+        may hold the same.
         """
         ...
 
-    def load_tensors(self, read: Callable[[str], Tensor], steps_done: int) -> None:
-        """Take over the tensors that `read` returns for the keys of `tensors`."""
+    def load_state(self, fill: Callable[[State], None], steps_done: int) -> None:
+        """Have `fill` write into what `state` returns, in place, and go on from there."""
         ...
 
     def close(self) -> None:

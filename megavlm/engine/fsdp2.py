@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.utils import get_total_norm
 from torch.utils.checkpoint import checkpoint
 
+from megavlm.checkpoint.shards import Shards, State
 from megavlm.config.engines import Fsdp2Settings
 from megavlm.config.run import RunSettings
 from megavlm.data.packing import Batch
@@ -76,22 +77,19 @@ class Fsdp2Engine:
         self._model.reshard()  # the root waits for a backward pass that does not come
         return sums
 
-    @torch.no_grad()
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+    def state(self) -> State:
+        state: dict[str, Shards] = {}
         for name, parameter in self._parameters():
-            yield f"weights/{name}", _whole(parameter)
+            state[f"weights/{name}"] = _shards(parameter)
             for moment in MOMENTS if parameter.requires_grad else ():
-                yield f"{moment}/{name}", _whole(self._optimizer.state[parameter][moment])
+                state[f"{moment}/{name}"] = _shards(self._optimizer.state[parameter][moment])
+        return state
 
     @torch.no_grad()
-    def load_tensors(self, read: Callable[[str], Tensor], steps_done: int) -> None:
-        for name, parameter in self._parameters():
-            _keep_shard(parameter, read(f"weights/{name}"))
-            if parameter.requires_grad:
-                state = self._optimizer.state[parameter]
-                state["step"].fill_(steps_done)
-                for moment in MOMENTS:
-                    _keep_shard(state[moment], read(f"{moment}/{name}"))
+    def load_state(self, fill: Callable[[State], None], steps_done: int) -> None:
+        fill(self.state())
+        for parameter in self._trained:
+            self._optimizer.state[parameter]["step"].fill_(steps_done)
 
     def close(self) -> None:
         pass
@@ -198,8 +196,10 @@ def _local(sharded: Any) -> Tensor:
     return cast(DTensor, sharded).to_local()
 
 
-def _whole(sharded: DTensor) -> Tensor:
-    return sharded.full_tensor().to("cpu", copy=True)  # one rank's whole is its shard itself
+def _shards(sharded: DTensor) -> Shards:
+    local = sharded.to_local().detach()
+    origins = [tuple(chunk.offsets) for chunk in sharded.__create_chunk_list__()]
+    return Shards(tuple(sharded.shape), {o: local for o in origins if local.numel()})
 
 
 def _keep_shard(sharded: DTensor, whole: Tensor) -> None:

@@ -9,7 +9,6 @@ from itertools import islice
 from typing import Any, cast
 
 import torch
-import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import (
     DistributedDataParallel,
@@ -22,13 +21,14 @@ from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
+from megavlm.checkpoint.shards import Shards, State, shards_of_range
 from megavlm.config.run import RunSettings
 from megavlm.data.packing import Batch
 from megavlm.dist import groups
 from megavlm.engine.base import DTYPES, MOMENTS, StepResult
 from megavlm.engine.optim import decays
 from megavlm.model.initial import materialise
-from megavlm.model.params import Parameter, parameters
+from megavlm.model.params import Parameter
 from megavlm.model.pipeline import blank, joined_tokens, same_shapes
 from megavlm.model.vlm import VisionLanguageModel
 from megavlm.planner.cut import with_cut
@@ -52,6 +52,7 @@ class MegatronEngine:
             no_sync = [chunk.no_sync for chunk in self._chunks]
             self._config.no_sync_func = no_sync if virtual > 1 else no_sync[0]
         self._optimizer: Any = self._build_optimizer()
+        self._create_optimizer_states()
         self._held: dict[str, tuple[Parameter, nn.Parameter]] = {}
         for model in self._models:
             ledger = model.ledger()
@@ -88,34 +89,30 @@ class MegatronEngine:
             loss_sum, learned = loss_sum + group_loss, learned + group_learned
         return loss_sum, learned
 
-    @torch.no_grad()
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        stage_of = self._stage_of_parameters()
-        for entry in parameters(self._run.model):
-            _, parameter = self._held.get(entry.name, (None, None))
-            stage, trained = stage_of[entry.name]
-            for kind in ("weights", *(MOMENTS if trained else ())):
-                whole = None if parameter is None else self._whole(entry, parameter, kind)
-                yield f"{kind}/{entry.name}", self._from_stage(stage, whole, entry).cpu()
+    def state(self) -> State:
+        state: dict[str, Shards] = {}
+        for entry, parameter in self._held.values():
+            if not parameter.requires_grad:
+                state[f"weights/{entry.name}"] = self._shards(entry, parameter, 0)
+                continue
+            for optimizer, main, first in self._main_parameter(parameter):
+                state[f"weights/{entry.name}"] = self._shards(entry, main, first)
+                for kind in MOMENTS:
+                    moment = optimizer.state[main][kind]
+                    state[f"{kind}/{entry.name}"] = self._shards(entry, moment, first)
+        return state
 
     @torch.no_grad()
-    def load_tensors(self, read: Callable[[str], Tensor], steps_done: int) -> None:
-        rank, ranks = _tensor_rank(), self._parallel.tensor_parallel
+    def load_state(self, fill: Callable[[State], None], steps_done: int) -> None:
+        fill(self.state())
         for group in self._optimizer.param_groups:
             group["step"] = steps_done  # where TransformerEngine's or Apex's Adam counts
-        for entry, parameter in self._held.values():
-            weights = entry.shard(read(f"weights/{entry.name}"), ranks, rank).to(self._device)
-            parameter.copy_(weights)
-            if not parameter.requires_grad:
-                continue
-            moments = {kind: read(f"{kind}/{entry.name}") for kind in MOMENTS}
-            for optimizer, main, own_range in self._main_parameter(parameter):
-                main.copy_(weights.flatten()[own_range])
-                state = optimizer.state[main]
+        for optimizer in self._optimizers():
+            for state in optimizer.optimizer.state.values():
                 state["step"] = torch.tensor(float(steps_done))
-                for kind, whole in moments.items():
-                    shard = entry.shard(whole, ranks, rank).flatten()[own_range]
-                    state[kind] = shard.to(self._device)
+            optimizer._copy_main_params_to_model_params()
+        for chunk in self._chunks:
+            chunk.start_param_sync(force_sync=True)
 
     def close(self) -> None:
         pass
@@ -191,50 +188,35 @@ class MegatronEngine:
         loss_of_all, learned_of_all = groups.sum_over_ranks(*mine)
         return loss_of_all, int(learned_of_all)
 
-    def _main_parameter(self, parameter: nn.Parameter) -> Iterator[tuple[Any, Tensor, slice]]:
-        """This rank's part of the fp32 weights, if any: its optimiser, the part, its place."""
+    def _optimizers(self) -> Iterator[Any]:
+        """megatron-core's optimisers that hold something."""
         for optimizer in getattr(self._optimizer, "chained_optimizers", [self._optimizer]):
-            places = {} if optimizer.is_stub_optimizer else optimizer.model_param_group_index_map
-            if parameter in places:
-                group, place = places[parameter]
-                own = optimizer._get_model_param_range_map(parameter)["param"]
+            if not optimizer.is_stub_optimizer:
+                yield optimizer
+
+    def _main_parameter(self, parameter: nn.Parameter) -> Iterator[tuple[Any, Tensor, int]]:
+        """This rank's range of the fp32 weights, if any: its optimiser, the range, its start."""
+        for optimizer in self._optimizers():
+            if parameter in optimizer.model_param_group_index_map:
+                group, place = optimizer.model_param_group_index_map[parameter]
+                own_range = optimizer._get_model_param_range_map(parameter)["param"]
                 main = optimizer.optimizer.param_groups[group]["params"][place]
-                yield optimizer.optimizer, main, slice(own.start, own.end)
+                yield optimizer.optimizer, main, own_range.start
 
-    def _whole(self, entry: Parameter, parameter: nn.Parameter, kind: str) -> Tensor:
-        """The whole weights, or a moment of them, on the ranks of this pipeline stage."""
-        local = parameter.detach().float()
-        if parameter.requires_grad:
-            local = torch.zeros_like(local)
-            for optimizer, main, own_range in self._main_parameter(parameter):
-                own = main if kind == "weights" else optimizer.state[main][kind]
-                local.view(-1)[own_range] = own
-            dist.all_reduce(local, group=parallel_state.get_data_parallel_group())
-        if entry.tensor_axis is None or self._parallel.tensor_parallel == 1:
-            return local
-        shards = [torch.empty_like(local) for _ in range(self._parallel.tensor_parallel)]
-        dist.all_gather(shards, local, group=parallel_state.get_tensor_model_parallel_group())
-        return entry.unshard(shards)
+    def _shards(self, entry: Parameter, values: Tensor, first: int) -> Shards:
+        ranks = self._parallel.tensor_parallel
+        flat = values.detach().view(-1)
+        return shards_of_range(entry, flat, first, ranks, _tensor_rank())
 
-    def _stage_of_parameters(self) -> dict[str, tuple[int, bool]]:
-        """Pipeline rank that holds each parameter, and whether it is trained."""
-        held = {name: parameter.requires_grad for name, (_, parameter) in self._held.items()}
-        held_by_stage: list[Any] = [None] * self._parallel.pipeline_parallel
-        group = parallel_state.get_pipeline_model_parallel_group()
-        dist.all_gather_object(held_by_stage, held, group=group)
-        return {
-            name: (stage, trained)
-            for stage, held in enumerate(held_by_stage)
-            for name, trained in held.items()
-        }
-
-    def _from_stage(self, stage: int, whole: Tensor | None, entry: Parameter) -> Tensor:
-        if whole is None:
-            whole = torch.empty(entry.shape, device=self._device)
-        if self._parallel.pipeline_parallel > 1:
-            group = cast(Any, parallel_state.get_pipeline_model_parallel_group())
-            dist.broadcast(whole, group=group, group_src=stage)
-        return whole
+    def _create_optimizer_states(self) -> None:
+        """AdamW makes its state at its first step; make it now, so that it can be loaded."""
+        for optimizer in self._optimizers():
+            for group in optimizer.optimizer.param_groups:
+                for main in group["params"]:
+                    optimizer.optimizer.state[main] = {
+                        "step": torch.tensor(0.0),
+                        **{moment: torch.zeros_like(main.detach()) for moment in MOMENTS},
+                    }
 
 
 def _forward_step(batches: Iterator[Batch], chunk: nn.Module) -> tuple[Tensor, Callable[..., Any]]:

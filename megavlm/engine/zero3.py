@@ -1,7 +1,7 @@
 """DeepSpeed ZeRO-3: weights, gradients and optimiser states are partitioned over all ranks."""
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import deepspeed
@@ -14,14 +14,13 @@ from deepspeed.runtime.zero.partition_parameters import (
     ZeroParamStatus,
 )
 from deepspeed.utils import (
-    safe_get_full_fp32_param,
-    safe_get_full_optimizer_state,
     safe_set_local_fp32_param,
     safe_set_local_optimizer_state,
 )
 from torch import Tensor
 from torch.nn import functional
 
+from megavlm.checkpoint.shards import Shards, State, shards_of_range
 from megavlm.config.deepspeed_json import deepspeed_config
 from megavlm.config.run import RunSettings
 from megavlm.data.packing import Batch
@@ -54,12 +53,14 @@ class Zero3Engine:
                 recompute=run.train.recompute,
                 frozen=run.train.frozen,
             )
-        ledger = model.ledger()
+        self._ledger = model.ledger()
         for name, parameter in model.named_parameters():
-            _write(parameter, initial_values(ledger[name], run.seed, device))
+            values = initial_values(self._ledger[name], run.seed, device)
+            _write(parameter, _partition(values, parameter))
         self._engine: Any = deepspeed.initialize(
             model=model, optimizer=_optimizer(model, run), config=config, dist_init_required=False
         )[0]
+        self._create_optimizer_states(steps_done=0)
         if run.zero3.quantized_weights:
             for parameter in model.parameters():
                 _quantize_only_matrices(parameter)
@@ -90,26 +91,52 @@ class Zero3Engine:
     def evaluate(self, batches: Iterable[Batch]) -> tuple[float, int]:
         return evaluate_on_each_rank(self._engine, batches)
 
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        for name, parameter in self._engine.module.named_parameters():
-            yield f"weights/{name}", _whole(parameter).cpu()
-            for moment in MOMENTS if parameter.requires_grad else ():
-                full: Any = safe_get_full_optimizer_state(parameter, moment)
-                yield f"{moment}/{name}", full.cpu()
+    def state(self) -> State:
+        return self._shards(self._partitions())
 
-    def load_tensors(self, read: Callable[[str], Tensor], steps_done: int) -> None:
+    @torch.no_grad()
+    def load_state(self, fill: Callable[[State], None], steps_done: int) -> None:
         self._create_optimizer_states(steps_done)
-        for name, parameter in self._engine.module.named_parameters():
-            weights = read(f"weights/{name}")
-            _write(parameter, weights)
-            if parameter.requires_grad:
-                safe_set_local_fp32_param(parameter, _partition(weights, parameter))
+        partitions = self._partitions()
+        fill(self._shards(partitions))
+        for name, parameter in self._parameters():
+            _write(parameter, partitions[f"weights/{name}"])
+            if parameter.requires_grad:  # what waits on a disk was only copied
+                safe_set_local_fp32_param(parameter, partitions[f"weights/{name}"])
                 for moment in MOMENTS:
-                    partition = _partition(read(f"{moment}/{name}"), parameter)
-                    safe_set_local_optimizer_state(parameter, partition, moment)
+                    part = partitions[f"{moment}/{name}"]
+                    safe_set_local_optimizer_state(parameter, part, moment)
 
     def close(self) -> None:
         self._engine.destroy()
+
+    def _parameters(self) -> Iterator[tuple[str, Any]]:
+        return self._engine.module.named_parameters()
+
+    def _partitions(self) -> dict[str, Tensor]:
+        """This rank's part of every tensor: flat, padded at the end, shared unless on NVMe."""
+        zero = self._engine.optimizer
+        partitions: dict[str, Tensor] = {}
+        for name, parameter in self._parameters():
+            if not parameter.requires_grad:
+                partitions[f"weights/{name}"] = parameter.ds_tensor.detach().view(-1)
+                continue
+            for kind, key in (("weights", None), *((moment, moment) for moment in MOMENTS)):
+                part, group = zero._get_fp32_opt_state_partition(
+                    parameter, release_swap_buffers=True, optim_state_key=key
+                )
+                on_nvme = zero._swappable_optimizer_subgroup(group)
+                partitions[f"{kind}/{name}"] = part.clone() if on_nvme else part.detach()
+        return partitions
+
+    def _shards(self, partitions: Mapping[str, Tensor]) -> State:
+        shards: dict[str, Shards] = {}
+        for name, parameter in self._parameters():
+            first = parameter.ds_tensor.ds_numel * parameter.ds_zero_partition_rank
+            for kind in ("weights", *(MOMENTS if parameter.requires_grad else ())):
+                part = partitions[f"{kind}/{name}"]
+                shards[f"{kind}/{name}"] = shards_of_range(self._ledger[name], part, first)
+        return shards
 
     def _create_optimizer_states(self, steps_done: int) -> None:
         """Adam makes its state at its first step; make it now, so that it can be loaded."""
@@ -158,21 +185,18 @@ def _quantize_only_matrices(parameter: Any) -> None:
 
 
 @torch.no_grad()
-def _write(parameter: Any, whole: Tensor) -> None:
-    """Give a divided parameter new values, on every copy that the forward pass may gather from."""
-    parameter.ds_tensor.copy_(_partition(whole, parameter))
+def _write(parameter: Any, partition: Tensor) -> None:
+    """Give a divided parameter new values, on every copy that the forward pass may gather from.
+
+    Collective.
+    """
+    parameter.ds_tensor.view(-1).copy_(partition)
     parameter.ds_secondary_tensor = None  # DeepSpeed makes it anew from the next gather
     if parameter.ds_status == ZeroParamStatus.AVAILABLE:  # gathered now, and perhaps for good
-        parameter.data.copy_(whole)
-
-
-def _whole(parameter: Any) -> Tensor:
-    """The whole parameter in fp32: the master weights, if it is trained. Collective."""
-    if parameter.requires_grad:
-        master: Any = safe_get_full_fp32_param(parameter)
-        return master
-    with deepspeed.zero.GatheredParameters(parameter):
-        return parameter.detach().float().clone()
+        own = parameter.ds_tensor.to(parameter.device)
+        parts = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, own)
+        parameter.data.copy_(torch.cat(parts)[: parameter.ds_numel].view(parameter.ds_shape))
 
 
 def _partition(whole: Tensor, parameter: Any) -> Tensor:

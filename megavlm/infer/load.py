@@ -2,8 +2,9 @@
 
 import torch
 
+from megavlm.checkpoint.shards import whole
 from megavlm.checkpoint.state import check_checkpoint, checkpoint_root
-from megavlm.checkpoint.store import latest_checkpoint, tensor_reader
+from megavlm.checkpoint.store import latest_checkpoint, load_checkpoint
 from megavlm.config.run import RunSettings
 from megavlm.data.tokenizer import Tokenizer
 from megavlm.dist import groups
@@ -27,8 +28,6 @@ def load_trained(run: RunSettings) -> tuple[VisionLanguageModel, Tokenizer]:
     dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
     with groups.device():
         model = VisionLanguageModel(run.model, dtype=dtype)
-    read = tensor_reader(checkpoint)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(read(f"weights/{name}"))
+    weights = {f"weights/{name}": whole(p.detach()) for name, p in model.named_parameters()}
+    load_checkpoint(checkpoint, weights)
     return model.eval(), tokenizer

@@ -9,12 +9,20 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from megavlm.checkpoint.state import checkpoint_root, checkpoint_state
-from megavlm.checkpoint.store import latest_checkpoint, read_state, save_checkpoint, tensor_reader
+from megavlm.checkpoint.folder import Folder
+from megavlm.checkpoint.state import checkpoint_root, checkpoint_state, schedule_change
+from megavlm.checkpoint.storage import read_state
+from megavlm.checkpoint.store import (
+    CheckpointSaver,
+    latest_checkpoint,
+    load_checkpoint,
+    load_weights,
+)
 from megavlm.config.run import RunSettings
 from megavlm.data.loader import MicroBatches, Share, load
 from megavlm.data.packing import Batch
@@ -47,15 +55,24 @@ def train(run: RunSettings) -> None:
 
 
 def _resume(run: RunSettings, engine: Engine) -> int:
-    """Load the newest checkpoint; returns the number of steps already done."""
+    """Load the newest checkpoint, or what a new run starts from; returns the steps done."""
     checkpoint = latest_checkpoint(checkpoint_root(run))
     if checkpoint is None:
+        for place in run.checkpoint.start_from:
+            engine.load_state(partial(load_weights, Folder(place)), steps_done=0)
+            _say(f"weights from {place}")
         return 0
     steps_done = read_state(checkpoint)["step"]
-    engine.load_tensors(tensor_reader(checkpoint), steps_done)
-    if groups.rank() == 0:
-        print(f"resumed from {checkpoint}", flush=True)
+    engine.load_state(partial(load_checkpoint, checkpoint), steps_done)
+    _say(f"resumed from {checkpoint}")
+    if change := schedule_change(checkpoint, run):
+        _say(f"the schedule has changed: {change}")
     return steps_done
+
+
+def _say(line: str) -> None:
+    if groups.rank() == 0:
+        print(line, flush=True)
 
 
 def _run_steps(run: RunSettings, engine: Engine, first_step: int) -> None:
@@ -66,6 +83,7 @@ def _run_steps(run: RunSettings, engine: Engine, first_step: int) -> None:
     steps, per_step = run.train.steps, run.train.micro_batches
     numbers = range(first_step * per_step, steps * per_step)
     batches = load(training, numbers, run.data.workers) if groups.is_first_model_rank() else None
+    saver = CheckpointSaver(checkpoint_root(run), run.checkpoint)
     with MetricsLog(
         run.run_folder, first_step, steps, run.train.log_every, enabled=groups.rank() == 0
     ) as log:
@@ -98,12 +116,15 @@ def _run_steps(run: RunSettings, engine: Engine, first_step: int) -> None:
                     "samples_per_second": counts["samples"] / step_seconds,
                 }
             )
+            saver.check()
             done = step + 1
-            if done % run.train.checkpoint_every == 0 or done == steps:
+            if done % run.checkpoint.every == 0 or done == steps:
+                started = time.perf_counter()
                 state = checkpoint_state(run, tokenizer, done, len(training.folder))
-                keep = run.train.keep_checkpoints
-                save_checkpoint(checkpoint_root(run), done, engine.tensors(), state, keep)
+                saver.save(done, engine.state(), state)
+                log.record({"step": step, "checkpoint_seconds": time.perf_counter() - started})
         _log_heldout_loss(engine, heldout, run, log, step=steps)
+        saver.wait()
 
 
 def _check_finite(step: int, result: StepResult) -> None:

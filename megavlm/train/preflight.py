@@ -1,6 +1,12 @@
 """Everything that can be wrong with a run, found before any process starts."""
 
-from megavlm.checkpoint.state import check_checkpoint, check_data_position, checkpoint_root
+from megavlm.checkpoint.folder import Folder
+from megavlm.checkpoint.state import (
+    check_checkpoint,
+    check_data_position,
+    check_weights,
+    checkpoint_root,
+)
 from megavlm.checkpoint.store import latest_checkpoint
 from megavlm.config.run import RunSettings, data_parallel_ranks, samples_per_micro_batch
 from megavlm.data.shards import ShardFolder
@@ -21,6 +27,8 @@ def check_run(run: RunSettings, ranks: int) -> None:
             f"model.decoder.vocabulary={run.model.decoder.vocabulary} must equal the "
             f"{tokenizer.vocabulary} pieces of tokenizer {run.data.tokenizer}"
         )
+    for place in run.checkpoint.start_from:
+        check_weights(Folder(place), run.model)
     checkpoint = latest_checkpoint(checkpoint_root(run))
     if checkpoint is not None:
         check_checkpoint(checkpoint, run.model, tokenizer)
@@ -29,3 +37,4 @@ def check_run(run: RunSettings, ranks: int) -> None:
         run.run_folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"cannot create run_folder {run.run_folder}: {error.strerror}") from error
+    checkpoint_root(run).check_writable()

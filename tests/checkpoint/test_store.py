@@ -1,68 +1,231 @@
 import json
+import resource
+import signal
 
 import pytest
 import torch
 
-from megavlm.checkpoint.store import latest_checkpoint, read_state, save_checkpoint, tensor_reader
+from megavlm.checkpoint.folder import Folder
+from megavlm.checkpoint.shards import Shards, shards_of_range, whole
+from megavlm.checkpoint.storage import CheckpointReader, read_state
+from megavlm.checkpoint.store import (
+    CheckpointSaver,
+    latest_checkpoint,
+    lazy_tensors,
+    load_checkpoint,
+    load_weights,
+    save_checkpoint,
+)
+from megavlm.config.run import CheckpointSettings
 from megavlm.errors import CheckpointError
+from megavlm.model.params import Parameter
 from tests.ranks import run_on_ranks
 
-TENSORS = [(f"weights/{n}", torch.full((3, n + 1), float(n))) for n in range(7)]
+SHAPES = {f"weights/{n}": (3 + n, 5) for n in range(5)} | {"weights/scale": (), "exp_avg/0": (3, 5)}
+SYNCHRONOUS = CheckpointSettings(every=1, asynchronous=False)
 
 
-def save(root, step, ranks=2, keep=2):
-    def on_rank(_):
-        save_checkpoint(root, step, TENSORS, {"note": "plain data"}, keep)
+def values(name, step=0):
+    generator = torch.Generator().manual_seed(1000 * step + len(name) + sum(map(ord, name)))
+    return torch.randn(SHAPES[name], generator=generator)
+
+
+def held(rank, ranks, step=0, dtype=torch.float32, fill=None):
+    """Each tensor's flattened elements, shared out evenly, as ZeRO-3 does."""
+    state = {}
+    for name, shape in SHAPES.items():
+        flat = values(name, step).flatten().to(dtype)
+        size = -(-flat.numel() // ranks)
+        part = flat[rank * size : (rank + 1) * size].clone()
+        if fill is not None:
+            part.fill_(fill)
+        state[name] = shards_of_range(Parameter(name, shape), part, rank * size)
+    return state
+
+
+def save(root, step, ranks=2, settings=SYNCHRONOUS):
+    def on_rank(rank):
+        state = {"note": "plain data"}
+        save_checkpoint(Folder(root), step, held(rank, ranks, step), state, settings)
 
     run_on_ranks(ranks, on_rank)
 
 
+def assert_loads(folder, step, ranks, dtype=torch.float32):
+    def on_rank(rank):
+        state = held(rank, ranks, dtype=dtype, fill=7)
+        load_checkpoint(folder, state)
+        expected = held(rank, ranks, step, dtype)
+        for name, shards in state.items():
+            for origin, box in shards.boxes.items():
+                assert torch.equal(box, expected[name].boxes[origin]), (name, origin)
+
+    run_on_ranks(ranks, on_rank)
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
 @pytest.mark.parametrize("ranks", [1, 2, 3])
-def test_tensors_come_back_whatever_the_ranks(tmp_path, ranks):
-    save(tmp_path, 5, ranks)
-    checkpoint = latest_checkpoint(tmp_path)
-    assert checkpoint == tmp_path / "step-00000005"
-    read = tensor_reader(checkpoint)
-    for key, tensor in TENSORS:
-        assert torch.equal(read(key), tensor)
+def test_tensors_come_back_whatever_the_ranks(tmp_path, ranks, asynchronous):
+    save(tmp_path, 5, ranks, CheckpointSettings(every=1, asynchronous=asynchronous))
+    checkpoint = latest_checkpoint(Folder(tmp_path))
+    assert str(checkpoint) == str(tmp_path / "step-00000005")
+    for readers in (1, 2, 4):
+        assert_loads(checkpoint, 5, readers)
     state = read_state(checkpoint)
     assert (state["step"], state["note"]) == (5, "plain data")
-    assert len(list(checkpoint.glob("*.safetensors"))) == ranks
-    with pytest.raises(CheckpointError, match="holds no tensor weights/none; it is of another"):
-        read("weights/none")
+    assert len(list((tmp_path / "step-00000005").glob("*.safetensors"))) == ranks
+    for name, lazy in lazy_tensors(CheckpointReader(checkpoint)).items():
+        assert (lazy.shape, lazy.dtype) == (SHAPES[name], torch.float32)
+        assert torch.equal(lazy.read(), values(name, 5))
 
 
-def test_only_the_newest_are_kept(tmp_path):
-    for step in (2, 4, 10):
-        save(tmp_path, step, ranks=1)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000004", "step-00000010"]
+def test_another_type_is_converted(tmp_path):
+    save(tmp_path, 1)
+    assert_loads(Folder(tmp_path / "step-00000001"), 1, 2, torch.bfloat16)
 
 
-def test_an_unfinished_checkpoint_is_not_seen(tmp_path):
-    assert latest_checkpoint(tmp_path) is None
+def test_ranks_may_hold_the_same_and_one_of_them_writes(tmp_path):
+    def on_rank(rank):
+        own = {f"weights/{rank}": whole(torch.full((2,), float(rank)))}
+        both = {"weights/both": whole(torch.ones(1000))}
+        return str(save_checkpoint(Folder(tmp_path), 1, own | both, {}, SYNCHRONOUS))
+
+    [folder, _] = run_on_ranks(2, on_rank)
+    sizes = [entry["bytes"] for entry in read_state(Folder(folder))["files"].values()]
+    assert 4000 < sum(sizes) < 5000
+    lazy = lazy_tensors(CheckpointReader(Folder(folder)))
+    assert [float(lazy[f"weights/{rank}"].read()[0]) for rank in range(2)] == [0, 1]
+
+
+def test_a_part_that_nobody_holds_is_refused(tmp_path):
+    def on_rank(rank):
+        state = {"weights/a": Shards((4,), {(rank,): torch.zeros(1)})}
+        with pytest.raises(CheckpointError, match="invalid fill"):
+            save_checkpoint(Folder(tmp_path), 1, state, {}, SYNCHRONOUS)
+
+    run_on_ranks(2, on_rank)
+    assert latest_checkpoint(Folder(tmp_path)) is None
+
+
+def test_the_newest_and_the_chosen_are_kept(tmp_path):
+    for step in (2, 4, 10, 13):
+        save(tmp_path, step, ranks=1, settings=CheckpointSettings(every=1, keep_every=4))
+    kept = ["step-00000004", "step-00000010", "step-00000013"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == kept
+
+
+def test_what_a_crash_leaves_is_not_seen_and_swept_away(tmp_path):
+    assert latest_checkpoint(Folder(tmp_path)) is None
     save(tmp_path, 2, ranks=1)
-    (tmp_path / "step-00000002").rename(tmp_path / "step-00000004.partial")
-    assert latest_checkpoint(tmp_path) is None
-    save(tmp_path, 4, ranks=1)  # the leftover is swept away
-    assert [p.name for p in tmp_path.iterdir()] == ["step-00000004"]
+    for step in (1, 4):
+        (tmp_path / f"step-{step:08d}").mkdir()
+        (tmp_path / f"step-{step:08d}" / "tensors-00001-of-00002.safetensors").write_text("half")
+    assert str(latest_checkpoint(Folder(tmp_path))) == str(tmp_path / "step-00000002")
+    save(tmp_path, 4, ranks=1)
+    assert_loads(latest_checkpoint(Folder(tmp_path)), 4, 1)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000002", "step-00000004"]
+    assert len(list((tmp_path / "step-00000004").iterdir())) == 2
 
 
-def test_damage_is_told(tmp_path):
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path):
+    """What is saved is what there was when `save` was called."""
+
+    def on_rank(rank):
+        saver = CheckpointSaver(Folder(tmp_path), CheckpointSettings(every=1))
+        for step in range(1, 6):
+            state = held(rank, 2, step)
+            saver.save(step, state, {})
+            for shards in state.values():
+                for box in shards.boxes.values():
+                    box.fill_(float("nan"))
+            saver.check()
+        saver.wait()
+
+    run_on_ranks(2, on_rank)
+    for step in (4, 5):
+        assert_loads(Folder(tmp_path / f"step-{step:08d}"), step, 2)
+
+
+def test_a_whole_checkpoint_is_never_overwritten(tmp_path):
     save(tmp_path, 2)
-    checkpoint = tmp_path / "step-00000002"
-    file = next(checkpoint.glob("*.safetensors"))
-    content = bytearray(file.read_bytes())
-    content[-1] ^= 1
-    file.write_bytes(content)
-    with pytest.raises(CheckpointError, match=f"{file.name} is corrupt"):
-        tensor_reader(checkpoint)
+
+    def on_rank(rank):
+        with pytest.raises(CheckpointError, match="already holds a checkpoint"):
+            save_checkpoint(Folder(tmp_path), 2, held(rank, 2, 3), {}, SYNCHRONOUS)
+
+    run_on_ranks(2, on_rank)
+    assert_loads(Folder(tmp_path / "step-00000002"), 2, 2)
+
+
+def fails_to_load(folder, match, state=None):
+    def on_rank(rank):
+        with pytest.raises(CheckpointError, match=match):
+            load_checkpoint(folder, held(rank, 2) if state is None else state)
+
+    run_on_ranks(2, on_rank)
+
+
+def test_damage_is_told_on_all_ranks(tmp_path):
+    save(tmp_path, 2)
+    folder = tmp_path / "step-00000002"
+    checkpoint = Folder(folder)
+    file = sorted(folder.glob("*.safetensors"))[1]
+    good = file.read_bytes()
+    for place in (0, 9, len(good) // 2, len(good) - 1):
+        file.write_bytes(good[:place] + bytes([good[place] ^ 1]) + good[place + 1 :])
+        fails_to_load(checkpoint, rf"{file.name} is (corrupt|no safetensors file)")
+    file.write_bytes(good[:-1])
+    fails_to_load(checkpoint, f"{file.name} has {len(good) - 1} bytes instead of {len(good)}")
     file.unlink()
-    with pytest.raises(CheckpointError, match=f"{file.name} is missing"):
-        tensor_reader(checkpoint)
-    state = json.loads((checkpoint / "state.json").read_text())
-    (checkpoint / "state.json").write_text(json.dumps({**state, "format": 99}))
-    with pytest.raises(CheckpointError, match="has format 99; this version reads 1"):
-        read_state(checkpoint)
-    (checkpoint / "state.json").write_text("{")
-    with pytest.raises(CheckpointError, match="cannot read checkpoint"):
-        read_state(checkpoint)
+    fails_to_load(checkpoint, f"{file.name} is missing")
+    file.write_bytes(good)
+    assert_loads(checkpoint, 2, 2)
+    state = json.loads((folder / "state.json").read_text())
+    (folder / "state.json").write_text(json.dumps({**state, "format": 99}))
+    fails_to_load(checkpoint, "has format 99; this version reads 2")
+    (folder / "state.json").write_text("{")
+    fails_to_load(checkpoint, "cannot read checkpoint")
+
+
+def test_another_model_is_told(tmp_path):
+    save(tmp_path, 2)
+    checkpoint = Folder(tmp_path / "step-00000002")
+    fails_to_load(checkpoint, "no tensor weights/9", {"weights/9": whole(torch.zeros(1))})
+    fails_to_load(checkpoint, r"shape \[3, 5\]", {"weights/0": whole(torch.zeros(3, 6))})
+
+
+def test_weights_alone_can_be_loaded(tmp_path):
+    save(tmp_path, 2)
+
+    def on_rank(rank):
+        state = held(rank, 2, fill=7) | {"weights/new": whole(torch.full((2,), 7.0))}
+        load_weights(Folder(tmp_path / "step-00000002"), state)
+        expected = held(rank, 2, 2)
+        for name, shards in state.items():
+            for origin, box in shards.boxes.items():
+                kept = name in ("weights/new", "exp_avg/0")
+                assert torch.equal(
+                    box, torch.full_like(box, 7) if kept else expected[name].boxes[origin]
+                )
+
+    run_on_ranks(2, on_rank)
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_disk_that_cannot_be_written_is_told_and_nothing_is_lost(tmp_path, asynchronous):
+    save(tmp_path, 2)
+
+    def on_rank(rank):
+        settings = CheckpointSettings(every=1, asynchronous=asynchronous)
+        saver = CheckpointSaver(Folder(tmp_path), settings)
+        if rank == 1:  # its writes fail in the middle, as those to a full disk do
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (500, resource.RLIM_INFINITY))
+        told = r"cannot write .*00002-of-00002.*: File too large; earlier checkpoints are untouched"
+        with pytest.raises(CheckpointError, match=told):
+            saver.save(3, held(rank, 2), {})
+            saver.wait()
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+
+    run_on_ranks(2, on_rank)
+    assert_loads(latest_checkpoint(Folder(tmp_path)), 2, 2)

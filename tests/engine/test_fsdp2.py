@@ -4,6 +4,8 @@ import pytest
 import torch
 from torch.distributed.tensor import DTensor
 
+from megavlm.checkpoint.folder import Folder
+from megavlm.checkpoint.store import folder_name
 from megavlm.engine.fsdp2 import Fsdp2Engine
 from megavlm.model.initial import initial_values
 from megavlm.model.params import CROSS_LAYERS, PROJECTOR, parameters
@@ -11,6 +13,7 @@ from tests.batches import TINY
 from tests.parity import runs
 from tests.parity.runs import Layout, my_micro_batches, run_steps
 from tests.ranks import run_on_ranks
+from tests.states import fill_from, whole_tensors
 
 STEPS = 3
 SAVED_AT = 1
@@ -37,8 +40,10 @@ RESULT_RTOL, TENSOR_ATOL = 1e-6, 1e-6
 def test_resume_on_any_number_of_ranks(tmp_path, precision, ranks_after):
     override = f"train.precision={precision}"
     run = settings(2, override)
-    results, expected = run_steps(layout(2), run, range(STEPS), save=tmp_path, saved_at=SAVED_AT)
-    checkpoint = tmp_path / f"step-{SAVED_AT:08d}"
+    results, expected = run_steps(
+        layout(2), run, range(STEPS), save=Folder(tmp_path), saved_at=SAVED_AT
+    )
+    checkpoint = Folder(tmp_path) / folder_name(SAVED_AT)
     for ranks in ranks_after:
         run = settings(ranks, override)
         resumed_results, tensors = run_steps(
@@ -118,9 +123,9 @@ def test_frozen_parts_have_no_optimizer_state():
 
     def on_rank(_):
         engine = start(run)
-        before = dict(engine.tensors())
+        before = whole_tensors(engine)
         engine.step(my_micro_batches(0), 1e-3)
-        return before, dict(engine.tensors()), held_numbers(engine)
+        return before, whole_tensors(engine), held_numbers(engine)
 
     ranks = run_on_ranks(2, on_rank)
     before, after, _ = ranks[0]
@@ -138,11 +143,11 @@ def test_evaluation_leaves_no_stale_weights():
 
     def on_rank(_):
         engine, batches = start(run), my_micro_batches(0)
-        start_tensors = dict(engine.tensors())
+        start_tensors = whole_tensors(engine)
         start_loss = engine.evaluate(batches)
         engine.step(batches, 1e-2)
         trained_loss = engine.evaluate(batches)
-        engine.load_tensors(start_tensors.__getitem__, 0)
+        engine.load_state(fill_from(start_tensors.__getitem__), 0)
         return start_loss, trained_loss, engine.evaluate(batches)
 
     start_loss, trained_loss, reloaded_loss = run_on_ranks(2, on_rank)[0]

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from megavlm.checkpoint.folder import Folder
+from megavlm.checkpoint.store import folder_name
 from megavlm.engine.start import start_engine
 from tests.parity.runs import CPU, LAYOUTS, my_micro_batches, run_steps, settings
 from tests.ranks import run_on_ranks
@@ -23,8 +25,8 @@ def steps_under(name, steps, *overrides, **checkpoint):
 @pytest.mark.parametrize("name", ["TP2 x PP2 interleaved SP", "PP2 x DP2"])
 def test_resume_is_bit_identical(tmp_path, name, precision):
     override = f"train.precision={precision}"
-    unbroken = steps_under(name, range(STEPS), override, save=tmp_path)
-    checkpoint = tmp_path / f"step-{SAVED_AT:08d}"
+    unbroken = steps_under(name, range(STEPS), override, save=Folder(tmp_path))
+    checkpoint = Folder(tmp_path) / folder_name(SAVED_AT)
     resumed = steps_under(name, range(SAVED_AT, STEPS), override, resume=checkpoint)
     assert resumed[0] == unbroken[0][SAVED_AT:]
     for key, tensor in unbroken[1].items():
@@ -42,8 +44,8 @@ def test_resume_is_bit_identical(tmp_path, name, precision):
 )
 def test_another_engine_continues(tmp_path, before, after):
     unbroken = steps_under(after, range(STEPS))
-    steps_under(before, range(SAVED_AT + 1), save=tmp_path)
-    checkpoint = tmp_path / f"step-{SAVED_AT:08d}"
+    steps_under(before, range(SAVED_AT + 1), save=Folder(tmp_path))
+    checkpoint = Folder(tmp_path) / folder_name(SAVED_AT)
     resumed = steps_under(after, range(SAVED_AT, STEPS), resume=checkpoint)
     losses, expected = (
         torch.tensor([loss for loss, _ in results], dtype=torch.float64)

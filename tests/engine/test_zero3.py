@@ -8,12 +8,15 @@ import torch
 from deepspeed.runtime.zero import stage3
 from torch import nn
 
+from megavlm.checkpoint.folder import Folder
+from megavlm.checkpoint.store import folder_name
 from megavlm.engine.zero3 import Zero3Engine
 from megavlm.model.initial import initial_values
 from megavlm.model.params import PARTS_OF_FROZEN, parameters
 from tests.batches import TINY
 from tests.parity.runs import CPU, LAYOUTS, my_micro_batches, run_steps, settings
 from tests.ranks import run_on_ranks
+from tests.states import fill_from, whole_tensors
 
 STEPS = 4
 SAVED_AT = 2
@@ -43,10 +46,10 @@ def saved_run(tmp_path_factory):
 
     @functools.cache
     def run_once(name, *overrides):
-        folder = tmp_path_factory.mktemp("run")
+        folder = Folder(tmp_path_factory.mktemp("run"))
         run = settings(LAYOUT[name], STEPS, *overrides)
         whole = run_steps(LAYOUT[name], run, range(STEPS), save=folder, saved_at=SAVED_AT)
-        return whole, folder / f"step-{SAVED_AT:08}"
+        return whole, folder / folder_name(SAVED_AT)
 
     return run_once
 
@@ -149,10 +152,10 @@ def test_frozen_parts_cost_no_state_and_no_traffic(part):
             sum(state[moment].numel() for state in zero.optimizer.state.values())
             for moment in ("exp_avg", "exp_avg_sq")
         ]
-        tensors = dict(engine.tensors())
+        tensors = whole_tensors(engine)
         # Frozen weights are loaded, too: they come from elsewhere.
-        engine.load_tensors(lambda key: tensors[key] + 1, 1)
-        changed = dict(engine.tensors())
+        engine.load_state(fill_from(lambda key: tensors[key] + 1), 1)
+        changed = whole_tensors(engine)
         engine.close()
         return sum(reduced) / run.train.micro_batches, sizes, tensors, changed
 

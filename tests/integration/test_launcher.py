@@ -6,7 +6,9 @@ import subprocess
 import sys
 import time
 
-from megavlm.checkpoint.store import latest_checkpoint, read_state
+from megavlm.checkpoint.folder import Folder
+from megavlm.checkpoint.storage import read_state
+from megavlm.checkpoint.store import latest_checkpoint
 from megavlm.train.metrics import read_metrics
 
 TIMEOUT_SECONDS = 200
@@ -32,8 +34,8 @@ def kill_all(process):
 def test_a_killed_run_continues_from_its_last_checkpoint(tiny_run, tiny_run_file, tmp_path):
     hostfile = tmp_path / "hostfile"
     hostfile.write_text("localhost slots=2\n")
-    checkpoints = tiny_run.run_folder / "checkpoints"
-    overrides = ["train.steps=400", "train.checkpoint_every=3"]
+    checkpoints = Folder(tiny_run.run_folder / "checkpoints")
+    overrides = ["train.steps=400", "checkpoint.every=3"]
 
     process = launch(tiny_run_file, hostfile, *overrides)
     deadline = time.monotonic() + TIMEOUT_SECONDS
@@ -46,7 +48,7 @@ def test_a_killed_run_continues_from_its_last_checkpoint(tiny_run, tiny_run_file
     assert last is not None and read_state(last)["step"] < 400
 
     steps = read_state(last)["step"] + 3
-    overrides = [f"train.steps={steps}", "train.checkpoint_every=3"]
+    overrides = [f"train.steps={steps}", "checkpoint.every=3"]
     process = launch(tiny_run_file, hostfile, *overrides)
     output, _ = process.communicate(timeout=TIMEOUT_SECONDS)
     assert process.returncode == 0, output

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -9,9 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
-from megavlm.checkpoint.store import save_checkpoint, tensor_reader
+from megavlm.checkpoint.folder import Folder
+from megavlm.checkpoint.store import load_checkpoint, save_checkpoint
 from megavlm.config.load import load_run
-from megavlm.config.run import RunSettings
+from megavlm.config.run import CheckpointSettings, RunSettings
 from megavlm.data.packing import Batch
 from megavlm.dist import groups
 from megavlm.engine.base import DTYPES
@@ -23,11 +25,13 @@ from megavlm.model.vlm import VisionLanguageModel
 from megavlm.stages.captioning import loss_sum
 from tests.batches import ROW_TOKENS, TINY, random_batch
 from tests.ranks import run_on_ranks
+from tests.states import whole_tensors
 
 DEMO = Path(__file__).parents[2] / "configs" / "demo.yaml"
 MICRO_BATCHES = 4  # of a step, over all copies of the model
 SAMPLES = 3
 CPU = torch.device("cpu")
+SAVING = CheckpointSettings(every=1, asynchronous=False)
 
 
 @dataclass(frozen=True)
@@ -126,8 +130,8 @@ def run_steps(
     run: RunSettings,
     steps: range,
     *,
-    resume: Path | None = None,
-    save: Path | None = None,
+    resume: Folder | None = None,
+    save: Folder | None = None,
     saved_at: int = 0,
 ) -> tuple[list[tuple[float, float]], dict[str, Tensor]]:
     """Losses and gradient norms of some steps under an engine, and all tensors after them.
@@ -138,15 +142,15 @@ def run_steps(
     def on_rank(_: int) -> tuple[list[tuple[float, float]], dict[str, Tensor]]:
         engine = start_engine(run, CPU)
         if resume is not None:
-            engine.load_tensors(tensor_reader(resume), steps.start)
+            engine.load_state(partial(load_checkpoint, resume), steps.start)
         results = []
         for step in steps:
             if save is not None and step == saved_at:
-                save_checkpoint(save, step, engine.tensors(), {}, keep=2)
+                save_checkpoint(save, step, engine.state(), {}, SAVING)
             rate = learning_rate_at(step, run.train.steps, run.optimizer)
             result = engine.step(my_micro_batches(step), rate)
             results.append((result.loss, result.gradient_norm))
-        tensors = dict(engine.tensors())
+        tensors = whole_tensors(engine)
         engine.close()
         return results, tensors
 
@@ -163,8 +167,8 @@ def engine_outcome(layout: Layout, run: RunSettings, mix: str) -> Outcome:
             rate = learning_rate_at(step, run.train.steps, run.optimizer)
             results.append(engine.step(my_micro_batches(step, mix), rate))
             if step == 0:
-                gradients = _gradients(dict(engine.tensors()), run)
-        weights = _weights(dict(engine.tensors()))
+                gradients = _gradients(whole_tensors(engine), run)
+        weights = _weights(whole_tensors(engine))
         engine.close()
         return Outcome(
             losses=[result.loss for result in results],

@@ -1,0 +1,285 @@
+"""How torch Distributed Checkpoint stores ours: safetensors files with their checksums.
+
+A checkpoint is a folder with one file a rank, and `state.json`, which is written last: a folder
+without it is no checkpoint. A file's entry `NAME[3,0]` is the box of the tensor NAME whose first
+element is NAME[3, 0]; a box at the origin goes by the name alone. torch's own storage keeps its
+metadata in a pickle, which can run code when it is read, and has no checksums.
+"""
+
+import dataclasses
+import json
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import (
+    LoadPlan,
+    LoadPlanner,
+    ReadItem,
+    SavePlan,
+    SavePlanner,
+)
+from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
+from torch.futures import Future
+
+from megavlm.checkpoint.folder import Folder, sync
+from megavlm.checkpoint.lazy import LazyTensor
+from megavlm.checkpoint.shards import Origin
+from megavlm.checkpoint.tensor_file import (
+    DTYPES,
+    NAMES,
+    Entry,
+    read_header,
+    read_rows,
+    write_tensors,
+)
+from megavlm.errors import CheckpointError
+
+FORMAT = 2
+STATE_FILE = "state.json"
+READERS = 16
+"""Files opened at once: an object store answers each in its own time."""
+
+_BOX = re.compile(r"(.*)\[([\d,]+)\]")
+
+
+class CheckpointWriter(StorageWriter):
+    """Writes one checkpoint folder; `on_committed` is called, on one rank, when it is whole."""
+
+    def __init__(
+        self, folder: Folder, state: dict[str, Any], on_committed: Callable[[], None] = lambda: None
+    ) -> None:
+        self._folder = folder
+        self._state = state
+        self._on_committed = on_committed
+
+    def reset(self, checkpoint_id: Any = None) -> None:
+        pass
+
+    def set_up_storage_writer(self, is_coordinator: bool, *_: Any, **__: Any) -> None:
+        pass
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        return plan
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        """Runs on one rank, before any writes."""
+        if self._folder.has(STATE_FILE):
+            raise CheckpointError(
+                f"{self._folder} already holds a checkpoint; delete it, or choose another folder"
+            )
+        with _told(f"cannot write to {self._folder}"):
+            if self._folder.names():
+                self._folder.delete()  # what a crash has left
+            self._folder.create()
+        return [
+            dataclasses.replace(plan, storage_data=file_name(i, len(plans)))
+            for i, plan in enumerate(plans, start=1)
+        ]
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        name: str = plan.storage_data
+        tensors = {}
+        for item in plan.items:
+            assert item.tensor_data is not None and item.index.offset is not None
+            shape, dtype = item.tensor_data.chunk.sizes, item.tensor_data.properties.dtype
+            tensors[_box_name(item.index.fqn, tuple(item.index.offset))] = LazyTensor(
+                tuple(shape), dtype, lambda item=item: _on_cpu(planner.resolve_data(item))
+            )
+        with _told(f"cannot write {self._folder}/{name}"), self._folder.open(name, "wb") as file:
+            digest, size = write_tensors(file, tensors)
+            sync(file)
+        written = {name: {"sha256": digest, "bytes": size}}
+        results: Future[list[WriteResult]] = Future()
+        results.set_result([WriteResult(MetadataIndex(name), size, written)])
+        return results
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        files = {k: v for result in results for one in result for k, v in one.storage_data.items()}
+        tensors = {
+            name: {"dtype": NAMES[tensor.properties.dtype], "shape": list(tensor.size)}
+            for name, tensor in sorted(metadata.state_dict_metadata.items())
+            if isinstance(tensor, TensorStorageMetadata)
+        }
+        write_state(self._folder, {**self._state, "files": files, "tensors": tensors})
+        self._on_committed()
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
+        return True
+
+
+def file_name(number: int, files: int) -> str:
+    """Of one of a checkpoint's files, counted from 1."""
+    return f"tensors-{number:05d}-of-{files:05d}.safetensors"
+
+
+def write_state(folder: Folder, state: dict[str, Any]) -> None:
+    """Make a folder, whose files are written, a checkpoint."""
+    content = json.dumps({"format": FORMAT, **state}, indent=1).encode()
+    with _told(f"cannot write {folder}/{STATE_FILE}"):
+        folder.write_atomically(STATE_FILE, content)
+
+
+def read_state(folder: Folder) -> dict[str, Any]:
+    """The plain data of a checkpoint; raises CheckpointError when it is missing or broken."""
+    try:
+        state = json.loads(folder.read(STATE_FILE))
+        version = state["format"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"cannot read checkpoint {folder}/{STATE_FILE}: {error}") from error
+    if version != FORMAT:
+        raise CheckpointError(
+            f"checkpoint {folder} has format {version}; this version reads {FORMAT}"
+        )
+    return state
+
+
+class CheckpointReader(StorageReader):
+    """Reads one checkpoint folder; any program on torch Distributed Checkpoint can use it.
+
+    Raises CheckpointError for files that are missing or not what they should be. Their checksums
+    are another step, `check_files`: it reads everything.
+    """
+
+    def __init__(self, folder: Folder) -> None:
+        self.folder = folder
+        self.state = read_state(folder)
+        self._places: dict[tuple[str, Origin], tuple[str, Entry]] = {}
+        tensors = {
+            name: TensorStorageMetadata(
+                properties=TensorProperties(dtype=DTYPES[fields["dtype"]]),
+                size=torch.Size(fields["shape"]),
+                chunks=[],
+            )
+            for name, fields in self.state["tensors"].items()
+        }
+        with ThreadPoolExecutor(READERS) as pool:
+            headers = list(pool.map(self._header, self.state["files"]))
+        for file_name, entries in zip(self.state["files"], headers, strict=True):
+            for box_name, entry in entries.items():
+                name, origin = _name_and_origin(box_name, len(entry.shape))
+                self._places[name, origin] = (file_name, entry)
+                chunk = ChunkStorageMetadata(torch.Size(origin), torch.Size(entry.shape))
+                if name not in tensors:
+                    raise CheckpointError(f"{folder}/{file_name} holds {name}, which is not listed")
+                tensors[name].chunks.append(chunk)
+        self._metadata = Metadata(tensors)  # pyright: ignore[reportArgumentType]
+
+    def _header(self, name: str) -> dict[str, Entry]:
+        path, expected = f"{self.folder}/{name}", self.state["files"][name]["bytes"]
+        if not self.folder.has(name):
+            raise CheckpointError(
+                f"checkpoint file {path} is missing; delete {self.folder} to go on from an earlier "
+                "one"
+            )
+        size = self.folder.size(name)
+        if size != expected:
+            raise CheckpointError(
+                f"checkpoint file {path} has {size} bytes instead of {expected}; delete "
+                f"{self.folder} to go on from an earlier one"
+            )
+        with self.folder.open(name, "rb") as file:
+            return read_header(file, size, path)
+
+    def reset(self, checkpoint_id: Any = None) -> None:
+        pass
+
+    def read_metadata(self, *_: Any, **__: Any) -> Metadata:
+        return self._metadata
+
+    def set_up_storage_reader(
+        self, metadata: Metadata, is_coordinator: bool, *_: Any, **__: Any
+    ) -> None:
+        pass
+
+    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
+        return plan
+
+    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
+        return plans
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        by_file: dict[str, list[tuple[Entry, ReadItem]]] = defaultdict(list)
+        for item in plan.items:
+            index = item.storage_index
+            assert index.offset is not None
+            name, entry = self._places[index.fqn, tuple(index.offset)]
+            by_file[name].append((entry, item))
+        for name, items in by_file.items():
+            with self.folder.open(name, "rb") as file:
+                for entry, item in sorted(items, key=lambda pair: pair[0].first_byte):
+                    target = planner.resolve_tensor(item).detach()
+                    _read_box(file, entry, item.storage_offsets, target)
+                    planner.commit_tensor(item, target)
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
+        return True
+
+
+def _read_box(file: Any, entry: Entry, origin: Iterable[int], target: Tensor) -> None:
+    """Fill a tensor of any dtype, device and strides with a box of an entry."""
+    if target.ndim == 0:
+        rows, first, inner = (), 0, ()
+    else:
+        first, *rest = origin
+        rows = (target.shape[0],)
+        inner = tuple(slice(o, o + s) for o, s in zip(rest, target.shape[1:], strict=True))
+    full_rows = (*rows, *entry.shape[1:])
+    direct = (
+        target.dtype == entry.dtype
+        and target.device.type == "cpu"
+        and target.is_contiguous()
+        and target.shape == full_rows
+    )
+    read = target if direct else torch.empty(full_rows, dtype=entry.dtype)
+    read_rows(file, entry, first, read)
+    if not direct:
+        target.copy_(read[(slice(None), *inner)] if rows else read)
+
+
+def _box_name(name: str, origin: Origin) -> str:
+    return f"{name}[{','.join(map(str, origin))}]" if any(origin) else name
+
+
+def _name_and_origin(box_name: str, axes: int) -> tuple[str, Origin]:
+    box = _BOX.fullmatch(box_name)
+    if box is None:
+        return box_name, (0,) * axes
+    return box[1], tuple(map(int, box[2].split(",")))
+
+
+def _on_cpu(value: Any) -> Tensor:
+    return value.detach().cpu()
+
+
+class _told:  # noqa: N801 (reads as a verb)
+    """Turn what a disk says into a CheckpointError."""
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        if isinstance(error, OSError):
+            raise CheckpointError(
+                f"{self._what}: {error.strerror or error}; earlier checkpoints are untouched. Free "
+                "space or permit writing there, and run again"
+            ) from error

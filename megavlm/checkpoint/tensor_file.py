@@ -1,0 +1,142 @@
+"""safetensors files, written and read one tensor at a time.
+
+The safetensors package writes from tensors that are all in memory, and reads by mapping local
+files. A conversion must do neither, and object stores have no files to map.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import IO, Any
+
+import torch
+from torch import Tensor
+
+from megavlm.checkpoint.lazy import Tensors
+from megavlm.errors import CheckpointError
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+MAX_HEADER_BYTES = 100_000_000
+"""As the safetensors package has it."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a file."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    first_byte: int
+    """From the start of the file."""
+
+    @property
+    def row_bytes(self) -> int:
+        """Of a slice along the first axis."""
+        return math.prod(self.shape[1:]) * self.dtype.itemsize
+
+
+def tensor_bytes(shape: Iterable[int], dtype: torch.dtype) -> int:
+    """Size of a tensor on disk."""
+    return math.prod(shape) * dtype.itemsize
+
+
+def write_tensors(
+    file: IO[bytes], tensors: Tensors, metadata: Mapping[str, str] | None = None
+) -> tuple[str, int]:
+    """Write a file, reading each tensor when it is its turn; returns its SHA-256 and its bytes."""
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for name, tensor in tensors.items():
+        start, end = end, end + tensor_bytes(tensor.shape, tensor.dtype)
+        header[name] = {
+            "dtype": NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    digest = hashlib.sha256()
+    written = 0
+
+    def write(content: Any) -> None:
+        nonlocal written
+        digest.update(content)
+        file.write(content)
+        written += len(content)
+
+    write(len(text).to_bytes(8, "little"))
+    write(text)
+    for name, tensor in tensors.items():
+        value = tensor.read()
+        assert (tuple(value.shape), value.dtype) == (tensor.shape, tensor.dtype), name
+        write(as_bytes(value))
+    return digest.hexdigest(), written
+
+
+def as_bytes(tensor: Tensor) -> memoryview:
+    """A tensor's memory, row by row; shares it if it can."""
+    flat = tensor.detach().contiguous().reshape(-1)
+    array: Any = flat.view(torch.uint8).numpy()
+    return memoryview(array if flat.numel() else b"")
+
+
+def read_header(file: IO[bytes], file_bytes: int, where: str) -> dict[str, Entry]:
+    """What a file holds; raises CheckpointError, naming `where`, if it cannot be true."""
+    try:
+        size = int.from_bytes(file.read(8), "little")
+        if not 2 <= size <= min(MAX_HEADER_BYTES, file_bytes - 8):
+            raise ValueError(f"a header of {size} bytes in a file of {file_bytes}")
+        header = json.loads(file.read(size))
+        header.pop("__metadata__", None)
+        entries: dict[str, Entry] = {}
+        end = 0
+        for name, fields in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            shape, dtype = tuple(fields["shape"]), DTYPES[fields["dtype"]]
+            start, stop = fields["data_offsets"]
+            size_fits = min(shape, default=0) >= 0 and stop - start == tensor_bytes(shape, dtype)
+            if start != end or not size_fits:
+                raise ValueError(f"{name} does not lie where its shape says")
+            entries[name], end = Entry(dtype, shape, 8 + size + start), stop
+        if 8 + size + end != file_bytes:
+            raise ValueError(f"{file_bytes} bytes instead of {8 + size + end}: it is cut short?")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{where} is no safetensors file: {error}") from error
+    return entries
+
+
+def read_rows(file: IO[bytes], entry: Entry, first: int, into: Tensor) -> None:
+    """Fill `into`, contiguous and of the entry's dtype, with rows of a tensor from `first` on.
+
+    A tensor without axes is its own row.
+    """
+    if into.numel() == 0:
+        return
+    file.seek(entry.first_byte + first * entry.row_bytes)
+    target = as_bytes(into)
+    done = 0
+    while done < len(target):
+        count = file.readinto(target[done:])  # pyright: ignore[reportAttributeAccessIssue]
+        if not count:
+            raise CheckpointError(f"{getattr(file, 'name', 'a tensor file')} is cut short")
+        done += count
+
+
+def read_tensor(file: IO[bytes], entry: Entry) -> Tensor:
+    """A whole tensor."""
+    tensor = torch.empty(entry.shape, dtype=entry.dtype)
+    read_rows(file, entry, 0, tensor)
+    return tensor

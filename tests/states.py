@@ -1,0 +1,41 @@
+"""Whole tensors of an engine's state, gathered for comparison."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megavlm.checkpoint.shards import State
+from megavlm.engine.base import Engine
+
+
+def whole_tensors(engine: Engine) -> dict[str, Tensor]:
+    """All tensors, whole, on every rank; collective. Every element must be held by some rank."""
+    mine = {
+        name: (shards.shape, {origin: box.clone() for origin, box in shards.boxes.items()})
+        for name, shards in engine.state().items()
+    }
+    states: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(states, mine)
+    tensors: dict[str, Tensor] = {}
+    for state in states:
+        for name, (shape, boxes) in state.items():
+            whole = tensors.setdefault(name, torch.full(shape, float("nan")))
+            for origin, box in boxes.items():
+                whole[tuple(slice(o, o + s) for o, s in zip(origin, box.shape, strict=True))] = box
+    return tensors
+
+
+def fill_from(read: Callable[[str], Tensor]) -> Callable[[State], None]:
+    """What `Engine.load_state` takes, from whole tensors by name."""
+
+    def fill(state: State) -> None:
+        for name, shards in state.items():
+            whole = read(name)
+            for origin, box in shards.boxes.items():
+                places = zip(origin, box.shape, strict=True)
+                box.copy_(whole[tuple(slice(o, o + s) for o, s in places)])
+
+    return fill
