@@ -1,7 +1,8 @@
-"""The command line: `megavlm train | plan | tokenizer | generate | eval | report`."""
+"""The command line: `megavlm train | plan | tokenizer | generate | eval | report | convert`."""
 
 import argparse
 import os
+import re
 import sys
 import warnings
 from collections.abc import Sequence
@@ -10,12 +11,13 @@ from typing import TYPE_CHECKING
 
 from megavlm.config.load import load_run
 from megavlm.config.run import RunSettings
-from megavlm.errors import DataError, MegavlmError
+from megavlm.errors import ConfigError, DataError, MegavlmError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 USER_ERROR = 2
+OVERRIDE = re.compile(r"[a-z_0-9]+(\.[a-z_0-9]+)+=")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -25,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for module in ("megatron", "torch.distributed", "deepspeed"):
         warnings.filterwarnings("ignore", module=rf"{module}\.")
     try:
-        run = load_run(options.run_file, options.overrides)
+        run = load_run(options.run_file, options.overrides) if options.run_file else None
         options.command(run, options)
     except MegavlmError as error:
         rank = os.environ.get("RANK")
@@ -122,6 +124,39 @@ def _eval(run: RunSettings, options: argparse.Namespace) -> None:
     evaluate(run)
 
 
+def _convert(run: RunSettings | None, options: argparse.Namespace) -> None:
+    from megavlm.convert.run import Conversion, convert, verify
+
+    if options.verify:
+        print("\n".join(verify(options.verify, run)))
+        return
+    if not options.sources or not options.out:
+        raise ConfigError("name the checkpoint to convert, and with --out a new folder")
+    conversion = Conversion(
+        sources=tuple(options.sources),
+        out=options.out,
+        to=options.to,
+        only=options.only,
+        dtype=options.dtype,
+        weights_only=options.weights_only,
+        ema_decay=options.ema_decay,
+        max_file_bytes=int(options.max_file_gb * 1e9),
+        run=run,
+    )
+    certificate = convert(conversion)
+    target, comparison = certificate["target"], certificate["comparison"]
+    print(f"{options.out}: {target['tensors']} tensors, {target['bytes'] / 1e9:.2f} GB")
+    if certificate["left_out"]:
+        print(f"left out: {', '.join(certificate['left_out'])}")
+    if comparison["compared"]:
+        print(
+            f"{comparison['what']}: differ by {comparison['worst_difference']:.1e} at most (their "
+            f"standard deviation is {comparison['standard_deviation']:.2f})"
+        )
+    else:
+        print(f"not compared: {comparison['reason']}")
+
+
 def _report(run: RunSettings, options: argparse.Namespace) -> None:
     from megavlm.eval.report import write_report
 
@@ -138,6 +173,10 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Options, and overrides wherever they stand among them."""
     parser = _parser()
     options, options.overrides = parser.parse_known_args(arguments)
+    if options.command is _convert:  # its sources are as free as overrides are
+        is_override = [bool(OVERRIDE.match(source)) for source in options.sources]
+        options.overrides += [s for s, o in zip(options.sources, is_override, strict=True) if o]
+        options.sources = [s for s, o in zip(options.sources, is_override, strict=True) if not o]
     for override in options.overrides:
         if override.startswith("-"):
             parser.error(f"unknown option {override}")
@@ -166,6 +205,24 @@ def _parser() -> argparse.ArgumentParser:
     generate = add("generate", _generate, "answer a prompt about pictures")
     add("eval", _eval, "caption and answer questions about held-out pictures")
     add("report", _report, "draw a run as one HTML page")
+    convert = commands.add_parser(
+        "convert", help="convert checkpoints between formats, with a certificate"
+    )
+    convert.set_defaults(command=_convert)
+    convert.add_argument("sources", nargs="*", help="folders or URLs; several are merged")
+    convert.add_argument("--out", help="the new folder")
+    convert.add_argument("--to", choices=("native", "mllama", "llama", "megatron"))
+    convert.add_argument("--only", choices=("encoder", "decoder"), help="a part of an Mllama")
+    convert.add_argument("--dtype", choices=("fp32", "bf16"), help="cast the weights")
+    convert.add_argument(
+        "--weights-only", action="store_true", help="leave the optimiser's moments out"
+    )
+    convert.add_argument(
+        "--ema-decay", type=float, help="merge with weights that fall by this from newest to oldest"
+    )
+    convert.add_argument("--max-file-gb", type=float, default=5.0)
+    convert.add_argument("--run", dest="run_file", type=Path, help="run file with sizes or layout")
+    convert.add_argument("--verify", metavar="FOLDER", help="check a folder by its certificate")
     for sub in (train, plan):
         sub.add_argument("--hostfile", type=Path, help="start (or plan) the run on these hosts")
     plan.add_argument("--ds-json", type=Path, help="write the run's DeepSpeed configuration here")

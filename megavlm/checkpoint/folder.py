@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 from typing import IO, Any
+from uuid import uuid4
 
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
@@ -78,8 +79,9 @@ class Folder:
         """Raise CheckpointError unless files can be written here."""
         try:
             self.create()
-            self.write_atomically("writable", b"?")
-            self.delete_file("writable")
+            probe = f"writable-{uuid4().hex}"  # the ranks do this at once
+            self.write_atomically(probe, b"?")
+            self.delete_file(probe)
         except Exception as error:  # object stores have errors of their own
             raise CheckpointError(
                 f"cannot write to {self}: {error}; permit writing there or choose another "

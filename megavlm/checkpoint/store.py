@@ -14,14 +14,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 from torch.distributed.checkpoint.staging import AsyncStager
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save, save
 
 from megavlm.checkpoint.folder import Folder
 from megavlm.checkpoint.lazy import LazyTensor
+from megavlm.checkpoint.planners import ShardsLoadPlanner, ShardsSavePlanner
 from megavlm.checkpoint.shards import Shards, State, whole
 from megavlm.checkpoint.storage import STATE_FILE, CheckpointReader, CheckpointWriter, read_state
 from megavlm.checkpoint.tensor_file import DTYPES
@@ -59,7 +58,7 @@ class CheckpointSaver:
         )
         how: dict[str, Any] = {
             "storage_writer": writer,
-            "planner": _SavePlanner(),
+            "planner": ShardsSavePlanner(),
             "process_group": self._group,
         }
         with _failures_told():
@@ -105,7 +104,7 @@ def load_checkpoint(folder: Folder, shards: State) -> None:
         reader = _on_all_ranks(lambda: CheckpointReader(folder))
         _on_all_ranks(lambda: check_shapes(reader, shards))
         _on_all_ranks(lambda: check_files(reader, sorted(reader.state["files"])[rank::ranks]))
-        planner = _LoadPlanner()
+        planner = ShardsLoadPlanner()
         load(dict(shards), storage_reader=reader, planner=planner)
 
 
@@ -160,9 +159,9 @@ def lazy_tensors(reader: CheckpointReader) -> dict[str, LazyTensor]:
 
     def read(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         tensor = torch.empty(shape, dtype=dtype)
-        planner = _LoadPlanner()
+        planner = ShardsLoadPlanner()
         planner.set_up_planner({name: whole(tensor)}, reader.read_metadata(), True)
-        reader.read_data(planner.create_local_plan(), planner)
+        reader.read_data(planner.finish_plan(planner.create_local_plan()), planner)
         return tensor
 
     lazy: dict[str, LazyTensor] = {}
@@ -206,30 +205,6 @@ def delete_old(root: Folder, settings: CheckpointSettings) -> None:
 def _steps(root: Folder) -> list[int]:
     numbers = (name.removeprefix("step-") for name in root.names() if name.startswith("step-"))
     return sorted(int(number) for number in numbers if number.isdigit())
-
-
-class _SavePlanner(DefaultSavePlanner):
-    def __init__(self) -> None:
-        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-
-    def lookup_object(self, index: MetadataIndex) -> Any:
-        return self.state_dict[index.fqn].__get_tensor_shard__(index)
-
-
-class _LoadPlanner(DefaultLoadPlanner):
-    def __init__(self) -> None:
-        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-
-    def set_up_planner(
-        self, state_dict: Any, metadata: Metadata | None = None, is_coordinator: bool = False
-    ) -> None:
-        # The default one looks for tensors to allocate, and drops what it does not know.
-        self.state_dict = state_dict
-        self.metadata = metadata
-        self.is_coordinator = is_coordinator
-
-    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
-        return self.state_dict[index.fqn].__get_tensor_shard__(index)
 
 
 class _Staging(AsyncStager):

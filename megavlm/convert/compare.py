@@ -1,0 +1,136 @@
+"""What both sides of a conversion compute on the same fixed inputs, Hugging Face's by its own code.
+
+transformers is imported where it is used: conversions work without it.
+"""
+
+from importlib.util import find_spec
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor, nn
+
+from megavlm.checkpoint.folder import Folder
+from megavlm.checkpoint.lazy import Tensors
+from megavlm.checkpoint.tensor_file import tensor_bytes
+from megavlm.config.engines import UNDIVIDED
+from megavlm.config.sizes import DecoderSizes, EncoderSizes, ModelSizes
+from megavlm.convert.towers import their_pixels
+from megavlm.dist import groups
+from megavlm.model.vit import VisionTransformer, normalise
+from megavlm.model.vlm import VisionLanguageModel
+
+SEED = 1
+ROWS, TOKENS = 2, 12
+Sizes = dict[str, Any]
+"""Our sizes of the parts that there are, as plain data: `encoder`, `decoder`."""
+
+
+def compared(kind: str, folder: Folder, ours: Tensors, sizes: Sizes) -> dict[str, Any]:
+    """The worst difference between a Hugging Face folder and our weights, or why there is none.
+
+    kind: mllama, llama or tower. ours: by the ledger's names.
+    """
+    if reason := _cannot_run(folder, ours):
+        return {"compared": False, "reason": reason}
+    compare, what = {
+        "mllama": (_mllama, "logits, with and without pictures"),
+        "llama": (_llama, "logits without pictures"),
+        "tower": (_tower, "states of all tokens after the last norm"),
+    }[kind]
+    generator = torch.Generator().manual_seed(SEED)
+    with groups.process_groups(seed=SEED), torch.no_grad():
+        pairs = compare(folder.place, ours, sizes, generator)
+    return {
+        "compared": True,
+        "what": f"{what}, fp32, {ROWS} rows of random inputs (seed {SEED})",
+        "worst_difference": max(float((a - b).abs().max()) for a, b in pairs),
+        "standard_deviation": float(pairs[0][1].std()),
+    }
+
+
+def _cannot_run(folder: Folder, ours: Tensors) -> str:
+    if not folder.is_local:
+        return "transformers reads local folders only"
+    if find_spec("transformers") is None:
+        return "transformers is not installed"
+    needed = 3 * sum(tensor_bytes(t.shape, torch.float32) for t in ours.values())
+    available = psutil.virtual_memory().available
+    if needed > available:
+        return f"both models in fp32 need {needed >> 30} GiB, {available >> 30} GiB are free"
+    return ""
+
+
+Pairs = list[tuple[Tensor, Tensor]]
+
+
+def _mllama(place: str, ours: Tensors, sizes: Sizes, generator: torch.Generator) -> Pairs:
+    from transformers import MllamaForConditionalGeneration
+
+    theirs: Any = MllamaForConditionalGeneration.from_pretrained(place, dtype=torch.float32)
+    encoder, decoder = EncoderSizes(**sizes["encoder"]), DecoderSizes(**sizes["decoder"])
+    mine = VisionLanguageModel(ModelSizes(encoder=encoder, decoder=decoder), dtype=torch.float32)
+    _fill(mine, ours)
+    tokens = _tokens(decoder.vocabulary, generator)
+    pixels = _pixels(encoder.image_pixels, generator)
+    seeing = theirs(
+        input_ids=tokens,
+        pixel_values=normalise(pixels)[:, None, None],
+        aspect_ratio_ids=torch.ones(ROWS, 1, dtype=torch.long),
+        aspect_ratio_mask=torch.ones(ROWS, 1, 1, dtype=torch.long),
+        cross_attention_mask=torch.ones(ROWS, TOKENS, 1, 1),
+    ).logits
+    low = (torch.arange(ROWS) * encoder.tokens)[:, None].expand(ROWS, TOKENS)
+    ranges = torch.stack([low, low + encoder.tokens]).int()
+    states = mine.encode_images(pixels)
+    return [
+        (mine.logits(tokens, ranges, states), seeing),
+        (mine.logits(tokens, torch.zeros_like(ranges), states), theirs(input_ids=tokens).logits),
+    ]
+
+
+def _llama(place: str, ours: Tensors, sizes: Sizes, generator: torch.Generator) -> Pairs:
+    from transformers import AutoModelForCausalLM
+
+    theirs: Any = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32)
+    decoder = DecoderSizes(**sizes["decoder"])
+    # No picture is seen, so any encoder will do.
+    encoder = EncoderSizes(image_pixels=8, patch_pixels=8, width=8, layers=1, heads=1, mlp_width=8)
+    mine = VisionLanguageModel(ModelSizes(encoder=encoder, decoder=decoder), dtype=torch.float32)
+    _fill(mine, ours)
+    vocabulary = min(decoder.vocabulary, theirs.config.vocab_size)
+    tokens = _tokens(vocabulary, generator)
+    ranges = torch.zeros(2, ROWS, TOKENS, dtype=torch.int32)
+    logits = mine.logits(tokens, ranges, mine.encode_images(_pixels(8, generator)))
+    return [(logits[..., :vocabulary], theirs(input_ids=tokens).logits[..., :vocabulary])]
+
+
+def _tower(place: str, ours: Tensors, sizes: Sizes, generator: torch.Generator) -> Pairs:
+    from transformers import AutoModel
+
+    whole: Any = AutoModel.from_pretrained(place, dtype=torch.float32).eval()
+    theirs = getattr(whole, "vision_model", whole)
+    encoder = EncoderSizes(**sizes["encoder"])
+    mine = VisionTransformer(
+        encoder, dtype=torch.float32, recompute="none", parallel=UNDIVIDED
+    ).eval()
+    _fill(mine, {name.removeprefix("encoder."): tensor for name, tensor in ours.items()})
+    pixels = _pixels(encoder.image_pixels, generator)
+    states = theirs(pixel_values=their_pixels(pixels, whole.config.to_dict())).last_hidden_state
+    if whole.config.model_type.startswith("clip"):  # it norms the class token only
+        states = theirs.post_layernorm(states)
+    return [(mine(pixels).transpose(0, 1), states)]
+
+
+def _fill(model: nn.Module, tensors: Tensors) -> None:
+    """Parts without weights are zero: the gates of new layers, too, which are then closed."""
+    for name, parameter in model.named_parameters():
+        parameter.copy_(tensors[name].read()) if name in tensors else parameter.zero_()
+
+
+def _tokens(vocabulary: int, generator: torch.Generator) -> Tensor:
+    return torch.randint(vocabulary, (ROWS, TOKENS), generator=generator)
+
+
+def _pixels(side: int, generator: torch.Generator) -> Tensor:
+    return torch.randint(256, (ROWS, 3, side, side), generator=generator, dtype=torch.uint8)

@@ -1,0 +1,196 @@
+"""Checkpoint folders as lazy tensors, and lazy tensors as checkpoint folders."""
+
+import json
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from megavlm.checkpoint.folder import Folder, sync
+from megavlm.checkpoint.lazy import LazyTensor, Tensors
+from megavlm.checkpoint.storage import file_name, write_state
+from megavlm.checkpoint.tensor_file import (
+    NAMES,
+    Entry,
+    read_header,
+    read_tensor,
+    tensor_bytes,
+    write_tensors,
+)
+from megavlm.errors import CheckpointError
+
+CONFIG_FILE = "config.json"
+MAX_JSON_BYTES = 100_000_000
+
+
+def read_json(folder: Folder, name: str) -> dict[str, Any]:
+    """A JSON object of a folder; raises CheckpointError when it is missing or is none."""
+    try:
+        if folder.size(name) > MAX_JSON_BYTES:
+            raise ValueError(f"it is larger than {MAX_JSON_BYTES} bytes")
+        content = json.loads(folder.read(name))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot read {folder}/{name}: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{folder}/{name} must hold a JSON object")
+    return cast(dict[str, Any], content)
+
+
+def hugging_face_tensors(folder: Folder) -> dict[str, LazyTensor]:
+    """The tensors of a Hugging Face folder of safetensors, sharded or not, by their names there.
+
+    Raises CheckpointError for other files: those of torch can run code.
+    """
+    names = folder.names()
+    if "model.safetensors.index.json" in names:
+        index = read_json(folder, "model.safetensors.index.json").get("weight_map", {})
+        files = sorted(set(index.values()))
+    else:
+        index, files = None, [name for name in names if name.endswith(".safetensors")]
+    if not files:
+        found = [name for name in names if name.endswith((".bin", ".pt", ".pth"))]
+        remedy = (
+            f"; save {found[0]} as safetensors first (`model.save_pretrained` does)"
+            if found
+            else ""
+        )
+        raise CheckpointError(f"{folder} holds no safetensors files{remedy}")
+    tensors: dict[str, LazyTensor] = {}
+    for name in files:
+        if name not in names:
+            raise CheckpointError(f"{folder} lacks the file {name} of its index")
+        for tensor, lazy in _file_tensors(folder, name).items():
+            if index is not None and index.get(tensor) != name:
+                raise CheckpointError(f"{folder}/{name} holds {tensor} against the index")
+            tensors[tensor] = lazy
+    if index is not None and len(index) != len(tensors):
+        missing = sorted(index.keys() - tensors.keys())
+        raise CheckpointError(f"{folder} lacks {missing[0]} ({len(missing)} tensors) of its index")
+    return tensors
+
+
+def _file_tensors(folder: Folder, name: str) -> dict[str, LazyTensor]:
+    with folder.open(name, "rb") as file:
+        entries = read_header(file, folder.size(name), f"{folder}/{name}")
+
+    def read(entry: Entry) -> Tensor:
+        with folder.open(name, "rb") as file:
+            return read_tensor(file, entry)
+
+    return {
+        tensor: LazyTensor(entry.shape, entry.dtype, lambda entry=entry: read(entry))
+        for tensor, entry in entries.items()
+    }
+
+
+def write_hugging_face(
+    folder: Folder, tensors: Tensors, config: Mapping[str, Any], max_file_bytes: int
+) -> None:
+    """Write a folder that `from_pretrained` reads; its config.json, last, makes it one."""
+    parts = divided(tensors, max_file_bytes)
+    weight_map: dict[str, str] = {}
+    for number, part in enumerate(parts, start=1):
+        name = f"model-{number:05d}-of-{len(parts):05d}.safetensors"
+        if len(parts) == 1:
+            name = "model.safetensors"
+        _write_file(folder, name, part)
+        weight_map |= dict.fromkeys(part, name)
+    if len(parts) > 1:
+        total = sum(tensor_bytes(t.shape, t.dtype) for t in tensors.values())
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        write_json(folder, "model.safetensors.index.json", index)
+    text = config.get("text_config", config)
+    tokens = {name: text[name] for name in text if name in _GENERATION and text[name] is not None}
+    if tokens:
+        write_json(folder, "generation_config.json", tokens)
+    dtypes = {str(t.dtype).removeprefix("torch.") for t in tensors.values()}
+    write_json(folder, CONFIG_FILE, {**config, "dtype": dtypes.pop() if len(dtypes) == 1 else None})
+
+
+_GENERATION = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def write_native(
+    folder: Folder, tensors: Tensors, state: dict[str, Any], max_file_bytes: int
+) -> None:
+    """Write a checkpoint of ours, by the keys that it has there; its state.json makes it one."""
+    parts = divided(tensors, max_file_bytes)
+    files: dict[str, Any] = {}
+    for number, part in enumerate(parts, start=1):
+        name = file_name(number, len(parts))
+        digest, size = _write_file(folder, name, part)
+        files[name] = {"sha256": digest, "bytes": size}
+    listed = {
+        name: {"dtype": NAMES[t.dtype], "shape": list(t.shape)}
+        for name, t in sorted(tensors.items())
+    }
+    write_state(folder, {**state, "files": files, "tensors": listed})
+
+
+def write_json(folder: Folder, name: str, content: Any) -> None:
+    """Write a JSON file, whole or not at all."""
+    folder.write_atomically(name, json.dumps(content, indent=1).encode())
+
+
+def divided(tensors: Tensors, max_file_bytes: int) -> list[dict[str, LazyTensor]]:
+    """Tensors in order, as files of at most so many bytes, or of one larger tensor, hold them."""
+    files: list[dict[str, LazyTensor]] = [{}]
+    used = 0
+    for name, tensor in tensors.items():
+        size = tensor_bytes(tensor.shape, tensor.dtype)
+        if files[-1] and used + size > max_file_bytes:
+            files.append({})
+            used = 0
+        files[-1][name] = tensor
+        used += size
+    return files
+
+
+def _write_file(folder: Folder, name: str, tensors: Tensors) -> tuple[str, int]:
+    with folder.open(name, "wb") as file:
+        written = write_tensors(file, tensors, {"format": "pt"})
+        sync(file)
+    return written
+
+
+def remembering(tensors: Tensors) -> dict[str, LazyTensor]:
+    """The same tensors; one that is read several times in a row is read once."""
+    last: dict[str, Tensor] = {}
+
+    def read(name: str) -> Tensor:
+        if name not in last:
+            last.clear()
+            last[name] = tensors[name].read()
+        return last[name]
+
+    return {
+        name: LazyTensor(t.shape, t.dtype, lambda name=name: read(name))
+        for name, t in tensors.items()
+    }
+
+
+def mixed(
+    sources: list[Tensors], shares: list[float], of: Callable[[str], bool] = lambda _: True
+) -> dict[str, LazyTensor]:
+    """The mean of the same tensors of several models, by their shares; sums are in fp64."""
+    names = [name for name in sources[0] if of(name)]
+    for source in sources[1:]:
+        for name in names:
+            if name not in source or source[name].shape != sources[0][name].shape:
+                raise CheckpointError(
+                    f"{name} is not in all models alike; merge those of one model"
+                )
+
+    def read(name: str) -> Tensor:
+        total = torch.zeros(sources[0][name].shape, dtype=torch.float64)
+        for source, share in zip(sources, shares, strict=True):
+            total.add_(source[name].read(), alpha=share)
+        return total.to(sources[0][name].dtype)
+
+    return {
+        name: LazyTensor(
+            sources[0][name].shape, sources[0][name].dtype, lambda name=name: read(name)
+        )
+        for name in names
+    }

@@ -1,0 +1,369 @@
+"""`megavlm convert`: from any format to any other by way of our own names, tensor by tensor."""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+from megavlm.checkpoint.folder import Folder
+from megavlm.checkpoint.lazy import LazyTensor, Tensors
+from megavlm.checkpoint.state import checkpoint_state
+from megavlm.checkpoint.storage import STATE_FILE, CheckpointReader
+from megavlm.checkpoint.store import check_files, lazy_tensors
+from megavlm.checkpoint.tensor_file import tensor_bytes
+from megavlm.config.run import RunSettings
+from megavlm.config.sizes import DecoderSizes, EncoderSizes, ModelSizes
+from megavlm.convert import deepspeed, llama, megatron, mllama, towers
+from megavlm.convert.certificate import CERTIFICATE_FILE, Record, check_against, read_certificate
+from megavlm.convert.compare import Sizes, compared
+from megavlm.convert.files import (
+    CONFIG_FILE,
+    hugging_face_tensors,
+    mixed,
+    read_json,
+    remembering,
+    write_hugging_face,
+    write_json,
+    write_native,
+)
+from megavlm.convert.names import BESIDE, cast
+from megavlm.data.shards import ShardFolder
+from megavlm.data.tokenizer import Tokenizer
+from megavlm.errors import CheckpointError, ConfigError
+
+Kind = Literal["native", "mllama", "llama", "tower", "zero3", "universal", "megatron"]
+TARGETS: tuple[Kind, ...] = ("native", "mllama", "llama", "megatron")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conversion:
+    """What to convert into what."""
+
+    sources: tuple[str, ...]
+    """Paths or URLs of checkpoints; several are merged."""
+    out: str
+    to: Kind | None = None
+    """None: ours from other formats, and Mllama from ours."""
+    only: Literal["encoder", "decoder"] | None = None
+    """The part of an Mllama to take."""
+    dtype: Literal["fp32", "bf16"] | None = None
+    """None keeps every tensor's own."""
+    weights_only: bool = False
+    """Leave the optimiser's moments out, where there are any."""
+    ema_decay: float | None = None
+    """Weigh each merged checkpoint so much less than the one after it; None: alike."""
+    max_file_bytes: int = 5_000_000_000
+    run: RunSettings | None = None
+    """The run that a checkpoint without sizes, or a decoder, is for; and the layout of shards."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """A checkpoint of any origin, in our terms."""
+
+    weights: Tensors
+    """By the ledger's names, and what is kept beside them."""
+    moments: Tensors
+    """By `exp_avg/NAME` and `exp_avg_sq/NAME`."""
+    sizes: Sizes
+    state: dict[str, Any]
+    """What a checkpoint of ours says of its run, beside the tensors."""
+    dropped: tuple[str, ...] = ()
+
+
+def convert(conversion: Conversion) -> dict[str, Any]:
+    """Convert, and return the certificate, which lies in the new folder, too.
+
+    Memory is bounded by a few of the largest tensors. Raises ConfigError and CheckpointError for
+    what cannot be converted, before anything is written as far as shapes and names tell.
+    """
+    out = Folder(conversion.out)
+    if out.names():
+        raise CheckpointError(f"{out} is not empty; choose another folder, or delete it")
+    sources = [Folder(place) for place in conversion.sources]
+    kinds = [kind_of(folder) for folder in sources]
+    to = conversion.to or ("mllama" if kinds[0] == "native" else "native")
+    with _progress() as progress:
+        records: list[Record] = []
+        models: list[Model] = []
+        for folder, kind in zip(sources, kinds, strict=True):
+            tensors = _tensors(kind, folder, conversion.run, progress)
+            records.append(Record.of(tensors))
+            models.append(_in_our_terms(kind, folder, remembering(records[-1].tensors), conversion))
+        model = _prepared(models, conversion)
+        config, targets = _out_of_our_terms(model, to)
+        total = sum(tensor_bytes(t.shape, t.dtype) for t in targets.values())
+        written = Record.of(targets, progress("converting", total))
+        _write(to, out, written.tensors, model, config, conversion)
+    certificate = {
+        "sources": [
+            {"place": str(folder), "kind": kind, **record.summary()}
+            for folder, kind, record in zip(sources, kinds, records, strict=True)
+        ],
+        "target": {"kind": to, **written.summary()},
+        "model": model.sizes,
+        "left_out": list(model.dropped),
+        "comparison": _comparison(kinds, sources, to, out, model, conversion),
+    }
+    write_json(out, CERTIFICATE_FILE, certificate)
+    return certificate
+
+
+def verify(place: str, run: RunSettings | None) -> list[str]:
+    """Check a converted folder, and its sources where they still are, by its certificate.
+
+    Returns what was done, in lines. Raises CheckpointError, naming the tensor, if it differs.
+    """
+    out = Folder(place)
+    certificate = read_certificate(out)
+    lines: list[str] = []
+    sides = [(out, certificate["target"])]
+    sides += [(Folder(source["place"]), source) for source in certificate["sources"]]
+    for folder, side in sides:
+        if folder is not out and not folder.names():
+            lines.append(f"{folder} is not there any more: not checked")
+            continue
+        with _progress() as progress:
+            tensors = _tensors(side["kind"], folder, run, progress, certificate["model"])
+            checked = check_against(side, tensors, folder, progress("checking", side["bytes"]))
+        lines.append(f"{folder}: {checked} tensors are as certified")
+    return lines
+
+
+def kind_of(folder: Folder) -> Kind:
+    """What a folder holds; raises CheckpointError when it is no checkpoint that we know."""
+    names = folder.names()
+    if STATE_FILE in names:
+        return "native"
+    if CONFIG_FILE in names:
+        model_type = read_json(folder, CONFIG_FILE).get("model_type")
+        if model_type == "mllama":
+            return "mllama"
+        return "tower" if model_type in towers.FAMILIES else "llama"
+    if deepspeed.is_universal(folder):
+        return "universal"
+    if deepspeed.is_zero3(folder):
+        return "zero3"
+    if megatron.is_megatron(folder):
+        return "megatron"
+    raise CheckpointError(
+        f"{folder} holds neither our state.json nor a config.json of Hugging Face's nor the files "
+        "of DeepSpeed or Megatron-LM; is it the checkpoint's own folder?"
+    )
+
+
+def _tensors(
+    kind: Kind,
+    folder: Folder,
+    run: RunSettings | None,
+    progress: "Start",
+    sizes: Sizes | None = None,
+) -> Tensors:
+    """A folder's tensors, by the names that its format has."""
+    match kind:
+        case "native":
+            reader = CheckpointReader(folder)
+            total = sum(file["bytes"] for file in reader.state["files"].values())
+            check_files(reader, sorted(reader.state["files"]), progress("checking", total))
+            return lazy_tensors(reader)
+        case "mllama" | "llama" | "tower":
+            return hugging_face_tensors(folder)
+        case "zero3":
+            return deepspeed.zero3_tensors(folder)
+        case "universal":
+            return deepspeed.universal_tensors(folder)
+        case "megatron":
+            model = _model_sizes(sizes) if sizes else _needed(run, kind).model
+            return megatron.megatron_shards(folder, model)
+
+
+def _in_our_terms(kind: Kind, folder: Folder, tensors: Tensors, conversion: Conversion) -> Model:
+    match kind:
+        case "native":
+            state = CheckpointReader(folder).state
+            return _of_keys(tensors, state["settings"]["model"], state)
+        case "mllama":
+            config = read_json(folder, CONFIG_FILE)
+            parts = (conversion.only,) if conversion.only else mllama.PARTS
+            sizes = {}
+            if "encoder" in parts:
+                sizes["encoder"] = mllama.encoder_sizes_of(config)
+            if "decoder" in parts:
+                sizes["decoder"] = mllama.decoder_sizes_of(config)
+            converted = mllama.from_hugging_face(tensors, config, **sizes)
+        case "tower":
+            config = read_json(folder, CONFIG_FILE)
+            sizes = {"encoder": towers.encoder_sizes_of(config)}
+            converted = towers.from_hugging_face(tensors, config, sizes["encoder"])
+        case "llama":
+            config = read_json(folder, CONFIG_FILE)
+            decoder = _needed(conversion.run, kind).model.decoder
+            sizes = {
+                "decoder": llama.decoder_sizes_of(
+                    config,
+                    cross_every=decoder.cross_every,
+                    cross_at=decoder.cross_at,
+                    vocabulary=decoder.vocabulary,
+                    initial_gate=decoder.initial_gate,
+                )
+            }
+            converted = llama.from_hugging_face(tensors, config, sizes["decoder"])
+        case "zero3" | "universal" | "megatron":
+            run = _needed(conversion.run, kind)
+            step = megatron.iteration(folder) if kind == "megatron" else deepspeed.steps(folder)
+            state: dict[str, Any] = {"step": step}
+            plain = dataclasses.asdict(run.model)
+            if kind == "megatron" or conversion.weights_only:
+                return _of_keys(tensors, plain, state)
+            samples = len(ShardFolder(run.data.train))
+            state |= checkpoint_state(run, Tokenizer(run.data.tokenizer), step, samples)
+            return _of_keys(tensors, plain, state)
+    plain = {part: dataclasses.asdict(part_sizes) for part, part_sizes in sizes.items()}
+    return Model(
+        weights=converted.tensors,
+        moments={},
+        sizes=plain,
+        state={"step": 0},
+        dropped=converted.dropped,
+    )
+
+
+def _of_keys(tensors: Tensors, sizes: Sizes, state: dict[str, Any]) -> Model:
+    """A checkpoint whose keys are `weights/NAME` and so on."""
+    weights: dict[str, LazyTensor] = {}
+    moments: dict[str, LazyTensor] = {}
+    for key, tensor in tensors.items():
+        kind, _, name = key.partition("/")
+        match kind:
+            case "weights":
+                weights[name] = tensor
+            case "beside":
+                weights[BESIDE + name] = tensor
+            case _:
+                moments[key] = tensor
+    return Model(weights=weights, moments=moments, sizes=sizes, state=state)
+
+
+def _prepared(models: Sequence[Model], conversion: Conversion) -> Model:
+    """The one model to write: merged, cast, with or without moments."""
+    model = models[0]
+    if len(models) > 1:
+        decay = 1.0 if conversion.ema_decay is None else conversion.ema_decay
+        shares = [decay ** (len(models) - 1 - i) for i in range(len(models))]
+        shares = [share / sum(shares) for share in shares]
+        for other in models[1:]:
+            if other.sizes != model.sizes:
+                raise CheckpointError("only checkpoints of one model can be merged")
+        merged = mixed([other.weights for other in models], shares)
+        model = replace(models[-1], weights=merged, moments={})
+    if conversion.dtype is not None:
+        weights = cast(model.weights, DTYPES[conversion.dtype])
+        model = replace(model, weights=weights, moments={})
+    return replace(model, moments={}) if conversion.weights_only else model
+
+
+def _out_of_our_terms(model: Model, to: Kind) -> tuple[dict[str, Any], Tensors]:
+    """The target's configuration, if it has one, and its tensors."""
+    match to:
+        case "mllama":
+            sizes = _model_sizes(model.sizes)
+            return mllama.mllama_config(sizes), mllama.to_hugging_face(model.weights, sizes)
+        case "llama":
+            decoder = DecoderSizes(**model.sizes["decoder"])
+            converted = llama.to_hugging_face(model.weights, decoder)
+            return llama.llama_config(decoder), converted.tensors
+        case "native":
+            return {}, {_key(name): t for name, t in model.weights.items()} | dict(model.moments)
+        case "megatron":
+            weights = {_key(name): t for name, t in model.weights.items()}
+            return {}, {key: t for key, t in weights.items() if key.startswith("weights/")}
+        case _:
+            raise ConfigError(f"--to {to}: converted is to {', '.join(TARGETS)}")
+
+
+def _key(name: str) -> str:
+    if name.startswith(BESIDE):
+        return f"beside/{name.removeprefix(BESIDE)}"
+    return f"weights/{name}"
+
+
+def _write(
+    to: Kind,
+    out: Folder,
+    tensors: Tensors,
+    model: Model,
+    config: dict[str, Any],
+    conversion: Conversion,
+) -> None:
+    out.check_writable()
+    match to:
+        case "native":
+            settings = {"model": model.sizes}
+            state = {"settings": settings, "tokenizer_sha256": None, **model.state}
+            write_native(out, tensors, state, conversion.max_file_bytes)
+        case "megatron":
+            run = _needed(conversion.run, to)
+            megatron.write_megatron_shards(tensors, run, out, model.state["step"])
+        case _:
+            write_hugging_face(out, tensors, config, conversion.max_file_bytes)
+
+
+def _comparison(
+    kinds: Sequence[Kind],
+    sources: Sequence[Folder],
+    to: Kind,
+    out: Folder,
+    model: Model,
+    conversion: Conversion,
+) -> dict[str, Any]:
+    """Computed by Hugging Face's code and ours, if just one side is Hugging Face's."""
+    theirs = [(kind, folder) for kind, folder in zip(kinds, sources, strict=True)]
+    theirs = [pair for pair in [*theirs, (to, out)] if pair[0] in ("mllama", "llama", "tower")]
+    if not theirs:
+        return {"compared": False, "reason": "both sides hold the same tensors, by their hashes"}
+    [(kind, folder)] = theirs
+    if kind == "mllama" and conversion.only:
+        return {"compared": False, "reason": "a part of a model computes no logits"}
+    weights = {name: t for name, t in model.weights.items() if not name.startswith(BESIDE)}
+    return compared(kind, folder, weights, model.sizes)
+
+
+def _model_sizes(sizes: Sizes) -> ModelSizes:
+    if "encoder" not in sizes or "decoder" not in sizes:
+        raise ConfigError(
+            f"the checkpoint holds the {' and '.join(sizes)} only; a whole model is needed"
+        )
+    return ModelSizes(
+        encoder=EncoderSizes(**sizes["encoder"]), decoder=DecoderSizes(**sizes["decoder"])
+    )
+
+
+def _needed(run: RunSettings | None, kind: Kind) -> RunSettings:
+    if run is None:
+        raise ConfigError(f"{kind} says too little of the model; name the run's file with --run")
+    return run
+
+
+Start = Callable[[str, int], Callable[[int], None]]
+"""Begins a task of so many bytes; what it returns hears of every byte that is done."""
+
+
+@contextmanager
+def _progress() -> Iterator[Start]:
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
+    with Progress(
+        *columns, TransferSpeedColumn(), console=console, disable=not console.is_terminal
+    ) as progress:
+
+        def start(what: str, total: int) -> Callable[[int], None]:
+            task = progress.add_task(what, total=total)
+            return lambda done: progress.advance(task, done)
+
+        yield start

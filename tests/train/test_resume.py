@@ -1,0 +1,88 @@
+"""A run that is stopped and goes on is the run that was never stopped."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from megavlm.checkpoint.folder import Folder
+from megavlm.checkpoint.storage import CheckpointReader
+from megavlm.checkpoint.store import folder_name, lazy_tensors
+from megavlm.config.engines import MegatronSettings
+from megavlm.data.shards import ShardFolder
+from megavlm.train.loop import train
+from megavlm.train.metrics import read_metrics
+from tests.ranks import run_on_ranks
+
+MEGATRON = MegatronSettings(tensor_parallel=2, pipeline_parallel=2)
+LAYOUTS = {"zero3": 2, "fsdp2": 2, "megatron": 4}
+
+
+def trained(run, ranks):
+    """Train; returns the numbers of the samples that each rank read for training, in order."""
+
+    def on_rank(_):
+        read = []
+        original = ShardFolder.read
+
+        def recorded(folder, number):
+            if folder.paths[0].parent == run.data.train:
+                read.append(number)
+            return original(folder, number)
+
+        ShardFolder.read = recorded
+        train(run)
+        return read
+
+    return run_on_ranks(ranks, on_rank, groups=False)
+
+
+def saved(run, step):
+    reader = CheckpointReader(Folder(run.run_folder / "checkpoints" / folder_name(step)))
+    return {name: lazy.read() for name, lazy in lazy_tensors(reader).items()}
+
+
+def losses(run):
+    return [
+        (m["step"], m["loss"], m["gradient_norm"])
+        for m in read_metrics(run.run_folder)
+        if "loss" in m
+    ]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("engine", LAYOUTS)
+def test_a_resumed_run_is_bit_identical(tiny_run, tmp_path, engine, precision):
+    ranks = LAYOUTS[engine]
+    run = replace(
+        tiny_run,
+        engine=engine,
+        megatron=MEGATRON if engine == "megatron" else MegatronSettings(),
+        train=replace(tiny_run.train, precision=precision),
+        checkpoint=replace(tiny_run.checkpoint, keep_every=1),
+    )
+    whole = trained(run, ranks)
+    unbroken, unbroken_losses = saved(run, 6), losses(run)
+    for step in (4, 6):  # a step at which a checkpoint lies, and one between two
+        (run.run_folder / "checkpoints" / folder_name(step) / "state.json").unlink()
+    resumed = trained(run, ranks)
+    assert losses(run) == unbroken_losses
+    tensors = saved(run, 6)
+    assert tensors.keys() == unbroken.keys()
+    for name, tensor in tensors.items():
+        assert torch.equal(tensor, unbroken[name]), name
+    for before, after in zip(whole, resumed, strict=True):
+        assert after == before[len(before) - len(after) :]
+    per_step = run.train.samples_per_step
+    assert [sum(map(len, read)) for read in (whole, resumed)] == [6 * per_step, 4 * per_step]
+
+
+def test_every_sample_once_whatever_the_number_of_ranks(tiny_run):
+    """One epoch of 40 samples, 8 a step, over 1, 2, 4 and again 1 ranks and three engines."""
+    seen = []
+    run = replace(tiny_run, checkpoint=replace(tiny_run.checkpoint, every=1))
+    plan = [(1, 1, "zero3"), (2, 2, "fsdp2"), (3, 4, "megatron"), (4, 4, "zero3"), (5, 1, "fsdp2")]
+    for steps, ranks, engine in plan:
+        part = replace(run, engine=engine, train=replace(run.train, steps=steps))
+        seen += [number for read in trained(part, ranks) for number in read]
+    assert sorted(seen) == list(range(40))
