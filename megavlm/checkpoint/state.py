@@ -3,6 +3,8 @@
 import dataclasses
 from pathlib import Path
 
+from pydantic import TypeAdapter
+
 from megavlm.checkpoint.store import read_state
 from megavlm.config.load import run_as_tree
 from megavlm.config.run import RunSettings
@@ -19,9 +21,13 @@ def checkpoint_root(run: RunSettings) -> Path:
 def check_checkpoint(checkpoint: Path, sizes: ModelSizes, tokenizer: Tokenizer) -> None:
     """Raise unless the checkpoint is of a model of these sizes and of this tokenizer."""
     state = read_state(checkpoint)
+    # Read back as sizes: JSON has no tuples, and older checkpoints have fewer settings.
+    saved_sizes = dataclasses.asdict(
+        TypeAdapter(ModelSizes).validate_python(state["settings"]["model"])
+    )
     for part, wanted in dataclasses.asdict(sizes).items():
         for name, value in wanted.items():
-            saved = state["settings"]["model"][part].get(name)
+            saved = saved_sizes[part][name]
             if saved != value:
                 raise CheckpointError(
                     f"checkpoint {checkpoint} has model.{part}.{name}={saved}, the run file says "

@@ -135,16 +135,21 @@ def _encoder(sizes: EncoderSizes) -> Iterator[Parameter]:
     std = _small_std(width)
     # Projections back onto the residual stream are smaller, by depth (GPT-2, Radford et al. 2019).
     out_std = std / math.sqrt(2 * sizes.layers)
-    yield _normal("encoder.class_token", (width,), width**-0.5)
+    if sizes.class_token:
+        yield _normal("encoder.class_token", (width,), width**-0.5)
     yield _normal("encoder.positions", (sizes.tokens, width), width**-0.5)
     # As torch's convolutions: a variance of 1 / (3 x inputs).
     yield _normal("encoder.patch.weight", (width, 3, patch, patch), (9 * patch**2) ** -0.5)
-    yield from _layer_norm("encoder.norm_pre", width)
+    if sizes.pre_norm:
+        yield from _layer_norm("encoder.norm_pre", width)
     for i in range(sizes.layers):
         layer = f"encoder.block.layers.{i}"
         yield from _layer_norm(f"{layer}.input_layernorm", width)
         yield _normal(f"{layer}.self_attention.linear_qkv.weight", (3 * width, width), std, 0)
         yield _normal(f"{layer}.self_attention.linear_proj.weight", (width, width), out_std, 1)
+        if sizes.attention_bias:
+            yield Parameter(f"{layer}.self_attention.linear_qkv.bias", (3 * width,), 0)
+            yield Parameter(f"{layer}.self_attention.linear_proj.bias", (width,))
         yield from _layer_norm(f"{layer}.pre_mlp_layernorm", width)
         yield _normal(f"{layer}.mlp.linear_fc1.weight", (mlp_width, width), std, 0)
         yield Parameter(f"{layer}.mlp.linear_fc1.bias", (mlp_width,), 0)

@@ -1,10 +1,12 @@
 """The same model as Hugging Face `MllamaForConditionalGeneration`, weight for weight."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers import MllamaConfig, MllamaForConditionalGeneration
 
-from megavlm.config.sizes import ModelSizes
+from megavlm.config.sizes import DecoderSizes, ModelSizes
 from megavlm.data.tokenizer import BEGIN, END, PADDING
 from megavlm.model.vlm import VisionLanguageModel
 
@@ -35,7 +37,7 @@ def _config(sizes: ModelSizes) -> MllamaConfig:
             "vision_output_dim": 2 * encoder.width,
             "image_size": encoder.image_pixels,
             "patch_size": encoder.patch_pixels,
-            "norm_eps": 1e-5,
+            "norm_eps": encoder.norm_epsilon,
             "max_num_tiles": 1,
             "supported_aspect_ratios": [[1, 1]],
             "intermediate_layers_indices": [0],
@@ -47,16 +49,31 @@ def _config(sizes: ModelSizes) -> MllamaConfig:
             "num_attention_heads": decoder.heads,
             "num_key_value_heads": decoder.kv_heads,
             "intermediate_size": decoder.mlp_width,
-            "rms_norm_eps": 1e-5,
+            "rms_norm_eps": decoder.norm_epsilon,
             "cross_attention_layers": list(decoder.cross_layers),
-            "max_position_embeddings": 512,
-            "rope_parameters": {"rope_type": "default", "rope_theta": float(decoder.rope_base)},
+            "max_position_embeddings": 131_072,
+            "rope_parameters": rope_parameters(decoder),
             "bos_token_id": BEGIN,
             "eos_token_id": END,
             "pad_token_id": PADDING,
         },
         image_token_index=decoder.vocabulary,
     )
+
+
+def rope_parameters(decoder: DecoderSizes) -> dict[str, Any]:
+    """Hugging Face's settings of the rotary embeddings."""
+    base = {"rope_theta": float(decoder.rope_base)}
+    if decoder.rope_scaling is None:
+        return {**base, "rope_type": "default"}
+    return {
+        **base,
+        "rope_type": "llama3",
+        "factor": decoder.rope_scaling,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
 
 
 def _vision(ours: dict[str, Tensor], sizes: ModelSizes) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ from megavlm.model.vit import normalise
 from megavlm.model.vlm import VisionLanguageModel
 from tests.batches import ROW_TOKENS, TINY, random_batch
 from tests.model.mllama import as_mllama
+from tests.model.weights import randomise
 from tests.ranks import alone
 
 
@@ -19,18 +20,8 @@ def groups():
 
 
 def random_model(sizes: ModelSizes = TINY, **kwargs) -> VisionLanguageModel:
-    """Weights far larger than at initialisation, so that every part matters."""
     model = VisionLanguageModel(sizes, dtype=torch.float32, **kwargs)
-    generator = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            if parameter.ndim >= 2:
-                parameter.copy_(1.5 * noise / parameter[0].numel() ** 0.5)
-            elif name.endswith("norm.weight") or "layernorm.weight" in name:
-                parameter.copy_(1 + 0.2 * noise)
-            else:
-                parameter.copy_(0.5 * noise + 0.3)
+    randomise(model)
     return model
 
 
@@ -44,10 +35,21 @@ def losses(model: VisionLanguageModel, batch: Batch) -> torch.Tensor:
     )
 
 
+IRREGULAR = replace(
+    TINY.decoder,
+    self_layers=3,
+    cross_every=None,
+    cross_at=(0, 3, 4),
+    rope_scaling=8.0,
+    norm_epsilon=1e-6,
+)
+
+
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("patch_pixels", [8, 4])  # 17 and 65 tokens: 7 registers each
-def test_equals_hugging_face_mllama(attention, patch_pixels):
-    sizes = replace(TINY, encoder=replace(TINY.encoder, patch_pixels=patch_pixels))
+@pytest.mark.parametrize("decoder", [TINY.decoder, IRREGULAR], ids=["regular", "irregular"])
+def test_equals_hugging_face_mllama(decoder, patch_pixels, attention):
+    sizes = ModelSizes(encoder=replace(TINY.encoder, patch_pixels=patch_pixels), decoder=decoder)
     model = random_model(sizes).eval()
     mllama = as_mllama(model)
     mllama.set_attn_implementation(attention)
@@ -69,7 +71,7 @@ def test_equals_hugging_face_mllama(attention, patch_pixels):
         ).logits
     theirs = torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
     assert theirs.std() > 0.5  # the comparison says something
-    assert (ours - theirs).abs().max() < 1e-5  # worst measured 3.8e-6, in nats
+    assert (ours - theirs).abs().max() < 1e-5  # worst measured 4.8e-6, in nats
 
 
 def test_packed_texts_do_not_touch_each_other():
