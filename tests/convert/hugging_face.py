@@ -1,4 +1,4 @@
-"""Random models of Hugging Face's, their files, and our model with converted weights."""
+"""Files of Hugging Face's models, and our model with converted weights."""
 
 import json
 from collections.abc import Mapping
@@ -13,20 +13,6 @@ from megavlm.checkpoint.lazy import LazyTensor, Tensors, in_memory
 from megavlm.config.sizes import ModelSizes
 from megavlm.model.vit import VisionTransformer
 from megavlm.model.vlm import VisionLanguageModel, causal_text_mask
-
-
-@torch.no_grad()
-def randomise(model: torch.nn.Module, seed: int) -> None:
-    """Weights far larger than at initialisation, so that every part matters."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        noise = torch.randn(parameter.shape, generator=generator)
-        if parameter.ndim >= 2:
-            parameter.copy_(1.5 * noise / parameter[0].numel() ** 0.5)
-        elif name.endswith("weight"):  # a norm's
-            parameter.copy_(1 + 0.2 * noise)
-        else:
-            parameter.copy_(0.5 * noise + 0.3)
 
 
 def saved(model: Any, folder: Path) -> tuple[dict[str, LazyTensor], dict[str, Any]]:

@@ -15,11 +15,11 @@ from tests.convert.hugging_face import (
     opened,
     our_logits,
     our_model,
-    randomise,
     saved,
     write,
 )
 from tests.convert.test_mllama import LLAMA3
+from tests.model.weights import randomise
 from tests.ranks import alone
 
 ATOL = 3e-5  # worst measured 1.4e-5

@@ -22,10 +22,10 @@ from tests.convert.hugging_face import (
     opened,
     our_logits,
     our_model,
-    randomise,
     saved,
     write,
 )
+from tests.model.weights import randomise
 from tests.ranks import alone
 
 SEEDS = range(6)

@@ -22,7 +22,8 @@ from megavlm.config.engines import UNDIVIDED
 from megavlm.convert import towers
 from megavlm.errors import CheckpointError, ConfigError
 from megavlm.model.vit import PIXEL_MEAN, PIXEL_STD, VisionTransformer
-from tests.convert.hugging_face import assert_same, fill, randomise, saved
+from tests.convert.hugging_face import assert_same, fill, saved
+from tests.model.weights import randomise
 from tests.ranks import alone
 
 ATOL = 1e-5  # worst measured 2.9e-6
@@ -117,6 +118,7 @@ def test_features_equal_the_original(name, seed, tmp_path):
     ours = VisionTransformer(
         sizes, dtype=torch.float32, recompute="none", parallel=UNDIVIDED
     ).eval()
+    assert imported.tensors.keys() == {f"encoder.{name}" for name, _ in ours.named_parameters()}
     fill(ours, imported.tensors, prefix="encoder.")
     generator = torch.Generator().manual_seed(seed)
     shape = (2, 3, 24, 24)

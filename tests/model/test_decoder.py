@@ -7,8 +7,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from megavlm.config.engines import UNDIVIDED
 from megavlm.config.presets import PRESETS
+from megavlm.convert.llama import llama_config
 from megavlm.model.decoder import build_decoder
-from tests.model.mllama import rope_parameters
 from tests.ranks import alone
 
 
@@ -19,12 +19,7 @@ def test_scaled_rotary_frequencies_are_llamas(factor):
         decoder = build_decoder(
             sizes, dtype=torch.bfloat16, recompute="none", parallel=UNDIVIDED, vp_stage=None
         )
-    config = LlamaConfig(
-        hidden_size=sizes.width,
-        num_attention_heads=sizes.heads,
-        max_position_embeddings=131_072,
-        rope_parameters=rope_parameters(sizes),
-    )
+    config = LlamaConfig(**llama_config(sizes))
     expected, attention_factor = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
     assert attention_factor == 1
     assert torch.equal(decoder.rotary_pos_emb.inv_freq, expected)

@@ -11,7 +11,7 @@ from tests.ranks import alone
 
 @pytest.mark.parametrize("image_pixels", [32, 40])  # 16 and 25 patches: 0, 6 or 7 registers
 @pytest.mark.parametrize("name", TOWERS)
-def test_equals_hugging_face(name, image_pixels):
+def test_equals_hugging_face(name, image_pixels, tmp_path):
     tower = TOWERS[name]
     sizes = replace(tower.sizes, image_pixels=image_pixels)
     theirs = their_tower(tower, image_pixels)
@@ -22,7 +22,7 @@ def test_equals_hugging_face(name, image_pixels):
     if tower.model is CLIPVisionModel:  # it norms the class token only
         expected = theirs.post_layernorm(expected)
     with alone():
-        ours = our_tower(sizes, theirs)
+        ours = our_tower(sizes, theirs, tmp_path)
         actual = ours(pixels).transpose(0, 1)
     assert expected.std() > 0.5  # the comparison says something
     assert (actual - expected).abs().max() < 5e-6  # worst measured 1.6e-6
@@ -37,14 +37,14 @@ def test_equals_hugging_face(name, image_pixels):
 
 
 @pytest.mark.parametrize("name", TOWERS)
-def test_patches_that_see_registers_differ(name):
+def test_patches_that_see_registers_differ(name, tmp_path):
     sizes = replace(TOWERS[name].sizes, image_pixels=40)
     theirs = their_tower(TOWERS[name], 40)
     randomise(theirs)
     pixels = torch.randn(1, 3, 40, 40, generator=torch.Generator().manual_seed(3))
     with alone(), torch.no_grad():
         plain, mllamas = (
-            our_tower(replace(sizes, visible_registers=visible), theirs)(pixels)
+            our_tower(replace(sizes, visible_registers=visible), theirs, tmp_path)(pixels)
             for visible in (False, True)
         )
     assert sizes.register_tokens > 0

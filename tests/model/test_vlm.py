@@ -2,13 +2,16 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers import MllamaForConditionalGeneration
 
+from megavlm.checkpoint.lazy import in_memory
 from megavlm.config.sizes import ModelSizes
+from megavlm.convert.mllama import mllama_config, to_hugging_face
 from megavlm.data.packing import Batch
 from megavlm.model.vit import normalise
 from megavlm.model.vlm import VisionLanguageModel
 from tests.batches import ROW_TOKENS, TINY, random_batch
-from tests.model.mllama import as_mllama
+from tests.convert.hugging_face import opened, write
 from tests.model.weights import randomise
 from tests.ranks import alone
 
@@ -48,10 +51,12 @@ IRREGULAR = replace(
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("patch_pixels", [8, 4])  # 17 and 65 tokens: 7 registers each
 @pytest.mark.parametrize("decoder", [TINY.decoder, IRREGULAR], ids=["regular", "irregular"])
-def test_equals_hugging_face_mllama(decoder, patch_pixels, attention):
+def test_equals_hugging_face_mllama(decoder, patch_pixels, attention, tmp_path):
     sizes = ModelSizes(encoder=replace(TINY.encoder, patch_pixels=patch_pixels), decoder=decoder)
     model = random_model(sizes).eval()
-    mllama = as_mllama(model)
+    exported = to_hugging_face(in_memory(dict(model.named_parameters())), sizes)
+    write(exported, mllama_config(sizes), tmp_path / "mllama")
+    mllama = opened(MllamaForConditionalGeneration, tmp_path / "mllama")
     mllama.set_attn_implementation(attention)
     generator = torch.Generator().manual_seed(3)
     side = sizes.encoder.image_pixels
