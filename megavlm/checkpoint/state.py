@@ -1,8 +1,9 @@
 """What a checkpoint says of its run beside the tensors, and whether it fits another run."""
 
 import dataclasses
-import json
 from typing import Any
+
+from pydantic import TypeAdapter
 
 from megavlm.checkpoint.folder import Folder
 from megavlm.checkpoint.storage import read_state
@@ -36,12 +37,15 @@ def check_sizes(checkpoint: Folder, saved: dict[str, Any], sizes: ModelSizes) ->
 
     Where gates start does not matter: they come from the checkpoint, or it holds none.
     """
-    # By way of JSON, as the saved ones: tuples become lists.
-    for part, wanted in json.loads(json.dumps(dataclasses.asdict(sizes))).items():
-        for name, value in wanted.items() if part in saved else ():
-            if name != "initial_gate" and saved[part].get(name) != value:
+    for part, wanted in vars(sizes).items():
+        if part not in saved:
+            continue
+        # Read back as sizes: JSON has no tuples, and older checkpoints have fewer settings.
+        have = TypeAdapter(type(wanted)).validate_python(saved[part])
+        for name, value in dataclasses.asdict(wanted).items():
+            if name != "initial_gate" and getattr(have, name) != value:
                 raise CheckpointError(
-                    f"checkpoint {checkpoint} has model.{part}.{name}={saved[part].get(name)}, the "
+                    f"checkpoint {checkpoint} has model.{part}.{name}={getattr(have, name)}, the "
                     f"run file says {value}; match them or take another checkpoint"
                 )
 

@@ -1,6 +1,8 @@
-"""The sizes of a model: all that fixes its parameters' shapes."""
+"""The sizes of a model: all that fixes its parameters' shapes, and what it computes with them."""
 
 import math
+from itertools import pairwise
+from typing import Literal
 
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
@@ -15,7 +17,10 @@ MAX_HEAD_WIDTH = 128  # the widest head that the fused cross-attention kernels h
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class EncoderSizes:
-    """The image encoder: a pre-norm vision transformer with a class token."""
+    """The image encoder: a pre-norm vision transformer; by default that of Llama 3.2 Vision.
+
+    The other settings make it that of CLIP, SigLIP or ViT, so that it can start from their weights.
+    """
 
     image_pixels: int = 224
     """Side of the square input image."""
@@ -25,9 +30,23 @@ class EncoderSizes:
     layers: int
     heads: int
     mlp_width: int
+    attention_bias: bool = False
+    """Biases on queries, keys, values and the output of self-attention: CLIP, SigLIP, ViT."""
+    class_token: bool = True
+    """A learned token before the patches: all but SigLIP."""
+    pre_norm: bool = True
+    """LayerNorm of the embedded patches before the first layer: Mllama and CLIP."""
+    activation: Literal["gelu", "quick_gelu", "gelu_tanh"] = "gelu"
+    """Of the feed-forward network. quick_gelu is x sigmoid(1.702 x), as in OpenAI's CLIP; gelu_tanh
+    the approximation by tanh, as in SigLIP."""
+    norm_epsilon: float = 1e-5
+    """Added to the variance in every LayerNorm: 1e-6 in SigLIP, 1e-12 in ViT."""
+    visible_registers: bool = True
+    """Patches see the register tokens that pad the sequence, as in Mllama; in no other encoder."""
 
     def __post_init__(self) -> None:
         _require_positive(self)
+        _require_epsilon("encoder", self.norm_epsilon)
         require_divides(
             "encoder.patch_pixels", self.patch_pixels, "image_pixels", self.image_pixels
         )
@@ -35,8 +54,8 @@ class EncoderSizes:
 
     @property
     def tokens(self) -> int:
-        """Image tokens that the decoder sees for one image: the patches and the class token."""
-        return (self.image_pixels // self.patch_pixels) ** 2 + 1
+        """Image tokens that the decoder sees for one image: the patches and any class token."""
+        return (self.image_pixels // self.patch_pixels) ** 2 + self.class_token
 
     @property
     def register_tokens(self) -> int:
@@ -51,22 +70,34 @@ class DecoderSizes:
     vocabulary: int
     width: int
     self_layers: int
-    cross_every: int
+    cross_every: int | None = None
     """A cross-attention layer follows every so many self-attention layers."""
+    cross_at: tuple[int, ...] | None = None
+    """Or: positions (from 0) of the cross-attention layers among all layers, ascending."""
     heads: int
     kv_heads: int
     """Key/value heads of grouped-query attention, in self- and cross-attention alike."""
     mlp_width: int
     rope_base: int = 10_000
+    rope_scaling: float | None = None
+    """Llama 3's factor for low rotary frequencies: 8 in 3.1 and 3.2 Vision, 32 in the small 3.2."""
+    norm_epsilon: float = 1e-5
+    """Added to the mean square in every RMSNorm."""
     initial_gate: float = 0.0
     """Gates start at this value: 0 for a pre-trained decoder (the cross layers start as the
     identity), near 1 when everything is trained from scratch."""
 
     def __post_init__(self) -> None:
-        _require_positive(self, except_for=("initial_gate",))
+        _require_positive(self)
+        _require_epsilon("decoder", self.norm_epsilon)
         _require_heads("decoder", self.width, self.heads)
         require_divides("decoder.kv_heads", self.kv_heads, "heads", self.heads)
-        require_divides("decoder.cross_every", self.cross_every, "self_layers", self.self_layers)
+        self._require_cross_layers()
+        if self.rope_scaling is not None and not 1 <= self.rope_scaling < math.inf:
+            raise ConfigError(
+                f"decoder.rope_scaling={self.rope_scaling} must be finite and at least 1; null is "
+                "no scaling"
+            )
         if not math.isfinite(self.initial_gate):
             raise ConfigError(f"decoder.initial_gate={self.initial_gate} must be finite")
         if self.head_width % 2:
@@ -74,15 +105,42 @@ class DecoderSizes:
                 f"decoder: width / heads = {self.head_width} must be even for rotary embeddings"
             )
 
+    def _require_cross_layers(self) -> None:
+        if (self.cross_every is None) == (self.cross_at is None):
+            raise ConfigError(
+                f"decoder.cross_every={self.cross_every} and decoder.cross_at={self.cross_at}: "
+                "give one of them and leave the other null"
+            )
+        if self.cross_every is not None:
+            require_divides(
+                "decoder.cross_every", self.cross_every, "self_layers", self.self_layers
+            )
+            return
+        positions = self.cross_layers
+        if not positions or any(low >= high for low, high in pairwise(positions)):
+            raise ConfigError(
+                f"decoder.cross_at={list(positions)} must be positions in ascending order, each "
+                "once, and at least one"
+            )
+        if positions[0] < 0 or positions[-1] >= self.layers:
+            raise ConfigError(
+                f"decoder.cross_at={list(positions)} must lie in 0 to {self.layers - 1}: "
+                f"{self.self_layers} self-attention and {len(positions)} cross-attention layers"
+            )
+
     @property
     def layers(self) -> int:
         """All layers, self- and cross-attention."""
-        return self.self_layers + self.self_layers // self.cross_every
+        return self.self_layers + len(self.cross_layers)
 
     @property
     def cross_layers(self) -> tuple[int, ...]:
         """Positions (from 0) of the cross-attention layers among all layers."""
-        return tuple(range(self.cross_every, self.layers, self.cross_every + 1))
+        if self.cross_at is not None:
+            return self.cross_at
+        assert self.cross_every is not None, "one of the two is given"
+        unit = self.cross_every + 1
+        return tuple(range(self.cross_every, self.self_layers // self.cross_every * unit, unit))
 
     @property
     def head_width(self) -> int:
@@ -103,10 +161,15 @@ def divisors(number: int) -> list[int]:
     return [d for d in range(1, number + 1) if number % d == 0]
 
 
-def _require_positive(sizes: EncoderSizes | DecoderSizes, except_for: tuple[str, ...] = ()) -> None:
+def _require_positive(sizes: EncoderSizes | DecoderSizes) -> None:
     for name, value in vars(sizes).items():
-        if name not in except_for and not name.startswith("_") and value < 1:
+        if type(value) is int and value < 1:  # not of a bool, nor of an option that is left out
             raise ConfigError(f"{type(sizes).__name__}.{name}={value} must be at least 1")
+
+
+def _require_epsilon(part: str, epsilon: float) -> None:
+    if not 0 < epsilon < 1:
+        raise ConfigError(f"{part}.norm_epsilon={epsilon} must lie between 0 and 1")
 
 
 def require_divides(name: str, value: int, of_name: str, of: int) -> None:

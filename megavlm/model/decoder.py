@@ -1,4 +1,4 @@
-"""The decoder: megatron-core's GPT with a cross-attention layer after every few of its layers."""
+"""The decoder: megatron-core's GPT with cross-attention layers among its layers."""
 
 from typing import Any
 
@@ -44,6 +44,7 @@ def build_decoder(
         heads=sizes.heads,
         kv_heads=sizes.kv_heads,
         mlp_width=sizes.mlp_width,
+        norm_epsilon=sizes.norm_epsilon,
         normalization="RMSNorm",
         gated_linear_unit=True,
         activation_func=functional.silu,
@@ -66,6 +67,8 @@ def build_decoder(
         max_sequence_length=0,  # unused: rotary embeddings have no table to size
         position_embedding_type="rope",
         rotary_base=sizes.rope_base,
+        rope_scaling=sizes.rope_scaling is not None,
+        rope_scaling_factor=sizes.rope_scaling or 1.0,
         pre_process=parallel_state.is_pipeline_first_stage(**at),
         post_process=parallel_state.is_pipeline_last_stage(**at),
         vp_stage=vp_stage,
@@ -86,7 +89,7 @@ def _block_spec(
     cross_layer = ModuleSpec(
         module=CrossAttentionLayer, params={"initial_gate": sizes.initial_gate}
     )
-    self_layer = self_attention_layer_spec(AttnMaskType.causal)
+    self_layer = self_attention_layer_spec(AttnMaskType.causal, attention_bias=False)
     first = get_transformer_layer_offset(config, vp_stage)
     positions = range(first, first + get_num_layers_to_build(config, vp_stage))
     return TransformerBlockSubmodules(

@@ -21,11 +21,9 @@ from torch.nn import functional
 from megavlm.config.engines import MegatronSettings
 from megavlm.ops.norm import gated_norm
 
-NORM_EPSILON = 1e-5  # as in Llama 3.2 Vision
-
 
 class Norm(nn.Module):
-    """RMSNorm or LayerNorm, as the configuration says.
+    """RMSNorm or LayerNorm, and its epsilon, as the configuration says.
 
     megatron-core's own torch norm refuses sequence parallelism; this one marks its parameters for
     it, so that their gradients are summed over the tensor-parallel ranks, unless each of them has
@@ -36,12 +34,12 @@ class Norm(nn.Module):
         self,
         config: TransformerConfig,
         hidden_size: int,
-        eps: float = NORM_EPSILON,
         *,
         all_tokens: bool = False,
+        **_: Any,
     ) -> None:
         super().__init__()
-        self.eps = eps
+        self.eps = config.layernorm_epsilon
         self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
         self.bias = (
             nn.Parameter(torch.zeros(hidden_size, dtype=config.params_dtype))
@@ -134,15 +132,18 @@ def mlp_spec() -> ModuleSpec:
     )
 
 
-def self_attention_layer_spec(mask_type: AttnMaskType) -> ModuleSpec:
-    """Pre-norm self-attention and feed-forward network; no biases in the attention."""
+def self_attention_layer_spec(mask_type: AttnMaskType, *, attention_bias: bool) -> ModuleSpec:
+    """Pre-norm self-attention and feed-forward network.
+
+    attention_bias: the attention has biases if the configuration has any; otherwise it has none.
+    """
     attention = ModuleSpec(
         module=SelfAttention,
         params={"attn_mask_type": mask_type},
         submodules=SelfAttentionSubmodules(
-            linear_qkv=BiasFreeColumnLinear,
+            linear_qkv=ColumnParallelLinear if attention_bias else BiasFreeColumnLinear,
             core_attention=AttentionCore,
-            linear_proj=BiasFreeRowLinear,
+            linear_proj=RowParallelLinear if attention_bias else BiasFreeRowLinear,
         ),
     )
     return ModuleSpec(
@@ -168,6 +169,7 @@ def layer_config(
     heads: int,
     kv_heads: int,
     mlp_width: int,
+    norm_epsilon: float,
     **style: Any,
 ) -> TransformerConfig:
     """megatron-core's configuration for layers of these sizes.
@@ -192,7 +194,7 @@ def layer_config(
         num_attention_heads=heads,
         num_query_groups=kv_heads,
         ffn_hidden_size=mlp_width,
-        layernorm_epsilon=NORM_EPSILON,
+        layernorm_epsilon=norm_epsilon,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,

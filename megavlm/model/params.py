@@ -5,7 +5,7 @@ checkpoints. Conversion, resharding and planning read this list instead of build
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -62,27 +62,40 @@ class Parameter(NamedTuple):
 def parameters(sizes: ModelSizes) -> list[Parameter]:
     """All parameters of a model of these sizes."""
     encoder, decoder = sizes.encoder, sizes.decoder
-    matrix = (decoder.vocabulary, decoder.width)
-    std = _small_std(decoder.width)
     # Image states come out of a norm; the projector keeps their unit variance.
     projector_std = encoder.width**-0.5
-    by_part: dict[str, list[Parameter]] = {
-        ENCODER: list(_encoder(encoder)),
-        PROJECTOR: [
-            _normal("projector.weight", (decoder.width, encoder.width), projector_std),
-            Parameter("projector.bias", (decoder.width,)),
-        ],
-        EMBEDDINGS: [
-            _normal("language.embedding.word_embeddings.weight", matrix, std, 0),
-            _normal("language.output_layer.weight", matrix, std, 0),
-        ],
-        SELF_LAYERS: [
-            *_decoder_layers(decoder, cross=False),
-            _scale("language.decoder.final_layernorm.weight", decoder.width),
-        ],
-        CROSS_LAYERS: list(_decoder_layers(decoder, cross=True)),
-    }
-    return [p._replace(part=part) for part in PARTS for p in by_part[part]]
+    projector = [
+        _normal("projector.weight", (decoder.width, encoder.width), projector_std),
+        Parameter("projector.bias", (decoder.width,)),
+    ]
+    return [
+        *encoder_parameters(encoder),
+        *_of_part(PROJECTOR, projector),
+        *decoder_parameters(decoder),
+    ]
+
+
+def encoder_parameters(sizes: EncoderSizes) -> list[Parameter]:
+    """All parameters of an image encoder of these sizes."""
+    return _of_part(ENCODER, _encoder(sizes))
+
+
+def decoder_parameters(sizes: DecoderSizes) -> list[Parameter]:
+    """All parameters of a decoder of these sizes."""
+    matrix, std = (sizes.vocabulary, sizes.width), _small_std(sizes.width)
+    embeddings = [
+        _normal("language.embedding.word_embeddings.weight", matrix, std, 0),
+        _normal("language.output_layer.weight", matrix, std, 0),
+    ]
+    self_layers = [
+        *_decoder_layers(sizes, cross=False),
+        _scale("language.decoder.final_layernorm.weight", sizes.width),
+    ]
+    return [
+        *_of_part(EMBEDDINGS, embeddings),
+        *_of_part(SELF_LAYERS, self_layers),
+        *_of_part(CROSS_LAYERS, _decoder_layers(sizes, cross=True)),
+    ]
 
 
 def count_by_part(sizes: ModelSizes) -> dict[str, int]:
@@ -91,6 +104,10 @@ def count_by_part(sizes: ModelSizes) -> dict[str, int]:
     for parameter in parameters(sizes):
         counts[parameter.part] += parameter.numel
     return counts
+
+
+def _of_part(part: str, entries: Iterable[Parameter]) -> list[Parameter]:
+    return [entry._replace(part=part) for entry in entries]
 
 
 def _small_std(width: int) -> float:
@@ -118,16 +135,21 @@ def _encoder(sizes: EncoderSizes) -> Iterator[Parameter]:
     std = _small_std(width)
     # Projections back onto the residual stream are smaller, by depth (GPT-2, Radford et al. 2019).
     out_std = std / math.sqrt(2 * sizes.layers)
-    yield _normal("encoder.class_token", (width,), width**-0.5)
+    if sizes.class_token:
+        yield _normal("encoder.class_token", (width,), width**-0.5)
     yield _normal("encoder.positions", (sizes.tokens, width), width**-0.5)
     # As torch's convolutions: a variance of 1 / (3 x inputs).
     yield _normal("encoder.patch.weight", (width, 3, patch, patch), (9 * patch**2) ** -0.5)
-    yield from _layer_norm("encoder.norm_pre", width)
+    if sizes.pre_norm:
+        yield from _layer_norm("encoder.norm_pre", width)
     for i in range(sizes.layers):
         layer = f"encoder.block.layers.{i}"
         yield from _layer_norm(f"{layer}.input_layernorm", width)
         yield _normal(f"{layer}.self_attention.linear_qkv.weight", (3 * width, width), std, 0)
         yield _normal(f"{layer}.self_attention.linear_proj.weight", (width, width), out_std, 1)
+        if sizes.attention_bias:
+            yield Parameter(f"{layer}.self_attention.linear_qkv.bias", (3 * width,), 0)
+            yield Parameter(f"{layer}.self_attention.linear_proj.bias", (width,))
         yield from _layer_norm(f"{layer}.pre_mlp_layernorm", width)
         yield _normal(f"{layer}.mlp.linear_fc1.weight", (mlp_width, width), std, 0)
         yield Parameter(f"{layer}.mlp.linear_fc1.bias", (mlp_width,), 0)

@@ -1,7 +1,11 @@
-"""The image encoder: a vision transformer (Dosovitskiy et al. 2021) as in Llama 3.2 Vision.
+"""The image encoder: a vision transformer (Dosovitskiy et al. 2021).
+
+Without further settings it is that of Llama 3.2 Vision; with them, of CLIP, SigLIP or ViT.
 
 Letters in shapes: n images, t tokens, w width.
 """
+
+from functools import partial
 
 import torch
 from megatron.core.tensor_parallel.mappings import (
@@ -23,11 +27,24 @@ PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
-class VisionTransformer(MegatronModule):
-    """Images to one state per patch, and one for the class token.
+def quick_gelu(x: Tensor) -> Tensor:
+    """The approximation of GELU by a sigmoid (Hendrycks and Gimpel 2016)."""
+    return x * torch.sigmoid(1.702 * x)
 
-    Zero register tokens bring the sequence to a multiple of 8; patches see them, they do not see
-    each other, and they are dropped at the end. Hugging Face Mllama pads in exactly this way.
+
+ACTIVATIONS = {
+    "gelu": functional.gelu,
+    "quick_gelu": quick_gelu,
+    "gelu_tanh": partial(functional.gelu, approximate="tanh"),
+}
+
+
+class VisionTransformer(MegatronModule):
+    """Images to one state per patch, and one for the class token if there is one.
+
+    Zero register tokens bring the sequence to a multiple of 8; they do not see each other, and they
+    are dropped at the end. If patches see them, this is exactly Hugging Face Mllama's padding; if
+    they do not, the registers change nothing.
     Its layers are tensor and sequence parallel; under pipeline parallelism all of them lie on the
     first stage.
     """
@@ -49,8 +66,9 @@ class VisionTransformer(MegatronModule):
             heads=sizes.heads,
             kv_heads=sizes.heads,
             mlp_width=sizes.mlp_width,
+            norm_epsilon=sizes.norm_epsilon,
             normalization="LayerNorm",
-            activation_func=functional.gelu,
+            activation_func=ACTIVATIONS[sizes.activation],
             add_bias_linear=True,
         )
         super().__init__(config)
@@ -58,10 +76,12 @@ class VisionTransformer(MegatronModule):
         self.patch = nn.Conv2d(
             3, sizes.width, sizes.patch_pixels, sizes.patch_pixels, bias=False, dtype=dtype
         )
-        self.class_token = nn.Parameter(torch.empty(sizes.width, dtype=dtype))
+        if sizes.class_token:
+            self.class_token = nn.Parameter(torch.empty(sizes.width, dtype=dtype))
         self.positions = nn.Parameter(torch.empty(sizes.tokens, sizes.width, dtype=dtype))
-        self.norm_pre = Norm(config, sizes.width, all_tokens=True)
-        layer = self_attention_layer_spec(AttnMaskType.no_mask)
+        if sizes.pre_norm:
+            self.norm_pre = Norm(config, sizes.width, all_tokens=True)
+        layer = self_attention_layer_spec(AttnMaskType.no_mask, attention_bias=sizes.attention_bias)
         self.block = TransformerBlock(
             config,
             TransformerBlockSubmodules(
@@ -74,10 +94,12 @@ class VisionTransformer(MegatronModule):
         """pixels: uint8 (n, 3, side, side), or already normalised floats. Returns (t, n, w)."""
         if pixels.dtype == torch.uint8:
             pixels = normalise(pixels)
-        patches = self.patch(pixels.to(self.patch.weight.dtype)).flatten(2).permute(2, 0, 1)
-        class_token = self.class_token.expand(1, patches.shape[1], -1)
-        x = torch.cat([class_token, patches]) + self.positions[:, None]
-        x = self.norm_pre(x)
+        x = self.patch(pixels.to(self.patch.weight.dtype)).flatten(2).permute(2, 0, 1)
+        if self.sizes.class_token:
+            x = torch.cat([self.class_token.expand(1, x.shape[1], -1), x])
+        x = x + self.positions[:, None]
+        if self.sizes.pre_norm:
+            x = self.norm_pre(x)
         x = functional.pad(x, (0, 0, 0, 0, 0, self.sizes.register_tokens))
         hidden_mask = self._hidden_mask(x.device)
         if self.config.sequence_parallel:
@@ -89,13 +111,19 @@ class VisionTransformer(MegatronModule):
         return x[: self.sizes.tokens]
 
     def _hidden_mask(self, device: torch.device) -> Tensor | None:
-        """Registers hidden from registers: (1, 1, t, t) bool, or None without registers."""
+        """Registers hidden from registers, and from patches if they are not to be seen.
+
+        (1, 1, t, t) bool, queries first; or None without registers. Every token sees the patches,
+        so no row is without keys.
+        """
         if self.sizes.register_tokens == 0:
             return None
         is_register = torch.zeros(
             self.sizes.tokens + self.sizes.register_tokens, dtype=torch.bool, device=device
         )
         is_register[self.sizes.tokens :] = True
+        if not self.sizes.visible_registers:
+            return is_register.expand(1, 1, len(is_register), -1)
         return (is_register[:, None] & is_register)[None, None]
 
 

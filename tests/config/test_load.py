@@ -26,6 +26,13 @@ def test_overrides_reach_every_level():
     assert run.optimizer.learning_rate == 3e-5
 
 
+def test_a_preset_may_have_its_cross_attention_elsewhere():
+    changes = "model={preset: vlm-demo, decoder: {cross_every: null, cross_at: [0, 3, 4]}}"
+    decoder = load_run(DEMO, [changes]).model.decoder
+    assert decoder.cross_layers == (0, 3, 4)
+    assert decoder.layers == 7
+
+
 def test_settings_survive_a_round_trip_through_plain_data(tmp_path):
     run = load_run(DEMO)
     path = tmp_path / "run.yaml"
@@ -54,6 +61,11 @@ def test_settings_survive_a_round_trip_through_plain_data(tmp_path):
         ("optimizer.beta1=2", "optimizer.beta1=2.0 must be at least 0 and below 1"),
         ("optimizer.epsilon=-1", "optimizer.epsilon=-1.0 must not be negative"),
         ("zero3.reduce_bucket=-1", "zero3.reduce_bucket=-1 must be at least 1"),
+        (
+            "model.encoder.activation=relu",
+            "activation='relu': input should be 'gelu', 'quick_gelu'",
+        ),
+        ("model.decoder.cross_at=[1]", "cross_every=2 and decoder.cross_at=(1,): give one of them"),
         ("model.decoder.initial_gate=.nan", "decoder.initial_gate=nan must be finite"),
         ("model.preset=[a]", "model.preset=['a'] is unknown"),
     ],

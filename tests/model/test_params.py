@@ -5,9 +5,10 @@ import torch
 
 from megavlm.config.engines import MegatronSettings
 from megavlm.config.presets import PRESETS
+from megavlm.config.sizes import ModelSizes
 from megavlm.model.params import PARTS, Parameter, count_by_part, parameters
 from megavlm.model.vlm import VisionLanguageModel
-from tests.batches import TINY
+from tests.batches import OTHER_FORM, TINY
 from tests.ranks import alone, as_rank
 
 INTERLEAVED = {"pipeline_parallel": 2, "virtual_pipeline": 2}
@@ -23,9 +24,11 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-def test_the_ledger_is_the_model(preset):
-    sizes = PRESETS[preset]
+FORMS = {"preset": TINY, "other form": OTHER_FORM}
+
+
+@pytest.mark.parametrize("sizes", [*PRESETS.values(), OTHER_FORM], ids=[*PRESETS, "other form"])
+def test_the_ledger_is_the_model(sizes):
     with alone(), torch.device("meta"):
         model = VisionLanguageModel(sizes, dtype=torch.bfloat16)
     built = {name: tuple(p.shape) for name, p in model.named_parameters()}
@@ -38,7 +41,9 @@ def test_the_ledger_is_the_model(preset):
     assert split == {p.name: p.tensor_axis for p in parameters(sizes) if p.tensor_axis is not None}
 
 
-def entries_on(parallel: MegatronSettings, rank: int, ranks: int) -> list[str]:
+def entries_on(
+    parallel: MegatronSettings, rank: int, ranks: int, sizes: ModelSizes = TINY
+) -> list[str]:
     """Builds a rank's chunks; returns the ledger's names of what they hold, shapes compared."""
     with as_rank(rank, ranks, parallel):
         virtual = parallel.virtual_pipeline
@@ -46,7 +51,7 @@ def entries_on(parallel: MegatronSettings, rank: int, ranks: int) -> list[str]:
         for vp_stage in range(virtual) if virtual > 1 else [None]:
             with torch.device("meta"):
                 model = VisionLanguageModel(
-                    TINY, dtype=torch.bfloat16, parallel=parallel, vp_stage=vp_stage
+                    sizes, dtype=torch.bfloat16, parallel=parallel, vp_stage=vp_stage
                 )
             ledger = model.ledger()
             for name, parameter in model.named_parameters():
@@ -59,17 +64,25 @@ def entries_on(parallel: MegatronSettings, rank: int, ranks: int) -> list[str]:
         return names
 
 
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_ranks_together_hold_the_ledger_once(layout):
-    parallel = LAYOUTS[layout]
+def test_the_ranks_together_hold_the_ledger_once(layout, form):
+    check_held_once(LAYOUTS[layout], FORMS[form])
+
+
+def test_four_tensor_parallel_ranks():
+    check_held_once(MegatronSettings(tensor_parallel=4, sequence_parallel=True), OTHER_FORM)
+
+
+def check_held_once(parallel: MegatronSettings, sizes: ModelSizes) -> None:
     ranks, tensor = parallel.model_ranks, parallel.tensor_parallel
-    held = [entries_on(parallel, rank, ranks) for rank in range(ranks)]
-    everything = Counter(entry.name for entry in parameters(TINY))
+    held = [entries_on(parallel, rank, ranks, sizes) for rank in range(ranks)]
+    everything = Counter(entry.name for entry in parameters(sizes))
     for tensor_rank in range(tensor):
         # Tensor-parallel ranks are neighbours.
         assert Counter(name for names in held[tensor_rank::tensor] for name in names) == everything
     # The encoder lies on the first pipeline rank, the head on the last.
-    assert "encoder.class_token" in held[0] and "projector.weight" in held[0]
+    assert "encoder.positions" in held[0] and "projector.weight" in held[0]
     assert "language.output_layer.weight" in held[-1]
 
 
@@ -103,8 +116,9 @@ def test_unsharding_undoes_sharding(entry, ranks):
         assert {shard.numel() * ranks for shard in shards} == {entry.numel}
 
 
-def test_every_parameter_of_the_tiny_model_comes_back():
-    for entry in parameters(TINY):
+@pytest.mark.parametrize("form", FORMS)
+def test_every_parameter_of_the_tiny_model_comes_back(form):
+    for entry in parameters(FORMS[form]):
         whole = torch.arange(entry.numel).view(entry.shape)
         assert torch.equal(entry.unshard([entry.shard(whole, 2, r) for r in range(2)]), whole)
 

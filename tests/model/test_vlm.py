@@ -2,13 +2,17 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers import MllamaForConditionalGeneration
 
+from megavlm.checkpoint.lazy import in_memory
 from megavlm.config.sizes import ModelSizes
+from megavlm.convert.mllama import mllama_config, to_hugging_face
 from megavlm.data.packing import Batch
 from megavlm.model.vit import normalise
 from megavlm.model.vlm import VisionLanguageModel
 from tests.batches import ROW_TOKENS, TINY, random_batch
-from tests.model.mllama import as_mllama
+from tests.convert.hugging_face import opened, write
+from tests.model.weights import randomise
 from tests.ranks import alone
 
 
@@ -19,18 +23,8 @@ def groups():
 
 
 def random_model(sizes: ModelSizes = TINY, **kwargs) -> VisionLanguageModel:
-    """Weights far larger than at initialisation, so that every part matters."""
     model = VisionLanguageModel(sizes, dtype=torch.float32, **kwargs)
-    generator = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            if parameter.ndim >= 2:
-                parameter.copy_(1.5 * noise / parameter[0].numel() ** 0.5)
-            elif name.endswith("norm.weight") or "layernorm.weight" in name:
-                parameter.copy_(1 + 0.2 * noise)
-            else:
-                parameter.copy_(0.5 * noise + 0.3)
+    randomise(model)
     return model
 
 
@@ -44,12 +38,25 @@ def losses(model: VisionLanguageModel, batch: Batch) -> torch.Tensor:
     )
 
 
+IRREGULAR = replace(
+    TINY.decoder,
+    self_layers=3,
+    cross_every=None,
+    cross_at=(0, 3, 4),
+    rope_scaling=8.0,
+    norm_epsilon=1e-6,
+)
+
+
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("patch_pixels", [8, 4])  # 17 and 65 tokens: 7 registers each
-def test_equals_hugging_face_mllama(attention, patch_pixels):
-    sizes = replace(TINY, encoder=replace(TINY.encoder, patch_pixels=patch_pixels))
+@pytest.mark.parametrize("decoder", [TINY.decoder, IRREGULAR], ids=["regular", "irregular"])
+def test_equals_hugging_face_mllama(decoder, patch_pixels, attention, tmp_path):
+    sizes = ModelSizes(encoder=replace(TINY.encoder, patch_pixels=patch_pixels), decoder=decoder)
     model = random_model(sizes).eval()
-    mllama = as_mllama(model)
+    exported = to_hugging_face(in_memory(dict(model.named_parameters())), sizes)
+    write(exported, mllama_config(sizes), tmp_path / "mllama")
+    mllama = opened(MllamaForConditionalGeneration, tmp_path / "mllama")
     mllama.set_attn_implementation(attention)
     generator = torch.Generator().manual_seed(3)
     side = sizes.encoder.image_pixels
@@ -69,7 +76,7 @@ def test_equals_hugging_face_mllama(attention, patch_pixels):
         ).logits
     theirs = torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
     assert theirs.std() > 0.5  # the comparison says something
-    assert (ours - theirs).abs().max() < 1e-5  # worst measured 3.8e-6, in nats
+    assert (ours - theirs).abs().max() < 1e-5  # worst measured 4.8e-6, in nats
 
 
 def test_packed_texts_do_not_touch_each_other():

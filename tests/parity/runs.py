@@ -1,7 +1,8 @@
-"""A few training steps of the smallest model under any engine, and under none."""
+"""A few training steps of a tiny model under any engine, and under none."""
 
+import json
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import cast
@@ -14,6 +15,7 @@ from megavlm.checkpoint.folder import Folder
 from megavlm.checkpoint.store import load_checkpoint, save_checkpoint
 from megavlm.config.load import load_run
 from megavlm.config.run import CheckpointSettings, RunSettings
+from megavlm.config.sizes import EncoderSizes, ModelSizes
 from megavlm.data.packing import Batch
 from megavlm.dist import groups
 from megavlm.engine.base import DTYPES
@@ -78,11 +80,11 @@ LAYOUTS = [
 ]
 
 # Images of each of a step's micro-batches: of how many of its samples, and how many slots.
-MIXES: dict[str, Callable[[int, int], Batch]] = {
-    "mixed": lambda seed, i: random_batch(seed, samples=SAMPLES, images=i % 2 == 0),
-    "image-only": lambda seed, _: random_batch(seed, samples=SAMPLES),
-    "text-only": lambda seed, _: random_batch(seed, samples=SAMPLES, images=False),
-    "many images": lambda seed, i: random_batch(seed, samples=1 + 3 * i),
+MIXES: dict[str, Callable[[int], dict[str, int]]] = {
+    "mixed": lambda i: {"samples": SAMPLES, "images": i % 2 == 0},
+    "image-only": lambda _: {"samples": SAMPLES},
+    "text-only": lambda _: {"samples": SAMPLES, "images": False},
+    "many images": lambda i: {"samples": 1 + 3 * i},
 }
 
 
@@ -98,10 +100,12 @@ class Outcome:
     """After the last step."""
 
 
-def settings(layout: Layout | None, steps: int, *overrides: str) -> RunSettings:
+def settings(
+    layout: Layout | None, steps: int, *overrides: str, model: ModelSizes = TINY
+) -> RunSettings:
     """The settings of a parity run; without a layout, those of the single process."""
     common = [
-        "model.preset=vlm-tiny",
+        f"model={json.dumps(asdict(model))}",
         f"data.row_tokens={ROW_TOKENS}",
         f"train.steps={steps}",
         f"train.samples_per_step={MICRO_BATCHES * SAMPLES}",
@@ -115,14 +119,19 @@ def settings(layout: Layout | None, steps: int, *overrides: str) -> RunSettings:
     return load_run(DEMO, [*common, f"train.micro_batches={MICRO_BATCHES // copies}"])
 
 
-def micro_batches(step: int, mix: str) -> list[Batch]:
+def micro_batches(step: int, mix: str, encoder: EncoderSizes) -> list[Batch]:
     """The same micro-batches of a step, however many ranks share them."""
-    return [MIXES[mix](100 * step + i, (step + i) % MICRO_BATCHES) for i in range(MICRO_BATCHES)]
+    return [
+        random_batch(100 * step + i, **MIXES[mix]((step + i) % MICRO_BATCHES), encoder=encoder)
+        for i in range(MICRO_BATCHES)
+    ]
 
 
-def my_micro_batches(step: int, mix: str = "mixed") -> list[Batch]:
+def my_micro_batches(
+    step: int, mix: str = "mixed", encoder: EncoderSizes = TINY.encoder
+) -> list[Batch]:
     """This copy's share of them."""
-    return micro_batches(step, mix)[groups.data_rank() :: groups.data_ranks()]
+    return micro_batches(step, mix, encoder)[groups.data_rank() :: groups.data_ranks()]
 
 
 def run_steps(
@@ -165,7 +174,7 @@ def engine_outcome(layout: Layout, run: RunSettings, mix: str) -> Outcome:
         results, gradients = [], {}
         for step in range(run.train.steps):
             rate = learning_rate_at(step, run.train.steps, run.optimizer)
-            results.append(engine.step(my_micro_batches(step, mix), rate))
+            results.append(engine.step(my_micro_batches(step, mix, run.model.encoder), rate))
             if step == 0:
                 gradients = _gradients(whole_tensors(engine), run)
         weights = _weights(whole_tensors(engine))
@@ -202,7 +211,7 @@ def _train_plainly(run: RunSettings, mix: str) -> Outcome:
     optimizer = adamw(masters, run.optimizer)
     losses, norms, gradients = [], [], {}
     for step in range(train.steps):
-        batches = micro_batches(step, mix)
+        batches = micro_batches(step, mix, run.model.encoder)
         learned = sum(int(batch.learned_bt.sum()) for batch in batches)
         optimizer.zero_grad()
         loss = 0.0
@@ -248,7 +257,7 @@ def _weights(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def differences(actual: Outcome, expected: Outcome) -> dict[str, float]:
+def differences(actual: Outcome, expected: Outcome, model: ModelSizes = TINY) -> dict[str, float]:
     """Worst differences: relative, of parts' gradients by their norms, of weights absolute."""
     row = {
         "loss": _worst_relative(actual.losses, expected.losses),
@@ -256,7 +265,7 @@ def differences(actual: Outcome, expected: Outcome) -> dict[str, float]:
     }
     assert actual.gradients.keys() == expected.gradients.keys()
     for part in PARTS:
-        names = [p.name for p in parameters(TINY) if p.part == part]
+        names = [p.name for p in parameters(model) if p.part == part]
         pairs = [
             (actual.gradients[n], expected.gradients[n]) for n in names if n in actual.gradients
         ]

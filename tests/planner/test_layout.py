@@ -5,18 +5,20 @@ import torch
 
 from megavlm.config.engines import MegatronSettings
 from megavlm.config.load import load_run
+from megavlm.model.cross_attention import CrossAttentionLayer
 from megavlm.model.params import CROSS_LAYERS, EMBEDDINGS, ENCODER, SELF_LAYERS, count_by_part
 from megavlm.model.vlm import VisionLanguageModel
 from megavlm.planner.cut import with_cut
 from megavlm.planner.layout import layout_of
+from tests.batches import OTHER_FORM, TINY
 from tests.planner.test_cut import RUN
 from tests.ranks import as_rank
 
-TINY = ["model.preset=vlm-tiny", "engine=megatron"]
+OVERRIDES = ["model.preset=vlm-tiny", "engine=megatron"]
 
 
 def tiny(*overrides: str):
-    return load_run(RUN, [*TINY, *(f"megatron.{override}" for override in overrides)])
+    return load_run(RUN, [*OVERRIDES, *(f"megatron.{override}" for override in overrides)])
 
 
 def vlm_30b(*overrides: str):
@@ -34,9 +36,10 @@ def vlm_30b(*overrides: str):
     ],
 )
 @pytest.mark.parametrize("frozen", [(), ("encoder",), ("encoder", "decoder")])
-def test_chunks_hold_what_the_ranks_build(overrides, frozen):
+@pytest.mark.parametrize("sizes", [TINY, OTHER_FORM], ids=["regular", "irregular"])
+def test_chunks_hold_what_the_ranks_build(sizes, overrides, frozen):
     run = tiny(*overrides)
-    run = replace(run, train=replace(run.train, frozen=frozen))
+    run = replace(run, model=sizes, train=replace(run.train, frozen=frozen))
     parallel, layout = with_cut(run), layout_of(run)
     for rank in range(parallel.model_ranks):
         for vp_stage, chunk in enumerate(layout.on(rank // parallel.tensor_parallel)):
@@ -50,8 +53,10 @@ def test_chunks_hold_what_the_ranks_build(overrides, frozen):
                 )
             assert chunk.parameters == sum(p.numel() for p in model.parameters())
             assert chunk.trained == sum(p.numel() for p in model.parameters() if p.requires_grad)
-            numbers = [layer.layer_number - 1 for layer in model.language.decoder.layers]
+            layers = model.language.decoder.layers
+            numbers = [layer.layer_number - 1 for layer in layers]
             assert numbers == list(chunk.layers)
+            assert chunk.cross_layers == sum(isinstance(x, CrossAttentionLayer) for x in layers)
 
 
 def test_the_layout_of_vlm_30b():
