@@ -136,7 +136,7 @@ def _convert(run: RunSettings | None, options: argparse.Namespace) -> None:
         sources=tuple(options.sources),
         out=options.out,
         to=options.to,
-        only=options.only,
+        decoder_only=options.decoder_only,
         dtype=options.dtype,
         weights_only=options.weights_only,
         ema_decay=options.ema_decay,
@@ -212,7 +212,9 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("sources", nargs="*", help="folders or URLs; several are merged")
     convert.add_argument("--out", help="the new folder")
     convert.add_argument("--to", choices=("native", "mllama", "llama", "megatron"))
-    convert.add_argument("--only", choices=("encoder", "decoder"), help="a part of an Mllama")
+    convert.add_argument(
+        "--decoder-only", action="store_true", help="take the language half of an Mllama alone"
+    )
     convert.add_argument("--dtype", choices=("fp32", "bf16"), help="cast the weights")
     convert.add_argument(
         "--weights-only", action="store_true", help="leave the optimiser's moments out"

@@ -9,7 +9,7 @@ from megavlm.checkpoint.folder import Folder
 from megavlm.checkpoint.storage import read_state
 from megavlm.config.load import run_as_tree
 from megavlm.config.run import RunSettings
-from megavlm.config.sizes import ModelSizes
+from megavlm.config.sizes import DecoderSizes, ModelSizes
 from megavlm.data.tokenizer import Tokenizer
 from megavlm.errors import CheckpointError, TokenizerError
 from megavlm.model.params import parameters
@@ -35,15 +35,21 @@ def check_checkpoint(checkpoint: Folder, sizes: ModelSizes, tokenizer: Tokenizer
 def check_sizes(checkpoint: Folder, saved: dict[str, Any], sizes: ModelSizes) -> None:
     """Raise unless a checkpoint's sizes, as plain data, are these; a part it lacks fits.
 
-    Where gates start does not matter: they come from the checkpoint, or it holds none.
+    Where gates start does not matter: they come from the checkpoint, or it holds none. Nor does
+    how the positions of cross-attention layers are spelled.
     """
     for part, wanted in vars(sizes).items():
         if part not in saved:
             continue
         # Read back as sizes: JSON has no tuples, and older checkpoints have fewer settings.
         have = TypeAdapter(type(wanted)).validate_python(saved[part])
-        for name, value in dataclasses.asdict(wanted).items():
-            if name != "initial_gate" and getattr(have, name) != value:
+        fields = {name: getattr(wanted, name) for name in dataclasses.asdict(wanted)}
+        if isinstance(wanted, DecoderSizes):
+            for name in ("initial_gate", "cross_every", "cross_at"):
+                del fields[name]
+            fields["cross_layers"] = wanted.cross_layers
+        for name, value in fields.items():
+            if getattr(have, name) != value:
                 raise CheckpointError(
                     f"checkpoint {checkpoint} has model.{part}.{name}={getattr(have, name)}, the "
                     f"run file says {value}; match them or take another checkpoint"

@@ -15,13 +15,17 @@ from megavlm.checkpoint.lazy import Tensors
 from megavlm.checkpoint.tensor_file import tensor_bytes
 from megavlm.config.engines import UNDIVIDED
 from megavlm.config.sizes import DecoderSizes, EncoderSizes, ModelSizes
-from megavlm.convert.towers import their_pixels
+from megavlm.convert import towers
+from megavlm.convert.files import preprocessor
 from megavlm.dist import groups
 from megavlm.model.vit import VisionTransformer, normalise
 from megavlm.model.vlm import VisionLanguageModel
 
 SEED = 1
 ROWS, TOKENS = 2, 12
+SMALLEST_ENCODER = EncoderSizes(
+    image_pixels=8, patch_pixels=8, width=8, layers=1, heads=1, mlp_width=8
+)
 Sizes = dict[str, Any]
 """Our sizes of the parts that there are, as plain data: `encoder`, `decoder`."""
 
@@ -40,7 +44,7 @@ def compared(kind: str, folder: Folder, ours: Tensors, sizes: Sizes) -> dict[str
     }[kind]
     generator = torch.Generator().manual_seed(SEED)
     with groups.process_groups(seed=SEED), torch.no_grad():
-        pairs = compare(folder.place, ours, sizes, generator)
+        pairs = compare(folder, ours, sizes, generator)
     return {
         "compared": True,
         "what": f"{what}, fp32, {ROWS} rows of random inputs (seed {SEED})",
@@ -64,10 +68,10 @@ def _cannot_run(folder: Folder, ours: Tensors) -> str:
 Pairs = list[tuple[Tensor, Tensor]]
 
 
-def _mllama(place: str, ours: Tensors, sizes: Sizes, generator: torch.Generator) -> Pairs:
+def _mllama(folder: Folder, ours: Tensors, sizes: Sizes, generator: torch.Generator) -> Pairs:
     from transformers import MllamaForConditionalGeneration
 
-    theirs: Any = MllamaForConditionalGeneration.from_pretrained(place, dtype=torch.float32)
+    theirs: Any = MllamaForConditionalGeneration.from_pretrained(folder.place, dtype=torch.float32)
     encoder, decoder = EncoderSizes(**sizes["encoder"]), DecoderSizes(**sizes["decoder"])
     mine = VisionLanguageModel(ModelSizes(encoder=encoder, decoder=decoder), dtype=torch.float32)
     _fill(mine, ours)
@@ -89,37 +93,45 @@ def _mllama(place: str, ours: Tensors, sizes: Sizes, generator: torch.Generator)
     ]
 
 
-def _llama(place: str, ours: Tensors, sizes: Sizes, generator: torch.Generator) -> Pairs:
+def _llama(folder: Folder, ours: Tensors, sizes: Sizes, generator: torch.Generator) -> Pairs:
     from transformers import AutoModelForCausalLM
 
-    theirs: Any = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32)
+    theirs: Any = AutoModelForCausalLM.from_pretrained(folder.place, dtype=torch.float32)
     decoder = DecoderSizes(**sizes["decoder"])
-    # No picture is seen, so any encoder will do.
-    encoder = EncoderSizes(image_pixels=8, patch_pixels=8, width=8, layers=1, heads=1, mlp_width=8)
-    mine = VisionLanguageModel(ModelSizes(encoder=encoder, decoder=decoder), dtype=torch.float32)
+    sizes_of_all = ModelSizes(encoder=SMALLEST_ENCODER, decoder=decoder)  # it sees nothing
+    mine = VisionLanguageModel(sizes_of_all, dtype=torch.float32)
     _fill(mine, ours)
     vocabulary = min(decoder.vocabulary, theirs.config.vocab_size)
     tokens = _tokens(vocabulary, generator)
     ranges = torch.zeros(2, ROWS, TOKENS, dtype=torch.int32)
-    logits = mine.logits(tokens, ranges, mine.encode_images(_pixels(8, generator)))
+    logits = mine.logits(
+        tokens, ranges, mine.encode_images(_pixels(SMALLEST_ENCODER.image_pixels, generator))
+    )
     return [(logits[..., :vocabulary], theirs(input_ids=tokens).logits[..., :vocabulary])]
 
 
-def _tower(place: str, ours: Tensors, sizes: Sizes, generator: torch.Generator) -> Pairs:
+def _tower(folder: Folder, ours: Tensors, sizes: Sizes, generator: torch.Generator) -> Pairs:
     from transformers import AutoModel
 
-    whole: Any = AutoModel.from_pretrained(place, dtype=torch.float32).eval()
+    whole: Any = AutoModel.from_pretrained(folder.place, dtype=torch.float32).eval()
     theirs = getattr(whole, "vision_model", whole)
     encoder = EncoderSizes(**sizes["encoder"])
     mine = VisionTransformer(
         encoder, dtype=torch.float32, recompute="none", parallel=UNDIVIDED
     ).eval()
     _fill(mine, {name.removeprefix("encoder."): tensor for name, tensor in ours.items()})
-    pixels = _pixels(encoder.image_pixels, generator)
-    states = theirs(pixel_values=their_pixels(pixels, whole.config.to_dict())).last_hidden_state
-    if whole.config.model_type.startswith("clip"):  # it norms the class token only
+    config: dict[str, Any] = whole.config.to_dict()
+    their_side = config.get("vision_config", config).get("image_size", encoder.image_pixels)
+    pixels = _pixels(their_side, generator)
+    mean, std = (
+        torch.tensor(values)[:, None, None]
+        for values in towers.pixel_statistics(config, preprocessor(folder))
+    )
+    states = theirs(pixel_values=(pixels / 255 - mean) / std).last_hidden_state
+    if config["model_type"].startswith("clip"):  # it norms the class token only
         states = theirs.post_layernorm(states)
-    return [(mine(pixels).transpose(0, 1), states)]
+    side = encoder.image_pixels  # what patches leave over is unseen
+    return [(mine(pixels[..., :side, :side]).transpose(0, 1), states)]
 
 
 def _fill(model: nn.Module, tensors: Tensors) -> None:

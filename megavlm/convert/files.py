@@ -37,6 +37,12 @@ def read_json(folder: Folder, name: str) -> dict[str, Any]:
     return cast(dict[str, Any], content)
 
 
+def preprocessor(folder: Folder) -> dict[str, Any]:
+    """How a Hugging Face folder prepares pictures; empty if it does not say."""
+    name = "preprocessor_config.json"
+    return read_json(folder, name) if folder.has(name) else {}
+
+
 def hugging_face_tensors(folder: Folder) -> dict[str, LazyTensor]:
     """The tensors of a Hugging Face folder of safetensors, sharded or not, by their names there.
 

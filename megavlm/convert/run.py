@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -20,11 +21,12 @@ from megavlm.config.run import RunSettings
 from megavlm.config.sizes import DecoderSizes, EncoderSizes, ModelSizes
 from megavlm.convert import deepspeed, llama, megatron, mllama, towers
 from megavlm.convert.certificate import CERTIFICATE_FILE, Record, check_against, read_certificate
-from megavlm.convert.compare import Sizes, compared
+from megavlm.convert.compare import SMALLEST_ENCODER, Sizes, compared
 from megavlm.convert.files import (
     CONFIG_FILE,
     hugging_face_tensors,
     mixed,
+    preprocessor,
     read_json,
     remembering,
     write_hugging_face,
@@ -35,9 +37,16 @@ from megavlm.convert.names import BESIDE, cast
 from megavlm.data.shards import ShardFolder
 from megavlm.data.tokenizer import Tokenizer
 from megavlm.errors import CheckpointError, ConfigError
+from megavlm.planner.cut import with_cut
 
 Kind = Literal["native", "mllama", "llama", "tower", "zero3", "universal", "megatron"]
 TARGETS: tuple[Kind, ...] = ("native", "mllama", "llama", "megatron")
+POINTERS: dict[Kind, str] = {
+    "universal": "latest_universal",
+    "zero3": "latest",
+    "megatron": "latest_checkpointed_iteration.txt",
+}
+"""Files that name the newest checkpoint in folders of DeepSpeed and Megatron-LM."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -50,8 +59,8 @@ class Conversion:
     out: str
     to: Kind | None = None
     """None: ours from other formats, and Mllama from ours."""
-    only: Literal["encoder", "decoder"] | None = None
-    """The part of an Mllama to take."""
+    decoder_only: bool = False
+    """Take the language half of an Mllama alone."""
     dtype: Literal["fp32", "bf16"] | None = None
     """None keeps every tensor's own."""
     weights_only: bool = False
@@ -87,15 +96,16 @@ def convert(conversion: Conversion) -> dict[str, Any]:
     if out.names():
         raise CheckpointError(f"{out} is not empty; choose another folder, or delete it")
     sources = [Folder(place) for place in conversion.sources]
-    kinds = [kind_of(folder) for folder in sources]
-    to = conversion.to or ("mllama" if kinds[0] == "native" else "native")
+    kinds: list[Kind] = [kind_of(folder) for folder in sources]
+    to: Kind = conversion.to or ("mllama" if kinds[0] == "native" else "native")
     with _progress() as progress:
         records: list[Record] = []
         models: list[Model] = []
         for folder, kind in zip(sources, kinds, strict=True):
-            tensors = _tensors(kind, folder, conversion.run, progress)
+            tensors, step = _tensors(kind, folder, conversion.run, progress)
             records.append(Record.of(tensors))
-            models.append(_in_our_terms(kind, folder, remembering(records[-1].tensors), conversion))
+            remembered = remembering(records[-1].tensors)
+            models.append(_in_our_terms(kind, folder, remembered, step, conversion))
         model = _prepared(models, conversion)
         config, targets = _out_of_our_terms(model, to)
         total = sum(tensor_bytes(t.shape, t.dtype) for t in targets.values())
@@ -130,7 +140,7 @@ def verify(place: str, run: RunSettings | None) -> list[str]:
             lines.append(f"{folder} is not there any more: not checked")
             continue
         with _progress() as progress:
-            tensors = _tensors(side["kind"], folder, run, progress, certificate["model"])
+            tensors, _ = _tensors(side["kind"], folder, run, progress, certificate["model"])
             checked = check_against(side, tensors, folder, progress("checking", side["bytes"]))
         lines.append(f"{folder}: {checked} tensors are as certified")
     return lines
@@ -146,12 +156,9 @@ def kind_of(folder: Folder) -> Kind:
         if model_type == "mllama":
             return "mllama"
         return "tower" if model_type in towers.FAMILIES else "llama"
-    if deepspeed.is_universal(folder):
-        return "universal"
-    if deepspeed.is_zero3(folder):
-        return "zero3"
-    if megatron.is_megatron(folder):
-        return "megatron"
+    for kind, name in POINTERS.items():
+        if name in names:
+            return kind
     raise CheckpointError(
         f"{folder} holds neither our state.json nor a config.json of Hugging Face's nor the files "
         "of DeepSpeed or Megatron-LM; is it the checkpoint's own folder?"
@@ -164,59 +171,67 @@ def _tensors(
     run: RunSettings | None,
     progress: "Start",
     sizes: Sizes | None = None,
-) -> Tensors:
-    """A folder's tensors, by the names that its format has."""
+) -> tuple[Tensors, int]:
+    """A folder's tensors, by the names that its format has, and the step that they are of."""
     match kind:
         case "native":
             reader = CheckpointReader(folder)
             total = sum(file["bytes"] for file in reader.state["files"].values())
             check_files(reader, sorted(reader.state["files"]), progress("checking", total))
-            return lazy_tensors(reader)
+            return lazy_tensors(reader), reader.state["step"]
         case "mllama" | "llama" | "tower":
-            return hugging_face_tensors(folder)
+            return hugging_face_tensors(folder), 0
         case "zero3":
-            return deepspeed.zero3_tensors(folder)
+            return deepspeed.zero3_tensors(_path(folder))
         case "universal":
-            return deepspeed.universal_tensors(folder)
+            return deepspeed.universal_tensors(_path(folder))
         case "megatron":
             model = _model_sizes(sizes) if sizes else _needed(run, kind).model
-            return megatron.megatron_shards(folder, model)
+            return megatron.megatron_shards(_path(folder), model)
 
 
-def _in_our_terms(kind: Kind, folder: Folder, tensors: Tensors, conversion: Conversion) -> Model:
+def _path(folder: Folder) -> Path:
+    if not folder.is_local:
+        raise ConfigError(f"{folder}: checkpoints of DeepSpeed and Megatron-LM must lie on a disk")
+    return Path(folder.place)
+
+
+def _in_our_terms(
+    kind: Kind, folder: Folder, tensors: Tensors, step: int, conversion: Conversion
+) -> Model:
     match kind:
         case "native":
             state = CheckpointReader(folder).state
             return _of_keys(tensors, state["settings"]["model"], state)
         case "mllama":
             config = read_json(folder, CONFIG_FILE)
-            parts = (conversion.only,) if conversion.only else mllama.PARTS
-            sizes = {}
-            if "encoder" in parts:
-                sizes["encoder"] = mllama.encoder_sizes_of(config)
-            if "decoder" in parts:
-                sizes["decoder"] = mllama.decoder_sizes_of(config)
-            converted = mllama.from_hugging_face(tensors, config, **sizes)
+            decoder = mllama.decoder_sizes_of(config)
+            if conversion.decoder_only:
+                whole, parts = ModelSizes(encoder=SMALLEST_ENCODER, decoder=decoder), ("decoder",)
+            else:
+                whole = ModelSizes(encoder=mllama.encoder_sizes_of(config), decoder=decoder)
+                parts = mllama.PARTS
+            sizes = {part: getattr(whole, part) for part in parts}
+            converted = mllama.from_hugging_face(tensors, config, whole, parts)
         case "tower":
             config = read_json(folder, CONFIG_FILE)
-            sizes = {"encoder": towers.encoder_sizes_of(config)}
-            converted = towers.from_hugging_face(tensors, config, sizes["encoder"])
+            encoder = towers.encoder_sizes_of(config)
+            sizes = {"encoder": encoder}
+            converted = towers.from_hugging_face(tensors, config, encoder, preprocessor(folder))
         case "llama":
             config = read_json(folder, CONFIG_FILE)
-            decoder = _needed(conversion.run, kind).model.decoder
-            sizes = {
-                "decoder": llama.decoder_sizes_of(
-                    config,
-                    cross_every=decoder.cross_every,
-                    cross_at=decoder.cross_at,
-                    vocabulary=decoder.vocabulary,
-                    initial_gate=decoder.initial_gate,
-                )
-            }
-            converted = llama.from_hugging_face(tensors, config, sizes["decoder"])
+            wanted = _needed(conversion.run, kind).model.decoder
+            decoder = llama.decoder_sizes_of(
+                config,
+                cross_every=wanted.cross_every,
+                cross_at=wanted.cross_at,
+                vocabulary=wanted.vocabulary,
+                initial_gate=wanted.initial_gate,
+            )
+            sizes = {"decoder": decoder}
+            converted = llama.from_hugging_face(tensors, config, decoder)
         case "zero3" | "universal" | "megatron":
             run = _needed(conversion.run, kind)
-            step = megatron.iteration(folder) if kind == "megatron" else deepspeed.steps(folder)
             state: dict[str, Any] = {"step": step}
             plain = dataclasses.asdict(run.model)
             if kind == "megatron" or conversion.weights_only:
@@ -224,7 +239,7 @@ def _in_our_terms(kind: Kind, folder: Folder, tensors: Tensors, conversion: Conv
             samples = len(ShardFolder(run.data.train))
             state |= checkpoint_state(run, Tokenizer(run.data.tokenizer), step, samples)
             return _of_keys(tensors, plain, state)
-    plain = {part: dataclasses.asdict(part_sizes) for part, part_sizes in sizes.items()}
+    plain = {part: dataclasses.asdict(of_part) for part, of_part in sizes.items()}
     return Model(
         weights=converted.tensors,
         moments={},
@@ -309,7 +324,8 @@ def _write(
             write_native(out, tensors, state, conversion.max_file_bytes)
         case "megatron":
             run = _needed(conversion.run, to)
-            megatron.write_megatron_shards(tensors, run, out, model.state["step"])
+            sizes, step = _model_sizes(model.sizes), model.state["step"]
+            megatron.write_megatron_shards(tensors, sizes, with_cut(run), _path(out), step)
         case _:
             write_hugging_face(out, tensors, config, conversion.max_file_bytes)
 
@@ -323,12 +339,12 @@ def _comparison(
     conversion: Conversion,
 ) -> dict[str, Any]:
     """Computed by Hugging Face's code and ours, if just one side is Hugging Face's."""
-    theirs = [(kind, folder) for kind, folder in zip(kinds, sources, strict=True)]
-    theirs = [pair for pair in [*theirs, (to, out)] if pair[0] in ("mllama", "llama", "tower")]
+    pairs = [*zip(kinds, sources, strict=True), (to, out)]
+    theirs = [pair for pair in pairs if pair[0] in ("mllama", "llama", "tower")]
     if not theirs:
         return {"compared": False, "reason": "both sides hold the same tensors, by their hashes"}
     [(kind, folder)] = theirs
-    if kind == "mllama" and conversion.only:
+    if kind == "mllama" and conversion.decoder_only:
         return {"compared": False, "reason": "a part of a model computes no logits"}
     weights = {name: t for name, t in model.weights.items() if not name.startswith(BESIDE)}
     return compared(kind, folder, weights, model.sizes)

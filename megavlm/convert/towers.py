@@ -200,15 +200,12 @@ def from_hugging_face(
     theirs: Tensors,
     config: Mapping[str, Any],
     sizes: EncoderSizes,
-    *,
-    pixel_mean: Sequence[float] | None = None,
-    pixel_std: Sequence[float] | None = None,
+    preprocessor: Mapping[str, Any],
 ) -> Converted:
     """An image encoder as ours; our output is its last states after its last norm, of all tokens.
 
     theirs: under the names that its files have. sizes: of `encoder_sizes_of` this config.
-    pixel_mean, pixel_std: image_mean and image_std of its preprocessor_config.json; otherwise what
-    its family is trained with.
+    preprocessor: as in `pixel_statistics`.
 
     Bits change in two tensors alone: our encoder has no bias at its patches and always normalises
     pixels as CLIP does, so a bias is added to the positions of the patches, and another
@@ -230,11 +227,24 @@ def from_hugging_face(
     _fold(
         ours,
         ours.pop(BESIDE + family.patch + ".bias", None),
-        pixel_mean or family.pixel_mean,
-        pixel_std or family.pixel_std,
+        *pixel_statistics(config, preprocessor),
         first_patch=int(sizes.class_token),
     )
     return Converted(ours, dropped)
+
+
+def pixel_statistics(
+    config: Mapping[str, Any], preprocessor: Mapping[str, Any]
+) -> tuple[Sequence[float], Sequence[float]]:
+    """Mean and standard deviation that the encoder's pixels are normalised by, for each colour.
+
+    preprocessor: the contents of preprocessor_config.json, or nothing, for what its family has.
+    """
+    family = _family(config)
+    return (
+        preprocessor.get("image_mean", family.pixel_mean),
+        preprocessor.get("image_std", family.pixel_std),
+    )
 
 
 def our_activation(theirs: str) -> Activation:

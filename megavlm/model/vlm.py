@@ -142,6 +142,19 @@ class VisionLanguageModel(MegatronModule):
             functional.pad(states_v1w, (0, 0, 0, 0, 0, padding))
         )
 
+    def logits(self, tokens_bt: Tensor, image_ranges_2bt: Tensor, image_states: Tensor) -> Tensor:
+        """Logits (b, t, vocabulary) after every token of whole texts, one a row.
+
+        image_states: as `encode_images` returns them, of one picture at least.
+        """
+        return self._decode(
+            tokens_bt,
+            hidden_mask=causal_text_mask(torch.zeros_like(tokens_bt)),
+            image_ranges_2bt=image_ranges_2bt,
+            image_states=image_states,
+            runtime_gather_output=True,
+        )
+
     def next_token_logits(
         self,
         tokens_bt: Tensor,

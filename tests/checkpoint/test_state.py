@@ -18,7 +18,9 @@ def test_sizes_that_json_writes_otherwise_fit_the_checkpoint(tiny_run, tmp_path)
     (tmp_path / "state.json").write_text(json.dumps({"format": FORMAT, **state}))
     check_checkpoint(Folder(tmp_path), OTHER_FORM, tokenizer)
     elsewhere = replace(OTHER_FORM, decoder=replace(OTHER_FORM.decoder, cross_at=(1, 3, 4)))
-    with pytest.raises(CheckpointError, match=r"decoder.cross_at=\(0, 3, 4\), the run file says"):
+    with pytest.raises(
+        CheckpointError, match=r"decoder.cross_layers=\(0, 3, 4\), the run file says"
+    ):
         check_checkpoint(Folder(tmp_path), elsewhere, tokenizer)
 
 

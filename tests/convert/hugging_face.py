@@ -12,7 +12,7 @@ from torch import Tensor
 from megavlm.checkpoint.lazy import LazyTensor, Tensors, in_memory
 from megavlm.config.sizes import ModelSizes
 from megavlm.model.vit import VisionTransformer
-from megavlm.model.vlm import VisionLanguageModel, causal_text_mask
+from megavlm.model.vlm import VisionLanguageModel
 
 
 def saved(model: Any, folder: Path) -> tuple[dict[str, LazyTensor], dict[str, Any]]:
@@ -86,9 +86,4 @@ def our_logits(
         image_tokens = len(image_states) // rows
         ranges[0] = (torch.arange(rows) * image_tokens)[:, None]
         ranges[1] = ranges[0] + image_tokens
-    return model._decode(
-        tokens_bt,
-        hidden_mask=causal_text_mask(torch.zeros(rows, length)),
-        image_ranges_2bt=ranges,
-        image_states=image_states,
-    )
+    return model.logits(tokens_bt, ranges, image_states)

@@ -112,7 +112,7 @@ def test_features_equal_the_original(name, seed, tmp_path):
     theirs = random_tower(name, seed)
     tensors, config = saved(theirs, tmp_path)
     sizes = towers.encoder_sizes_of(config)
-    imported = towers.from_hugging_face(tensors, config, sizes)
+    imported = towers.from_hugging_face(tensors, config, sizes, {})
     assert {dropped.split(".")[0] for dropped in imported.dropped} == DROPPED[name]
     assert not any(".encoder." in n for n in imported.dropped if not n.startswith("text_model"))
     ours = VisionTransformer(
@@ -140,11 +140,11 @@ def test_bits_change_where_the_docstring_says(name, tmp_path):
     tensors, config = saved(random_tower(name, 1).bfloat16(), tmp_path)
     sizes = towers.encoder_sizes_of(config)
 
-    def convert(**pixels):
-        return towers.from_hugging_face(tensors, config, sizes, **pixels).tensors
+    def convert(**preprocessor):
+        return towers.from_hugging_face(tensors, config, sizes, preprocessor).tensors
 
     as_trained = convert()
-    as_clip = convert(pixel_mean=PIXEL_MEAN, pixel_std=PIXEL_STD)
+    as_clip = convert(image_mean=PIXEL_MEAN, image_std=PIXEL_STD)
     assert {t.dtype for t in as_trained.values()} == {torch.bfloat16}
     changed = {"encoder.patch.weight", "encoder.positions"} if name != "CLIP" else set()
     assert {
@@ -160,9 +160,9 @@ def test_old_files(tmp_path):
     old = {f"vision_model.{name}": t for name, t in tensors.items()}
     buffer = "vision_model.embeddings.position_ids"
     old |= in_memory({buffer: torch.arange(5)})
-    imported = towers.from_hugging_face(old, config, sizes)
+    imported = towers.from_hugging_face(old, config, sizes, {})
     assert imported.dropped == (buffer,)
-    assert_same(imported.tensors, towers.from_hugging_face(tensors, config, sizes).tensors)
+    assert_same(imported.tensors, towers.from_hugging_face(tensors, config, sizes, {}).tensors)
 
 
 def test_published_sizes():
@@ -217,6 +217,6 @@ def test_tensors_that_do_not_fit_are_named(tmp_path):
     bias = "embeddings.patch_embedding.bias"
     without = {name: t for name, t in tensors.items() if name != bias}
     with pytest.raises(CheckpointError, match=rf"lacks 1 \({bias}\)"):
-        towers.from_hugging_face(without, config, sizes)
+        towers.from_hugging_face(without, config, sizes, {})
     with pytest.raises(CheckpointError, match=r"has shape .* but its configuration says"):
-        towers.from_hugging_face(tensors, config, replace(sizes, width=2 * sizes.width))
+        towers.from_hugging_face(tensors, config, replace(sizes, width=2 * sizes.width), {})
