@@ -140,6 +140,7 @@ def _convert(run: RunSettings | None, options: argparse.Namespace) -> None:
         dtype=options.dtype,
         weights_only=options.weights_only,
         ema_decay=options.ema_decay,
+        compare=not options.no_compare,
         max_file_bytes=int(options.max_file_gb * 1e9),
         run=run,
     )
@@ -221,6 +222,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     convert.add_argument(
         "--ema-decay", type=float, help="merge with weights that fall by this from newest to oldest"
+    )
+    convert.add_argument(
+        "--no-compare", action="store_true", help="do not run both models on the same inputs"
     )
     convert.add_argument("--max-file-gb", type=float, default=5.0)
     convert.add_argument("--run", dest="run_file", type=Path, help="run file with sizes or layout")

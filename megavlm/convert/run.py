@@ -67,6 +67,8 @@ class Conversion:
     """Leave the optimiser's moments out, where there are any."""
     ema_decay: float | None = None
     """Weigh each merged checkpoint so much less than the one after it; None: alike."""
+    compare: bool = True
+    """Run both models on the same inputs, if one is Hugging Face's and they fit into memory."""
     max_file_bytes: int = 5_000_000_000
     run: RunSettings | None = None
     """The run that a checkpoint without sizes, or a decoder, is for; and the layout of shards."""
@@ -339,6 +341,8 @@ def _comparison(
     conversion: Conversion,
 ) -> dict[str, Any]:
     """Computed by Hugging Face's code and ours, if just one side is Hugging Face's."""
+    if not conversion.compare:
+        return {"compared": False, "reason": "it was not asked for"}
     pairs = [*zip(kinds, sources, strict=True), (to, out)]
     theirs = [pair for pair in pairs if pair[0] in ("mllama", "llama", "tower")]
     if not theirs:
