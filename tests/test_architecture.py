@@ -16,7 +16,7 @@ LEVELS = [
     {"model"},
     {"stages", "checkpoint", "planner"},
     {"engine", "infer"},
-    {"train"},
+    {"train", "convert"},
     {"eval"},
     {"__main__"},
 ]
