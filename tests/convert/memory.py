@@ -1,0 +1,27 @@
+"""How much memory a function takes."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from tests.ranks import run_on_ranks
+
+STATUS = Path("/proc/self/status")
+
+
+def peak_bytes(function: Callable[[], object]) -> int:
+    """Bytes by which a forked process's memory grows at most while the function runs."""
+
+    def on_rank(_: int) -> int:
+        Path("/proc/self/clear_refs").write_text("5")  # sets the peak to what is taken now
+        before = _kilobytes("VmHWM")
+        function()
+        return 1024 * (_kilobytes("VmHWM") - before)
+
+    return run_on_ranks(1, on_rank, groups=False)[0]
+
+
+def _kilobytes(name: str) -> int:
+    match = re.search(rf"{name}:\s+(\d+) kB", STATUS.read_text())
+    assert match is not None
+    return int(match[1])
