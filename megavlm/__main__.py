@@ -146,7 +146,12 @@ def _convert(run: RunSettings | None, options: argparse.Namespace) -> None:
     )
     certificate = convert(conversion)
     target, comparison = certificate["target"], certificate["comparison"]
-    print(f"{options.out}: {target['tensors']} tensors, {target['bytes'] / 1e9:.2f} GB")
+    size = (
+        f"{target['bytes'] / 1e9:.2f} GB" if target["bytes"] > 1e7 else f"{target['bytes']} bytes"
+    )
+    unchanged = certificate["unchanged"]
+    same = f", {unchanged} of them as they were, names and bits" if unchanged else ""
+    print(f"{options.out}: {target['tensors']} tensors, {size}{same}")
     if certificate["left_out"]:
         print(f"left out: {', '.join(certificate['left_out'])}")
     if comparison["compared"]:

@@ -22,7 +22,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-import torch.multiprocessing
+from torch.multiprocessing.spawn import spawn
 
 from megavlm.checkpoint.folder import Folder
 from megavlm.checkpoint.lazy import LazyTensor
@@ -41,7 +41,7 @@ LARGEST_MATRIX_BYTES = 64_000 * 1_024 * 2
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("what", choices=("save", "convert"))
     parser.add_argument("--gb", type=float, default=2.0, help="of the state, or of the model")
     parser.add_argument("--ranks", type=int, default=2)
@@ -49,9 +49,7 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         if options.what == "save":
-            torch.multiprocessing.spawn(
-                _measure_saves, (options.ranks, options.gb, name), nprocs=options.ranks
-            )
+            spawn(_measure_saves, (options.ranks, options.gb, name), nprocs=options.ranks)
         else:
             _measure_conversions(Path(name), options.gb)
 

@@ -124,6 +124,11 @@ def check_shapes(reader: CheckpointReader, shards: State) -> None:
     """Raise CheckpointError unless a checkpoint holds these tensors, in these shapes."""
     saved = reader.state["tensors"]
     missing = sorted(shards.keys() - saved.keys())
+    if missing and missing[0].startswith("exp_avg"):
+        raise CheckpointError(
+            f"checkpoint {reader.folder} holds no states of the optimiser ({missing[0]}, say); "
+            "start a new run from its weights with checkpoint.start_from"
+        )
     if missing:
         raise CheckpointError(
             f"checkpoint {reader.folder} holds no tensor {missing[0]} ({len(missing)} are missing);"

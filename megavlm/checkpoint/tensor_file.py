@@ -7,7 +7,8 @@ files. A conversion must do neither, and object stores have no files to map.
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import IO, Any
 
@@ -57,7 +58,10 @@ def tensor_bytes(shape: Iterable[int], dtype: torch.dtype) -> int:
 def write_tensors(
     file: IO[bytes], tensors: Tensors, metadata: Mapping[str, str] | None = None
 ) -> tuple[str, int]:
-    """Write a file, reading each tensor when it is its turn; returns its SHA-256 and its bytes."""
+    """Write a file, reading each tensor shortly before its turn; returns its SHA-256 and its bytes.
+
+    Tensors are read in another thread, one after the other.
+    """
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
     for name, tensor in tensors.items():
@@ -70,21 +74,33 @@ def write_tensors(
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     digest = hashlib.sha256()
-    written = 0
+    # A tensor is read ahead, and hashed while it is written; none of it needs the interpreter.
+    with ThreadPoolExecutor(2) as pool:
 
-    def write(content: Any) -> None:
-        nonlocal written
-        digest.update(content)
-        file.write(content)
-        written += len(content)
+        def write(content: Any) -> int:
+            hashing = pool.submit(digest.update, content)
+            file.write(content)
+            hashing.result()
+            return len(content)
 
-    write(len(text).to_bytes(8, "little"))
-    write(text)
-    for name, tensor in tensors.items():
-        value = tensor.read()
-        assert (tuple(value.shape), value.dtype) == (tensor.shape, tensor.dtype), name
-        write(as_bytes(value))
+        written = write(len(text).to_bytes(8, "little")) + write(text)
+        for name, value in _read_ahead(tensors, pool):
+            expected = tensors[name]
+            assert (tuple(value.shape), value.dtype) == (expected.shape, expected.dtype), name
+            written += write(as_bytes(value))
     return digest.hexdigest(), written
+
+
+def _read_ahead(tensors: Tensors, pool: ThreadPoolExecutor) -> Iterator[tuple[str, Tensor]]:
+    """The tensors in order; while one is used, the next is read."""
+    reads = ((name, tensor.read) for name, tensor in tensors.items())
+    ahead = ((name, pool.submit(read)) for name, read in reads)
+    current = next(ahead, None)
+    while current is not None:
+        name, reading = current
+        value = reading.result()
+        current = next(ahead, None)
+        yield name, value
 
 
 def as_bytes(tensor: Tensor) -> memoryview:

@@ -17,17 +17,13 @@ from megavlm.config.engines import UNDIVIDED
 from megavlm.config.sizes import DecoderSizes, EncoderSizes, ModelSizes
 from megavlm.convert import towers
 from megavlm.convert.files import preprocessor
+from megavlm.convert.names import SMALLEST_ENCODER, Sizes
 from megavlm.dist import groups
 from megavlm.model.vit import VisionTransformer, normalise
 from megavlm.model.vlm import VisionLanguageModel
 
 SEED = 1
 ROWS, TOKENS = 2, 12
-SMALLEST_ENCODER = EncoderSizes(
-    image_pixels=8, patch_pixels=8, width=8, layers=1, heads=1, mlp_width=8
-)
-Sizes = dict[str, Any]
-"""Our sizes of the parts that there are, as plain data: `encoder`, `decoder`."""
 
 
 def compared(kind: str, folder: Folder, ours: Tensors, sizes: Sizes) -> dict[str, Any]:
@@ -42,6 +38,9 @@ def compared(kind: str, folder: Folder, ours: Tensors, sizes: Sizes) -> dict[str
         "llama": (_llama, "logits without pictures"),
         "tower": (_tower, "states of all tokens after the last norm"),
     }[kind]
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
     generator = torch.Generator().manual_seed(SEED)
     with groups.process_groups(seed=SEED), torch.no_grad():
         pairs = compare(folder, ours, sizes, generator)

@@ -13,9 +13,17 @@ import torch
 from torch import Tensor
 
 from megavlm.checkpoint.lazy import LazyTensor, Tensors
+from megavlm.config.sizes import EncoderSizes
 from megavlm.errors import CheckpointError, ConfigError
 
 Shape = tuple[int, ...]
+Sizes = dict[str, Any]
+"""Our sizes of the parts that there are, as plain data: `encoder`, `decoder`."""
+
+SMALLEST_ENCODER = EncoderSizes(
+    image_pixels=8, patch_pixels=8, width=8, layers=1, heads=1, mlp_width=8
+)
+"""Where a model needs an encoder that nothing is seen through."""
 
 BESIDE = "beside."
 """What begins the names of tensors that our checkpoint keeps though the model has no use for them:

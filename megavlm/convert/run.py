@@ -21,7 +21,6 @@ from megavlm.config.run import RunSettings
 from megavlm.config.sizes import DecoderSizes, EncoderSizes, ModelSizes
 from megavlm.convert import deepspeed, llama, megatron, mllama, towers
 from megavlm.convert.certificate import CERTIFICATE_FILE, Record, check_against, read_certificate
-from megavlm.convert.compare import SMALLEST_ENCODER, Sizes, compared
 from megavlm.convert.files import (
     CONFIG_FILE,
     hugging_face_tensors,
@@ -33,7 +32,7 @@ from megavlm.convert.files import (
     write_json,
     write_native,
 )
-from megavlm.convert.names import BESIDE, cast
+from megavlm.convert.names import BESIDE, SMALLEST_ENCODER, Sizes, cast
 from megavlm.data.shards import ShardFolder
 from megavlm.data.tokenizer import Tokenizer
 from megavlm.errors import CheckpointError, ConfigError
@@ -100,6 +99,8 @@ def convert(conversion: Conversion) -> dict[str, Any]:
     sources = [Folder(place) for place in conversion.sources]
     kinds: list[Kind] = [kind_of(folder) for folder in sources]
     to: Kind = conversion.to or ("mllama" if kinds[0] == "native" else "native")
+    if to == "megatron":
+        _needed(conversion.run, to)
     with _progress() as progress:
         records: list[Record] = []
         models: list[Model] = []
@@ -119,6 +120,7 @@ def convert(conversion: Conversion) -> dict[str, Any]:
             for folder, kind, record in zip(sources, kinds, records, strict=True)
         ],
         "target": {"kind": to, **written.summary()},
+        "unchanged": _unchanged(records[0], written) if len(records) == 1 else 0,
         "model": model.sizes,
         "left_out": list(model.dropped),
         "comparison": _comparison(kinds, sources, to, out, model, conversion),
@@ -346,12 +348,19 @@ def _comparison(
     pairs = [*zip(kinds, sources, strict=True), (to, out)]
     theirs = [pair for pair in pairs if pair[0] in ("mllama", "llama", "tower")]
     if not theirs:
-        return {"compared": False, "reason": "both sides hold the same tensors, by their hashes"}
+        return {"compared": False, "reason": "both sides are run by our code alone"}
+    from megavlm.convert.compare import compared  # megatron-core takes seconds to import
+
     [(kind, folder)] = theirs
     if kind == "mllama" and conversion.decoder_only:
         return {"compared": False, "reason": "a part of a model computes no logits"}
     weights = {name: t for name, t in model.weights.items() if not name.startswith(BESIDE)}
     return compared(kind, folder, weights, model.sizes)
+
+
+def _unchanged(read: Record, written: Record) -> int:
+    """How many tensors have their name and their bits on both sides."""
+    return sum(read.hashes.get(name) == digest for name, digest in written.hashes.items())
 
 
 def _model_sizes(sizes: Sizes) -> ModelSizes:

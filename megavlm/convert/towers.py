@@ -21,9 +21,9 @@ from megavlm.convert.names import (
     to_ours,
     within,
 )
+from megavlm.data.image import PIXEL_MEAN, PIXEL_STD
 from megavlm.errors import ConfigError
 from megavlm.model.params import encoder_parameters
-from megavlm.model.vit import PIXEL_MEAN, PIXEL_STD
 
 # Our names of activations, and Hugging Face's.
 Activation = Literal["gelu", "quick_gelu", "gelu_tanh"]

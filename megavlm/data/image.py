@@ -10,6 +10,10 @@ from torch import Tensor
 
 from megavlm.errors import BadSampleError
 
+# Mean and standard deviation of the red, green and blue channels (CLIP, Radford et al. 2021).
+PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
+PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
+
 FORMATS = ("PNG", "JPEG", "WEBP")
 MAX_PICTURE_PIXELS = 64 * 10**6
 """Larger pictures are refused before they are decoded."""

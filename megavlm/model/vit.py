@@ -20,11 +20,8 @@ from torch.nn import functional
 
 from megavlm.config.engines import MegatronSettings
 from megavlm.config.sizes import EncoderSizes
+from megavlm.data.image import PIXEL_MEAN, PIXEL_STD
 from megavlm.model.layers import Norm, layer_config, self_attention_layer_spec
-
-# Mean and standard deviation of the red, green and blue channels (CLIP, Radford et al. 2021).
-PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
-PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def quick_gelu(x: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from tests.convert.memory import peak_bytes
 from tests.convert.test_torch_files import OpensAFile
 from tests.parity.runs import CPU, LAYOUTS, my_micro_batches, settings
 from tests.ranks import run_on_ranks
+from tests.states import whole_tensors
 
 LAYOUT = {layout.name: layout for layout in LAYOUTS}
 X2, X4, HPZ = "ZeRO-3 x2", "ZeRO-3 x4", "ZeRO-3 hpZ 2x2"
@@ -65,7 +66,7 @@ def saved(tmp_path_factory):
             for step in range(STEPS):
                 engine.step(my_micro_batches(step), 1e-3)
             engine._engine.save_checkpoint(str(folder))
-            tensors = dict(engine.tensors())
+            tensors = whole_tensors(engine)
             engine.close()
             return tensors
 

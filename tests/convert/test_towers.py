@@ -20,8 +20,9 @@ from transformers import (
 from megavlm.checkpoint.lazy import in_memory
 from megavlm.config.engines import UNDIVIDED
 from megavlm.convert import towers
+from megavlm.data.image import PIXEL_MEAN, PIXEL_STD
 from megavlm.errors import CheckpointError, ConfigError
-from megavlm.model.vit import PIXEL_MEAN, PIXEL_STD, VisionTransformer
+from megavlm.model.vit import VisionTransformer
 from tests.convert.hugging_face import assert_same, fill, saved
 from tests.model.weights import randomise
 from tests.ranks import alone

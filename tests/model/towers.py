@@ -17,7 +17,8 @@ from transformers import (
 from megavlm.config.engines import UNDIVIDED
 from megavlm.config.sizes import EncoderSizes
 from megavlm.convert.towers import from_hugging_face
-from megavlm.model.vit import PIXEL_MEAN, PIXEL_STD, VisionTransformer
+from megavlm.data.image import PIXEL_MEAN, PIXEL_STD
+from megavlm.model.vit import VisionTransformer
 from tests.batches import TINY
 from tests.convert.hugging_face import fill, saved
 
