@@ -1,6 +1,7 @@
 """The command line: `megavlm train | plan | tokenizer | generate | eval | report | convert`."""
 
 import argparse
+import json
 import os
 import re
 import sys
@@ -150,8 +151,12 @@ def _convert(run: RunSettings | None, options: argparse.Namespace) -> None:
         f"{target['bytes'] / 1e9:.2f} GB" if target["bytes"] > 1e7 else f"{target['bytes']} bytes"
     )
     unchanged = certificate["unchanged"]
+    kinds = {source["kind"] for source in certificate["sources"]}
     same = f", {unchanged} of them as they were, names and bits" if unchanged else ""
     print(f"{options.out}: {target['tensors']} tensors, {size}{same}")
+    if target["kind"] == "native" and kinds != {"native"}:
+        for part, sizes in certificate["model"].items():
+            print(f"model.{part}: {json.dumps(sizes)}")
     if certificate["left_out"]:
         print(f"left out: {', '.join(certificate['left_out'])}")
     if comparison["compared"]:

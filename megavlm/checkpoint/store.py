@@ -5,7 +5,7 @@ torch Distributed Checkpoint plans who writes and reads what; `storage.py` write
 
 import hashlib
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeVar, cast
@@ -26,6 +26,9 @@ from megavlm.checkpoint.storage import STATE_FILE, CheckpointReader, CheckpointW
 from megavlm.checkpoint.tensor_file import DTYPES
 from megavlm.config.run import CheckpointSettings
 from megavlm.errors import CheckpointError, MegavlmError
+
+CHECKERS = 4
+"""Files whose checksums a rank computes at once."""
 
 Value = TypeVar("Value")
 
@@ -146,13 +149,19 @@ def check_files(
     reader: CheckpointReader, names: list[str], on_progress: Callable[[int], None] = lambda _: None
 ) -> None:
     """Raise CheckpointError unless these files of a checkpoint have their checksums."""
-    for name in names:
-        digest = hashlib.sha256()
+
+    def digest(name: str) -> str:
+        sha256 = hashlib.sha256()
         with reader.folder.open(name, "rb") as file:
             while block := file.read(16 << 20):
-                digest.update(block)
+                sha256.update(block)
                 on_progress(len(block))
-        if digest.hexdigest() != reader.state["files"][name]["sha256"]:
+        return sha256.hexdigest()
+
+    with ThreadPoolExecutor(CHECKERS) as pool:
+        digests = list(pool.map(digest, names))
+    for name, found in zip(names, digests, strict=True):
+        if found != reader.state["files"][name]["sha256"]:
             raise CheckpointError(
                 f"checkpoint file {reader.folder}/{name} is corrupt (its SHA-256 does not match); "
                 f"delete {reader.folder} to go on from an earlier one"

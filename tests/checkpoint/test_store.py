@@ -4,6 +4,7 @@ import signal
 
 import pytest
 import torch
+from torch.distributed.checkpoint.state_dict_loader import load
 
 from megavlm.checkpoint.folder import Folder
 from megavlm.checkpoint.shards import Shards, shards_of_range, whole
@@ -82,6 +83,15 @@ def test_tensors_come_back_whatever_the_ranks(tmp_path, ranks, asynchronous):
 def test_another_type_is_converted(tmp_path):
     save(tmp_path, 1)
     assert_loads(Folder(tmp_path / "step-00000001"), 1, 2, torch.bfloat16)
+
+
+def test_any_program_on_torch_distributed_checkpoint_reads_it(tmp_path):
+    save(tmp_path, 5, ranks=3)
+    reader = CheckpointReader(Folder(tmp_path / "step-00000005"))
+    tensors = {name: torch.zeros(shape) for name, shape in SHAPES.items()}
+    load(tensors, storage_reader=reader, no_dist=True)
+    for name, tensor in tensors.items():
+        assert torch.equal(tensor, values(name, 5))
 
 
 def test_ranks_may_hold_the_same_and_one_of_them_writes(tmp_path):

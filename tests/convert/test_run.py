@@ -119,7 +119,9 @@ def test_the_certificate_finds_what_changes_later(theirs, tmp_path, capfd):
     MllamaForConditionalGeneration.from_pretrained(theirs).save_pretrained(source)
     assert command(source, "--out", out) == 0
     told = certificate(out)
-    assert told["comparison"]["compared"] and told["comparison"]["worst_difference"] < 1e-5
+    assert (
+        told["comparison"]["compared"] and told["comparison"]["worst_difference"] < 2e-5
+    )  # worst measured 7.5e-6
     assert told["comparison"]["standard_deviation"] > 0.5
     assert told["sources"][0]["tensors"] == len(hugging_face_tensors(Folder(source)))
     assert command("--verify", out) == 0
