@@ -3,6 +3,7 @@
 Forking shares the imports, which cost twenty seconds, so that a case takes about one.
 """
 
+import gc
 import os
 import signal
 import socket
@@ -84,6 +85,7 @@ def _fork(
     child = os.fork()
     if child:
         return child
+    gc.freeze()  # else each collection copies what the ranks share
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank))
     os.environ.update(LOCAL_WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     code = 1

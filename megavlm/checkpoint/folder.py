@@ -1,20 +1,34 @@
 """A folder on a local disk or in an object store."""
 
+import io
 import os
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
+from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 from uuid import uuid4
 
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
+from megavlm.checkpoint.ranges import Range, RangeReader
 from megavlm.errors import CheckpointError
+
+WRITE_REMEDY = (
+    "earlier checkpoints are untouched. Free space or permit writing there, and run again"
+)
+READ_REMEDY = "check that place, and that you may read there"
+DELETE_REMEDY = "permit deleting there, and run again"
+WRITE_BYTES = 16 << 20
+"""At once: a file in an object store keeps a copy until it has enough for a request."""
 
 
 class Folder:
     """A path, or a URL that fsspec knows (`s3://bucket/run`, say); it need not exist yet.
 
-    Raises CheckpointError for a URL whose protocol is unknown or lacks its package.
+    Raises CheckpointError for a URL whose protocol is unknown or lacks its package, and for
+    whatever its disk or store says later. It belongs to the process that has made it.
     """
 
     def __init__(self, place: str | Path) -> None:
@@ -25,6 +39,8 @@ class Folder:
             raise CheckpointError(f"cannot use folder {self.place}: {error}") from error
         self._fs: Any = fs
         self.is_local = isinstance(fs, LocalFileSystem)
+        # Paths of object stores start with a bucket.
+        self._in_bucket = not self._root.startswith("/")
 
     def __str__(self) -> str:
         return self.place
@@ -32,75 +48,165 @@ class Folder:
     def __truediv__(self, name: str) -> "Folder":
         return Folder(f"{self.place}/{name}")
 
+    def sizes(self) -> dict[str, int]:
+        """Of the files and folders in it, in bytes, by name; none if it does not exist."""
+        self._fs.invalidate_cache()  # others write here, too
+        with _told(f"cannot list {self}", READ_REMEDY):
+            try:
+                entries = self._fs.ls(self._root, detail=True)
+            except FileNotFoundError:
+                return {}
+        # Of a file, and of a bucket's key that ends with a slash, stores list itself.
+        paths = {entry["name"].rstrip("/"): entry["size"] for entry in entries}
+        return {path.rpartition("/")[2]: paths[path] for path in paths if path != self._root}
+
     def names(self) -> list[str]:
         """Of the files and folders in it, sorted; none if it does not exist."""
-        self._fs.invalidate_cache()  # others write here, too
-        if not self._fs.isdir(self._root):
-            return []
-        paths = self._fs.ls(self._root, detail=False)
-        return sorted(path.rstrip("/").rpartition("/")[2] for path in paths)
+        return sorted(self.sizes())
 
     def has(self, name: str) -> bool:
         """Whether there is such a file."""
-        return self._fs.isfile(self._path(name))
+        # fsspec's own `exists` and `isfile` say no when the store does not answer.
+        self._fs.invalidate_cache()
+        with _told(f"cannot find {self}/{name}", READ_REMEDY):
+            try:
+                return self._fs.info(self._path(name))["type"] == "file"
+            except FileNotFoundError:
+                return False
 
     def size(self, name: str) -> int:
         """Of a file, in bytes."""
-        return self._fs.size(self._path(name))
+        with _told(f"cannot read {self}/{name}", READ_REMEDY):
+            return self._fs.size(self._path(name))
 
     def create(self) -> None:
         """Make it, and what lies above it."""
-        self._fs.makedirs(self._root, exist_ok=True)
+        # A bucket needs no folders, and the file systems would make a bucket that is misspelt.
+        if not self._in_bucket:
+            with _told(f"cannot write to {self}", WRITE_REMEDY):
+                self._fs.makedirs(self._root, exist_ok=True)
 
     def read(self, name: str) -> bytes:
         """A small file, whole."""
-        return self._fs.cat_file(self._path(name))
+        with _told(f"cannot read {self}/{name}", READ_REMEDY):
+            return self._fs.cat_file(self._path(name), start=0)  # without, s3fs asks for the size
 
-    def open(self, name: str, mode: str) -> IO[bytes]:
-        """A file, for reading ("rb") or writing anew ("wb")."""
-        return self._fs.open(self._path(name), mode)
+    def open(self, name: str, mode: str, ranges: Iterable[Range] = ()) -> IO[bytes]:
+        """A file, for reading ("rb") or writing anew ("wb").
+
+        ranges: what will be read, one after the other; it spares an object store requests.
+        """
+        if mode == "wb":
+            return cast(IO[bytes], _NewFile(self._fs, self._path(name), f"{self}/{name}"))
+        if not self.is_local:
+            return io.BufferedReader(RangeReader(partial(self._fetch, name), ranges))
+        with _told(f"cannot read {self}/{name}", READ_REMEDY):
+            return self._fs.open(self._path(name), mode)
+
+    def _fetch(self, name: str, ranges: list[Range]) -> list[bytes]:
+        starts, stops = map(list, zip(*ranges, strict=True))
+        with _told(f"cannot read {self}/{name}", READ_REMEDY):
+            contents = self._fs.cat_ranges([self._path(name)] * len(ranges), starts, stops)
+            for content in contents:
+                if isinstance(content, Exception):
+                    raise content
+        return contents
 
     def write_atomically(self, name: str, content: bytes) -> None:
         """Write a small file that is there whole or not at all, whatever happens.
 
         Object stores only ever show whole files. On a disk the file gets its name last.
         """
-        partial = f"{name}.partial" if self.is_local else name
-        with self.open(partial, "wb") as file:
+        first_name = name if self._in_bucket else f"{name}.partial"
+        with self.open(first_name, "wb") as file:
             file.write(content)
             sync(file)
-        if self.is_local:
-            os.replace(self._path(partial), self._path(name))
-            directory = os.open(self._root, os.O_RDONLY)
-            os.fsync(directory)
-            os.close(directory)
+        with _told(f"cannot write {self}/{name}", WRITE_REMEDY):
+            if self.is_local:
+                os.replace(self._path(first_name), self._path(name))
+                directory = os.open(self._root, os.O_RDONLY)
+                os.fsync(directory)
+                os.close(directory)
+            elif not self._in_bucket:
+                self._fs.mv(self._path(first_name), self._path(name))
 
     def check_writable(self) -> None:
-        """Raise CheckpointError unless files can be written here."""
+        """Raise CheckpointError unless files can be written here, and deleted."""
         try:
             self.create()
             probe = f"writable-{uuid4().hex}"  # the ranks do this at once
             self.write_atomically(probe, b"?")
             self.delete_file(probe)
-        except Exception as error:  # object stores have errors of their own
+        except CheckpointError as error:
             raise CheckpointError(
-                f"cannot write to {self}: {error}; permit writing there or choose another "
-                "checkpoint.folder"
+                f"cannot write to {self}: {_said(error.__cause__)}; permit writing there or choose "
+                "another checkpoint.folder"
             ) from error
 
     def delete_file(self, name: str) -> None:
-        self._fs.rm_file(self._path(name))
+        with _told(f"cannot delete {self}/{name}", DELETE_REMEDY):
+            self._fs.rm_file(self._path(name))
 
     def delete(self) -> None:
         """Remove it with everything in it."""
-        self._fs.rm(self._root, recursive=True)
+        with _told(f"cannot delete {self}", DELETE_REMEDY):
+            self._fs.rm(self._root, recursive=True)
 
     def _path(self, name: str) -> str:
         return f"{self._root}/{name}"
 
 
-def sync(file: IO[bytes]) -> None:
-    """Have what was written to a local file on its disk."""
-    file.flush()
-    if hasattr(file, "fileno"):
-        os.fsync(file.fileno())
+class _NewFile:
+    """A file that is being written; half of one never appears in an object store."""
+
+    def __init__(self, fs: Any, path: str, where: str) -> None:
+        self._where = where
+        with self._told():
+            self._file: Any = fs.open(path, "wb")
+        self._is_local = isinstance(fs, LocalFileSystem)
+
+    def write(self, content: bytes | memoryview) -> None:
+        content = memoryview(content)
+        with self._told():
+            for start in range(0, len(content), WRITE_BYTES):
+                self._file.write(content[start : start + WRITE_BYTES])
+
+    def sync(self) -> None:
+        with self._told():
+            if self._is_local:
+                self._file.flush()
+                os.fsync(self._file.fileno())
+
+    def __enter__(self) -> "_NewFile":
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is None:
+            with self._told():
+                self._file.close()
+        else:
+            with suppress(Exception):  # closing it would make it a file; a local one is one
+                self._file.discard()
+                self._file.closed = True
+
+    def _told(self) -> AbstractContextManager[None]:
+        return _told(f"cannot write {self._where}", WRITE_REMEDY)
+
+
+def sync(file: Any) -> None:
+    """Have what was written to a file on its disk, if it is a local one."""
+    file.sync()
+
+
+@contextmanager
+def _told(what: str, remedy: str) -> Iterator[None]:
+    """Turn what a disk or a store says into a CheckpointError."""
+    try:
+        yield
+    except Exception as error:  # object stores have errors of their own
+        raise CheckpointError(f"{what}: {_said(error)}; {remedy}") from error
+
+
+def _said(error: BaseException | None) -> str:
+    """In words; some errors have only a type."""
+    return getattr(error, "strerror", None) or str(error).rstrip(".") or type(error).__name__

@@ -12,6 +12,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ from torch.futures import Future
 
 from megavlm.checkpoint.folder import Folder, sync
 from megavlm.checkpoint.lazy import LazyTensor
+from megavlm.checkpoint.ranges import Range
 from megavlm.checkpoint.shards import Origin
 from megavlm.checkpoint.tensor_file import (
     DTYPES,
@@ -75,14 +77,14 @@ class CheckpointWriter(StorageWriter):
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         """Runs on one rank, before any writes."""
-        if self._folder.has(STATE_FILE):
+        names = self._folder.names()
+        if STATE_FILE in names:
             raise CheckpointError(
                 f"{self._folder} already holds a checkpoint; delete it, or choose another folder"
             )
-        with _told(f"cannot write to {self._folder}"):
-            if self._folder.names():
-                self._folder.delete()  # what a crash has left
-            self._folder.create()
+        if names:
+            self._folder.delete()  # what a crash has left
+        self._folder.create()
         return [
             dataclasses.replace(plan, storage_data=file_name(i, len(plans)))
             for i, plan in enumerate(plans, start=1)
@@ -97,7 +99,7 @@ class CheckpointWriter(StorageWriter):
             tensors[_box_name(item.index.fqn, tuple(item.index.offset))] = LazyTensor(
                 tuple(shape), dtype, lambda item=item: _on_cpu(planner.resolve_data(item))
             )
-        with _told(f"cannot write {self._folder}/{name}"), self._folder.open(name, "wb") as file:
+        with self._folder.open(name, "wb") as file:
             digest, size = write_tensors(file, tensors)
             sync(file)
         written = {name: {"sha256": digest, "bytes": size}}
@@ -128,8 +130,7 @@ def file_name(number: int, files: int) -> str:
 def write_state(folder: Folder, state: dict[str, Any]) -> None:
     """Make a folder, whose files are written, a checkpoint."""
     content = json.dumps({"format": FORMAT, **state}, indent=1).encode()
-    with _told(f"cannot write {folder}/{STATE_FILE}"):
-        folder.write_atomically(STATE_FILE, content)
+    folder.write_atomically(STATE_FILE, content)
 
 
 def read_state(folder: Folder) -> dict[str, Any]:
@@ -137,7 +138,7 @@ def read_state(folder: Folder) -> dict[str, Any]:
     try:
         state = json.loads(folder.read(STATE_FILE))
         version = state["format"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"cannot read checkpoint {folder}/{STATE_FILE}: {error}") from error
     if version != FORMAT:
         raise CheckpointError(
@@ -165,8 +166,9 @@ class CheckpointReader(StorageReader):
             )
             for name, fields in self.state["tensors"].items()
         }
+        header = partial(self._header, folder.sizes())
         with ThreadPoolExecutor(READERS) as pool:
-            headers = list(pool.map(self._header, self.state["files"]))
+            headers = list(pool.map(header, self.state["files"]))
         for file_name, entries in zip(self.state["files"], headers, strict=True):
             for box_name, entry in entries.items():
                 name, origin = _name_and_origin(box_name, len(entry.shape))
@@ -177,21 +179,20 @@ class CheckpointReader(StorageReader):
                 tensors[name].chunks.append(chunk)
         self._metadata = Metadata(tensors)  # pyright: ignore[reportArgumentType]
 
-    def _header(self, name: str) -> dict[str, Entry]:
+    def _header(self, sizes: dict[str, int], name: str) -> dict[str, Entry]:
         path, expected = f"{self.folder}/{name}", self.state["files"][name]["bytes"]
-        if not self.folder.has(name):
+        if name not in sizes:
             raise CheckpointError(
                 f"checkpoint file {path} is missing; delete {self.folder} to go on from an earlier "
                 "one"
             )
-        size = self.folder.size(name)
-        if size != expected:
+        if sizes[name] != expected:
             raise CheckpointError(
-                f"checkpoint file {path} has {size} bytes instead of {expected}; delete "
+                f"checkpoint file {path} has {sizes[name]} bytes instead of {expected}; delete "
                 f"{self.folder} to go on from an earlier one"
             )
         with self.folder.open(name, "rb") as file:
-            return read_header(file, size, path)
+            return read_header(file, expected, path)
 
     def reset(self, checkpoint_id: Any = None) -> None:
         pass
@@ -218,8 +219,9 @@ class CheckpointReader(StorageReader):
             name, entry = self._places[index.fqn, tuple(index.offset)]
             by_file[name].append((entry, item))
         for name, items in by_file.items():
-            with self.folder.open(name, "rb") as file:
-                for entry, item in sorted(items, key=lambda pair: pair[0].first_byte):
+            items.sort(key=lambda pair: _range_of(*pair))
+            with self.folder.open(name, "rb", [_range_of(*pair) for pair in items]) as file:
+                for entry, item in items:
                     target = planner.resolve_tensor(item).detach()
                     _read_box(file, entry, item.storage_offsets, target)
                     planner.commit_tensor(item, target)
@@ -230,6 +232,13 @@ class CheckpointReader(StorageReader):
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
         return True
+
+
+def _range_of(entry: Entry, item: ReadItem) -> Range:
+    """The bytes of a file that hold an item: whole rows, also where it is a part of each."""
+    first, rows = (item.storage_offsets[0], item.lengths[0]) if entry.shape else (0, 1)
+    start = entry.first_byte + first * entry.row_bytes
+    return start, start + rows * entry.row_bytes
 
 
 def _read_box(file: Any, entry: Entry, origin: Iterable[int], target: Tensor) -> None:
@@ -266,20 +275,3 @@ def _name_and_origin(box_name: str, axes: int) -> tuple[str, Origin]:
 
 def _on_cpu(value: Any) -> Tensor:
     return value.detach().cpu()
-
-
-class _told:  # noqa: N801 (reads as a verb)
-    """Turn what a disk says into a CheckpointError."""
-
-    def __init__(self, what: str) -> None:
-        self._what = what
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
-        if isinstance(error, OSError):
-            raise CheckpointError(
-                f"{self._what}: {error.strerror or error}; earlier checkpoints are untouched. Free "
-                "space or permit writing there, and run again"
-            ) from error

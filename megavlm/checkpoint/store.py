@@ -152,8 +152,10 @@ def check_files(
 
     def digest(name: str) -> str:
         sha256 = hashlib.sha256()
-        with reader.folder.open(name, "rb") as file:
-            while block := file.read(16 << 20):
+        left = reader.state["files"][name]["bytes"]
+        with reader.folder.open(name, "rb", [(0, left)]) as file:
+            while block := file.read(min(left, 16 << 20)):  # stores refuse to read past the end
+                left -= len(block)
                 sha256.update(block)
                 on_progress(len(block))
         return sha256.hexdigest()
@@ -187,8 +189,8 @@ def lazy_tensors(reader: CheckpointReader) -> dict[str, LazyTensor]:
 
 def latest_checkpoint(root: Folder) -> Folder | None:
     """The newest complete checkpoint of a run, or None."""
-    steps = whole_steps(root)
-    return root / folder_name(steps[-1]) if steps else None
+    folders = (root / folder_name(step) for step in reversed(_steps(root)))
+    return next((folder for folder in folders if folder.has(STATE_FILE)), None)
 
 
 def folder_name(step: int) -> str:
@@ -196,22 +198,18 @@ def folder_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def whole_steps(root: Folder) -> list[int]:
-    """Steps of the complete checkpoints, ascending."""
-    return [s for s in _steps(root) if (root / folder_name(s)).has(STATE_FILE)]
-
-
 def delete_old(root: Folder, settings: CheckpointSettings) -> None:
     """Delete what the settings do not keep, and what crashes have left before the newest."""
-    complete = whole_steps(root)
+    steps = _steps(root)
+    complete = [step for step in steps if (root / folder_name(step)).has(STATE_FILE)]
     kept = set(complete[-settings.keep_last :])
     if settings.keep_every:
         kept |= {step for step in complete if step % settings.keep_every == 0}
-    for step in _steps(root):
+    for step in steps:
         if step in kept or step > complete[-1]:
             continue
         folder = root / folder_name(step)
-        if folder.has(STATE_FILE):
+        if step in complete:
             folder.delete_file(STATE_FILE)  # first, so that it never looks whole again
         folder.delete()
 

@@ -142,8 +142,11 @@ class CheckpointSettings:
     every: int
     """Steps between checkpoints; the last step always writes one."""
     folder: str | None = None
-    """A path, or a URL that fsspec knows, such as s3://bucket/run; None: `checkpoints` in the run
-    folder."""
+    """A path, or a URL that fsspec knows; None: `checkpoints` in the run folder.
+
+    s3://bucket/run takes `pip install megavlm[s3]`; keys and endpoint are those of the environment
+    (`AWS_ENDPOINT_URL`, say) or of fsspec's own configuration. What a crash has uploaded of a file
+    stays unseen and takes room: have the bucket's lifecycle abort incomplete uploads after days."""
     keep_last: int = 2
     """The newest so many stay."""
     keep_every: int | None = None

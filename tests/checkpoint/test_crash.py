@@ -82,4 +82,5 @@ def test_the_newest_whole_checkpoint_always_loads(tmp_path, kills):
         for shards in state.values():
             for box in shards.boxes.values():
                 assert (box == step).all()
-    assert steps[-1] > 2 and unfinished  # saves were finished, and others were cut short
+    assert steps[-1] > 2  # saves were finished
+    assert unfinished or kills < 50  # and others were cut short

@@ -52,10 +52,10 @@ def save(root, step, ranks=2, settings=SYNCHRONOUS):
     run_on_ranks(ranks, on_rank)
 
 
-def assert_loads(folder, step, ranks, dtype=torch.float32):
+def assert_loads(place, step, ranks, dtype=torch.float32):
     def on_rank(rank):
         state = held(rank, ranks, dtype=dtype, fill=7)
-        load_checkpoint(folder, state)
+        load_checkpoint(Folder(str(place)), state)
         expected = held(rank, ranks, step, dtype)
         for name, shards in state.items():
             for origin, box in shards.boxes.items():

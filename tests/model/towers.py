@@ -75,6 +75,6 @@ def our_tower(sizes: EncoderSizes, theirs: Any, folder: Path) -> VisionTransform
         sizes, dtype=torch.float32, recompute="none", parallel=UNDIVIDED
     ).eval()
     tensors, config = saved(theirs, folder)
-    as_they_are = {"pixel_mean": PIXEL_MEAN, "pixel_std": PIXEL_STD}
-    fill(encoder, from_hugging_face(tensors, config, sizes, **as_they_are).tensors, "encoder.")
+    as_they_are = {"image_mean": PIXEL_MEAN, "image_std": PIXEL_STD}
+    fill(encoder, from_hugging_face(tensors, config, sizes, as_they_are).tensors, "encoder.")
     return encoder

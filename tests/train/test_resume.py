@@ -50,7 +50,7 @@ def losses(run):
     ]
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("engine", LAYOUTS)
 def test_a_resumed_run_is_bit_identical(tiny_run, tmp_path, engine, precision):
     ranks = LAYOUTS[engine]
@@ -88,6 +88,7 @@ def test_every_sample_once_whatever_the_number_of_ranks(tiny_run):
     assert sorted(seen) == list(range(40))
 
 
+@pytest.mark.slow
 def test_the_curve_goes_on_over_every_engine(tiny_run):
     """ZeRO-3 x4 -> TP2 x PP2 -> FSDP2 x2 -> one process, moments and all, as one process alone."""
     run = replace(tiny_run, checkpoint=replace(tiny_run.checkpoint, every=1, keep_every=1))
