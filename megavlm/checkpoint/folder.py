@@ -45,6 +45,12 @@ class Folder:
     def __str__(self) -> str:
         return self.place
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Folder) and self.place == other.place
+
+    def __hash__(self) -> int:
+        return hash(self.place)
+
     def __truediv__(self, name: str) -> "Folder":
         return Folder(f"{self.place}/{name}")
 

@@ -1,18 +1,20 @@
 """What a checkpoint says of its run beside the tensors, and whether it fits another run."""
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 from pydantic import TypeAdapter
 
 from megavlm.checkpoint.folder import Folder
-from megavlm.checkpoint.storage import read_state
+from megavlm.checkpoint.storage import STATE_FILE, folder_name, read_state
 from megavlm.config.load import run_as_tree
 from megavlm.config.run import RunSettings
 from megavlm.config.sizes import DecoderSizes, ModelSizes
+from megavlm.data.shards import ShardFolder
 from megavlm.data.tokenizer import Tokenizer
 from megavlm.errors import CheckpointError, TokenizerError
-from megavlm.model.params import parameters
+from megavlm.model.params import PARTS_OF_FROZEN, Parameter, parameters
 
 
 def checkpoint_root(run: RunSettings) -> Folder:
@@ -20,15 +22,29 @@ def checkpoint_root(run: RunSettings) -> Folder:
     return Folder(run.checkpoint.folder or run.run_folder / "checkpoints")
 
 
-def check_checkpoint(checkpoint: Folder, sizes: ModelSizes, tokenizer: Tokenizer) -> None:
-    """Raise unless the checkpoint is of a model of these sizes and of this tokenizer."""
+def check_checkpoint(checkpoint: Folder, run: RunSettings, tokenizer: Tokenizer) -> None:
+    """Raise unless the checkpoint is one of a run with this model and this tokenizer."""
     state = read_state(checkpoint)
-    check_sizes(checkpoint, state["settings"]["model"], sizes)
-    if state["tokenizer_sha256"] != tokenizer.fingerprint:
+    if "samples_seen" not in state:
+        raise CheckpointError(
+            f"checkpoint {checkpoint} holds a model, not the state of a run; move it elsewhere and "
+            "start from it with checkpoint.start_from"
+        )
+    if checkpoint != checkpoint_root(run) / folder_name(state["step"]):
+        raise CheckpointError(
+            f"checkpoint {checkpoint} is of step {state['step']}; name its folder "
+            f"{folder_name(state['step'])}"
+        )
+    check_sizes(checkpoint, state["settings"]["model"], run.model)
+    _check_tokenizer(checkpoint, state, tokenizer)
+
+
+def _check_tokenizer(checkpoint: Folder, state: dict[str, Any], tokenizer: Tokenizer) -> None:
+    saved = state.get("tokenizer_sha256")
+    if saved is not None and saved != tokenizer.fingerprint:
         raise TokenizerError(
-            f"checkpoint {checkpoint} was trained with another tokenizer (SHA-256 "
-            f"{state['tokenizer_sha256'][:12]}, now {tokenizer.fingerprint[:12]}); restore that "
-            "tokenizer or choose another run_folder"
+            f"checkpoint {checkpoint} was trained with another tokenizer (SHA-256 {saved[:12]}, "
+            f"now {tokenizer.fingerprint[:12]}); restore that tokenizer or take another checkpoint"
         )
 
 
@@ -56,10 +72,16 @@ def check_sizes(checkpoint: Folder, saved: dict[str, Any], sizes: ModelSizes) ->
                 )
 
 
-def check_weights(checkpoint: Folder, sizes: ModelSizes) -> None:
-    """Raise unless a model of these sizes can start from a checkpoint's weights."""
+def check_weights(checkpoint: Folder, sizes: ModelSizes, tokenizer: Tokenizer) -> None:
+    """Raise unless a model of these sizes and this tokenizer can start from these weights."""
+    if not checkpoint.has(STATE_FILE):
+        raise CheckpointError(
+            f"{checkpoint} is no checkpoint of ours: it has no {STATE_FILE}; name one step's "
+            "folder, or convert another program's with `megavlm convert`"
+        )
     state = read_state(checkpoint)
     check_sizes(checkpoint, state["settings"]["model"], sizes)
+    _check_tokenizer(checkpoint, state, tokenizer)
     names = {f"weights/{parameter.name}" for parameter in parameters(sizes)}
     saved = {name for name in state["tensors"] if name.startswith("weights/")}
     for name in sorted(saved - names):
@@ -68,10 +90,10 @@ def check_weights(checkpoint: Folder, sizes: ModelSizes) -> None:
         raise CheckpointError(f"checkpoint {checkpoint} holds no weights")
 
 
-def check_data_position(checkpoint: Folder, run: RunSettings, training_samples: int) -> None:
+def check_data_position(checkpoint: Folder, run: RunSettings, training: ShardFolder) -> None:
     """Raise unless the run would go on with exactly the samples that the checkpoint has not seen.
 
-    Which sample comes at which step depends on the seed, the global batch and the data set's size.
+    Which sample comes at which step depends on the seed, the global batch and the shards.
     """
     state = read_state(checkpoint)
     if state["step"] > run.train.steps:
@@ -87,7 +109,8 @@ def check_data_position(checkpoint: Folder, run: RunSettings, training_samples: 
             saved["train"]["samples_per_step"],
             now["train"]["samples_per_step"],
         ),
-        ("the number of training samples", state["training_samples"], training_samples),
+        ("the number of training samples", state["training_samples"], len(training)),
+        ("shards of SHA-256", state["training_sha256"], training.fingerprint),
     ):
         if before != after:
             raise CheckpointError(
@@ -96,25 +119,60 @@ def check_data_position(checkpoint: Folder, run: RunSettings, training_samples: 
             )
 
 
-def schedule_change(checkpoint: Folder, run: RunSettings) -> str:
-    """How the run's learning rates differ from those it was saved with, in words; empty if not."""
-    saved, now = read_state(checkpoint)["settings"], run_as_tree(run)
-    before = {**saved["optimizer"], "train.steps": saved["train"]["steps"]}
-    after = {**now["optimizer"], "train.steps": now["train"]["steps"]}
-    return ", ".join(
-        f"{name} {before.get(name)} -> {value}"
-        for name, value in after.items()
-        if before.get(name) != value
-    )
+def check_moments(checkpoint: Folder, run: RunSettings) -> None:
+    """Raise unless the checkpoint has the moments of all that the run trains."""
+    saved = read_state(checkpoint)
+    for parameter in _trained(run):
+        if f"exp_avg/{parameter.name}" not in saved["tensors"]:
+            raise CheckpointError(
+                f"checkpoint {checkpoint} was trained with train.frozen="
+                f"{saved['settings']['train']['frozen']}, now {list(run.train.frozen)}: it has no "
+                f"moments of {parameter.name}; restore it, or start a new run from its weights "
+                "with checkpoint.start_from"
+            )
+
+
+def changes(checkpoint: Folder, run: RunSettings) -> list[str]:
+    """What the run does otherwise than the one that wrote the checkpoint, in lines."""
+    state = read_state(checkpoint)
+    lines = [
+        f"{name} has changed: {before} -> {after}"
+        for name, before, after in _differences("", state["settings"], run_as_tree(run))
+        if name.split(".")[0] not in NO_MATTER
+    ]
+    trained = {f"exp_avg/{parameter.name}" for parameter in _trained(run)}
+    left = [name for name in state["tensors"] if name.startswith("exp_avg/")]
+    left = [name for name in left if name not in trained]
+    if left:
+        lines.append(f"moments of {len(left)} tensors that are frozen now are not kept")
+    return lines
+
+
+NO_MATTER = ("run_folder", "checkpoint", "model", "engine", "zero3", "fsdp2", "megatron")
+"""Settings that change nothing of what is computed, or that are checked elsewhere."""
+
+
+def _differences(prefix: str, before: Any, after: Any) -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(before, dict) and isinstance(after, dict):
+        for name in after:
+            yield from _differences(f"{prefix}{name}.", before.get(name), after[name])
+    elif before != after:
+        yield prefix.rstrip("."), before, after
+
+
+def _trained(run: RunSettings) -> list[Parameter]:
+    frozen = {part for name in run.train.frozen for part in PARTS_OF_FROZEN[name]}
+    return [parameter for parameter in parameters(run.model) if parameter.part not in frozen]
 
 
 def checkpoint_state(
-    run: RunSettings, tokenizer: Tokenizer, steps_done: int, training_samples: int
-) -> dict[str, object]:
+    run: RunSettings, tokenizer: Tokenizer, steps_done: int, training: ShardFolder
+) -> dict[str, Any]:
     """The plain data that a checkpoint carries beside its tensors."""
     return {
         "samples_seen": steps_done * run.train.samples_per_step,
-        "training_samples": training_samples,
+        "training_samples": len(training),
+        "training_sha256": training.fingerprint,
         "tokenizer_sha256": tokenizer.fingerprint,
         "settings": run_as_tree(run),
     }

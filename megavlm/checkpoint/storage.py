@@ -122,6 +122,11 @@ class CheckpointWriter(StorageWriter):
         return True
 
 
+def folder_name(step: int) -> str:
+    """Of a step's checkpoint, below the run's folder of checkpoints."""
+    return f"step-{step:08d}"
+
+
 def file_name(number: int, files: int) -> str:
     """Of one of a checkpoint's files, counted from 1."""
     return f"tensors-{number:05d}-of-{files:05d}.safetensors"

@@ -4,10 +4,15 @@ torch Distributed Checkpoint plans who writes and reads what; `storage.py` write
 """
 
 import hashlib
+import json
+import re
+import socket
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
@@ -22,15 +27,25 @@ from megavlm.checkpoint.folder import Folder
 from megavlm.checkpoint.lazy import LazyTensor
 from megavlm.checkpoint.planners import ShardsLoadPlanner, ShardsSavePlanner
 from megavlm.checkpoint.shards import Shards, State, whole
-from megavlm.checkpoint.storage import STATE_FILE, CheckpointReader, CheckpointWriter, read_state
+from megavlm.checkpoint.storage import (
+    STATE_FILE,
+    CheckpointReader,
+    CheckpointWriter,
+    folder_name,
+    read_state,
+)
 from megavlm.checkpoint.tensor_file import DTYPES
 from megavlm.config.run import CheckpointSettings
+from megavlm.dist import groups
 from megavlm.errors import CheckpointError, MegavlmError
 
+OWNER_FILE = "run.json"
+"""Whose checkpoints a folder holds."""
 CHECKERS = 4
 """Files whose checksums a rank computes at once."""
 
 Value = TypeVar("Value")
+_STEP = re.compile(r"step-(\d{8,})")
 
 
 class CheckpointSaver:
@@ -46,6 +61,17 @@ class CheckpointSaver:
         self._group = dist.new_group(backend="gloo")
         self._staging = _Staging()
         self._running: Future[Any] | None = None
+
+    def __enter__(self) -> "CheckpointSaver":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Finish the save in the background, also when the training ends with an error."""
+        if kind is None:
+            self.wait()
+        elif issubclass(kind, Exception):
+            with suppress(CheckpointError):  # the first error is the one to tell
+                self.wait()
 
     def save(self, step: int, shards: State, state: dict[str, Any]) -> None:
         """Write the checkpoint of a step, after the one before it is written.
@@ -73,9 +99,12 @@ class CheckpointSaver:
                 save(dict(shards), **how)
 
     def check(self) -> None:
-        """Raise the error of a save in the background, if it has failed by now."""
-        if self._running is not None and self._running.done():
-            self.wait()
+        """Raise the error of a save in the background, if it has failed by now, on all ranks."""
+        if self._running is not None:
+            # A rank may see the end of it a little earlier than another.
+            [done] = groups.sum_over_ranks(self._running.done())
+            if done == dist.get_world_size():
+                self.wait()
 
     def wait(self) -> None:
         """Return when everything is written; raises CheckpointError if it could not be."""
@@ -89,9 +118,8 @@ def save_checkpoint(
     root: Folder, step: int, shards: State, state: dict[str, Any], settings: CheckpointSettings
 ) -> Folder:
     """Write one checkpoint and return its folder; collective."""
-    saver = CheckpointSaver(root, settings)
-    saver.save(step, shards, state)
-    saver.wait()
+    with CheckpointSaver(root, settings) as saver:
+        saver.save(step, shards, state)
     return root / folder_name(step)
 
 
@@ -105,10 +133,22 @@ def load_checkpoint(folder: Folder, shards: State) -> None:
     rank, ranks = dist.get_rank(), dist.get_world_size()
     with _failures_told():
         reader = _on_all_ranks(lambda: CheckpointReader(folder))
+        _require_same(folder, json.dumps(reader.state, sort_keys=True))
         _on_all_ranks(lambda: check_shapes(reader, shards))
         _on_all_ranks(lambda: check_files(reader, sorted(reader.state["files"])[rank::ranks]))
-        planner = ShardsLoadPlanner()
-        load(dict(shards), storage_reader=reader, planner=planner)
+        load(dict(shards), storage_reader=reader, planner=ShardsLoadPlanner())
+
+
+def _require_same(folder: Folder, content: str) -> None:
+    """Raise CheckpointError, on all ranks, unless they see the same; collective."""
+    digest = hashlib.sha256(content.encode()).hexdigest()
+    seen: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(seen, (str(folder), digest))
+    if len(set(seen)) > 1:
+        raise CheckpointError(
+            f"ranks see different checkpoints: {sorted({place for place, _ in seen})}; have all "
+            "hosts share the folder of checkpoints, and run again"
+        )
 
 
 def load_weights(folder: Folder, shards: State) -> None:
@@ -193,13 +233,11 @@ def latest_checkpoint(root: Folder) -> Folder | None:
     return next((folder for folder in folders if folder.has(STATE_FILE)), None)
 
 
-def folder_name(step: int) -> str:
-    """Of a step's checkpoint, below the run's folder of checkpoints."""
-    return f"step-{step:08d}"
-
-
 def delete_old(root: Folder, settings: CheckpointSettings) -> None:
-    """Delete what the settings do not keep, and what crashes have left before the newest."""
+    """Delete what the settings do not keep, and what crashes have left before the newest.
+
+    What cannot be deleted is told, and stays.
+    """
     steps = _steps(root)
     complete = [step for step in steps if (root / folder_name(step)).has(STATE_FILE)]
     kept = set(complete[-settings.keep_last :])
@@ -209,14 +247,47 @@ def delete_old(root: Folder, settings: CheckpointSettings) -> None:
         if step in kept or step > complete[-1]:
             continue
         folder = root / folder_name(step)
-        if step in complete:
-            folder.delete_file(STATE_FILE)  # first, so that it never looks whole again
-        folder.delete()
+        try:
+            if step in complete:
+                folder.delete_file(STATE_FILE)  # first, so that it never looks whole again
+            folder.delete()
+        except CheckpointError as error:
+            print(f"warning: {error}", file=sys.stderr, flush=True)
 
 
 def _steps(root: Folder) -> list[int]:
-    numbers = (name.removeprefix("step-") for name in root.names() if name.startswith("step-"))
-    return sorted(int(number) for number in numbers if number.isdigit())
+    names = (_STEP.fullmatch(name) for name in root.names())
+    return sorted(int(name[1]) for name in names if name)
+
+
+def claim(root: Folder, run_folder: Path) -> None:
+    """Have a folder of checkpoints to oneself, and see that all ranks share it; collective.
+
+    Raises CheckpointError, on all ranks, if it belongs to another run, or if the hosts each have
+    their own.
+    """
+    owner = str(run_folder.resolve())
+
+    def write() -> None:
+        if dist.get_rank() == 0 and not root.has(OWNER_FILE):
+            root.create()
+            root.write_atomically(OWNER_FILE, json.dumps({"run_folder": owner}).encode())
+
+    def check() -> None:
+        if not root.has(OWNER_FILE):
+            raise CheckpointError(
+                f"{root} is not shared by all hosts: {socket.gethostname()} does not see what the "
+                "first one writes there; set checkpoint.folder to storage that all of them share"
+            )
+        found = json.loads(root.read(OWNER_FILE))["run_folder"]
+        if found != owner:
+            raise CheckpointError(
+                f"{root} belongs to the run in {found}; choose another checkpoint.folder, or, if "
+                f"that run has moved to {owner}, delete {root}/{OWNER_FILE}"
+            )
+
+    _on_all_ranks(write)
+    _on_all_ranks(check)
 
 
 class _Staging(AsyncStager):
@@ -259,12 +330,12 @@ def _allocate_alike(state: State) -> dict[str, Shards]:
 
 
 def _on_all_ranks(step: Callable[[], Value]) -> Value:
-    """What it returns; a CheckpointError of one rank is raised on all of them. Collective."""
+    """What it returns; an error of one rank is raised, as CheckpointError, on all. Collective."""
     value, error = None, ""
     try:
         value = step()
-    except CheckpointError as failed:
-        error = str(failed)
+    except Exception as failed:
+        error = str(failed) if isinstance(failed, CheckpointError) else repr(failed)
     errors: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(errors, error)
     for told in filter(None, errors):

@@ -240,8 +240,8 @@ def _in_our_terms(
             plain = dataclasses.asdict(run.model)
             if kind == "megatron" or conversion.weights_only:
                 return _of_keys(tensors, plain, state)
-            samples = len(ShardFolder(run.data.train))
-            state |= checkpoint_state(run, Tokenizer(run.data.tokenizer), step, samples)
+            training = ShardFolder(run.data.train)
+            state |= checkpoint_state(run, Tokenizer(run.data.tokenizer), step, training)
             return _of_keys(tensors, plain, state)
     plain = {part: dataclasses.asdict(of_part) for part, of_part in sizes.items()}
     return Model(

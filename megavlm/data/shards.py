@@ -4,6 +4,7 @@ A shard `name.tar` holds, for every sample, `key.json` (its texts) and, unless i
 `key.png`, `key.jpg` or `key.webp`. Beside it, `name.index.json` lists where each member lies.
 """
 
+import hashlib
 import io
 import json
 import os
@@ -79,6 +80,12 @@ class ShardFolder:
 
     def __len__(self) -> int:
         return self._ends[-1]
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the shards' names and lengths: which sample has which number."""
+        shards = [(p.name, len(e)) for p, e in zip(self.paths, self._entries, strict=True)]
+        return hashlib.sha256(json.dumps(shards).encode()).hexdigest()
 
     def locate(self, number: int) -> str:
         """Name of a sample for logs: `shard.tar:key`."""

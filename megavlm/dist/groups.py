@@ -79,6 +79,13 @@ def from_first_model_rank(value: Plain | None) -> Plain:
     return cast(Plain, value)
 
 
+def from_first_rank(text: str) -> str:
+    """What the first rank of all has; collective."""
+    box: list[Any] = [text]
+    dist.broadcast_object_list(box, src=0, device=device())
+    return box[0]
+
+
 def sum_over_ranks(*values: Tensor | float) -> list[float]:
     """Add up each value over all ranks, in fp64; collective."""
     totals = torch.tensor([float(v) for v in values], dtype=torch.float64, device=device())

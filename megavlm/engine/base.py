@@ -55,8 +55,8 @@ class Engine(Protocol):
         """What this rank holds of the model and its optimiser, sharing memory where it can.
 
         Keys are `weights/NAME`, and for trained parameters `exp_avg/NAME` and `exp_avg_sq/NAME`,
-        all fp32; names are the ledger's. What is not trained has the run's precision. Several ranks
-        may hold the same.
+        all fp32; names are the ledger's. What is not trained has the type that the engine keeps it
+        in. Several ranks may hold the same.
         """
         ...
 

@@ -26,10 +26,10 @@ def load_trained(run: RunSettings) -> tuple[VisionLanguageModel, Tokenizer]:
     checkpoint = latest_checkpoint(checkpoint_root(run))
     folders = [Folder(place) for place in run.checkpoint.start_from]
     if checkpoint is not None:
-        check_checkpoint(checkpoint, run.model, tokenizer)
+        check_checkpoint(checkpoint, run, tokenizer)
         folders = [checkpoint]
     for folder in folders:
-        check_weights(folder, run.model)
+        check_weights(folder, run.model, tokenizer)
     saved = {name for folder in folders for name in read_state(folder)["tensors"]}
     missing = {f"weights/{parameter.name}" for parameter in parameters(run.model)} - saved
     if missing:

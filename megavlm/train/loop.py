@@ -15,10 +15,11 @@ from pathlib import Path
 import torch
 
 from megavlm.checkpoint.folder import Folder
-from megavlm.checkpoint.state import checkpoint_root, checkpoint_state, schedule_change
+from megavlm.checkpoint.state import changes, checkpoint_root, checkpoint_state
 from megavlm.checkpoint.storage import read_state
 from megavlm.checkpoint.store import (
     CheckpointSaver,
+    claim,
     latest_checkpoint,
     load_checkpoint,
     load_weights,
@@ -56,17 +57,21 @@ def train(run: RunSettings) -> None:
 
 def _resume(run: RunSettings, engine: Engine) -> int:
     """Load the newest checkpoint, or what a new run starts from; returns the steps done."""
-    checkpoint = latest_checkpoint(checkpoint_root(run))
-    if checkpoint is None:
+    claim(checkpoint_root(run), run.run_folder)
+    # One rank looks: the others may see a newer listing, or an older one.
+    found = latest_checkpoint(checkpoint_root(run)) if groups.rank() == 0 else None
+    newest = groups.from_first_rank(str(found) if found else "")
+    if not newest:
         for place in run.checkpoint.start_from:
             engine.load_state(partial(load_weights, Folder(place)), steps_done=0)
             _say(f"weights from {place}")
         return 0
+    checkpoint = Folder(newest)
     steps_done = read_state(checkpoint)["step"]
     engine.load_state(partial(load_checkpoint, checkpoint), steps_done)
     _say(f"resumed from {checkpoint}")
-    if change := schedule_change(checkpoint, run):
-        _say(f"the schedule has changed: {change}")
+    for line in changes(checkpoint, run):
+        _say(line)
     return steps_done
 
 
@@ -83,10 +88,10 @@ def _run_steps(run: RunSettings, engine: Engine, first_step: int) -> None:
     steps, per_step = run.train.steps, run.train.micro_batches
     numbers = range(first_step * per_step, steps * per_step)
     batches = load(training, numbers, run.data.workers) if groups.is_first_model_rank() else None
-    saver = CheckpointSaver(checkpoint_root(run), run.checkpoint)
-    with MetricsLog(
+    log = MetricsLog(
         run.run_folder, first_step, steps, run.train.log_every, enabled=groups.rank() == 0
-    ) as log:
+    )
+    with log, CheckpointSaver(checkpoint_root(run), run.checkpoint) as saver:
         log.say(f"engine {run.engine}, {groups.describe(run.model_parallel)}")
         head_width = run.model.decoder.head_width
         kernels = library.description(groups.device(), DTYPES[run.train.precision], head_width)
@@ -120,11 +125,10 @@ def _run_steps(run: RunSettings, engine: Engine, first_step: int) -> None:
             done = step + 1
             if done % run.checkpoint.every == 0 or done == steps:
                 started = time.perf_counter()
-                state = checkpoint_state(run, tokenizer, done, len(training.folder))
+                state = checkpoint_state(run, tokenizer, done, training.folder)
                 saver.save(done, engine.state(), state)
                 log.record({"step": step, "checkpoint_seconds": time.perf_counter() - started})
         _log_heldout_loss(engine, heldout, run, log, step=steps)
-        saver.wait()
 
 
 def _check_finite(step: int, result: StepResult) -> None:

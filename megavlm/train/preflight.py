@@ -4,6 +4,7 @@ from megavlm.checkpoint.folder import Folder
 from megavlm.checkpoint.state import (
     check_checkpoint,
     check_data_position,
+    check_moments,
     check_weights,
     checkpoint_root,
 )
@@ -27,12 +28,13 @@ def check_run(run: RunSettings, ranks: int) -> None:
             f"model.decoder.vocabulary={run.model.decoder.vocabulary} must equal the "
             f"{tokenizer.vocabulary} pieces of tokenizer {run.data.tokenizer}"
         )
-    for place in run.checkpoint.start_from:
-        check_weights(Folder(place), run.model)
     checkpoint = latest_checkpoint(checkpoint_root(run))
     if checkpoint is not None:
-        check_checkpoint(checkpoint, run.model, tokenizer)
-        check_data_position(checkpoint, run, len(training))
+        check_checkpoint(checkpoint, run, tokenizer)
+        check_data_position(checkpoint, run, training)
+        check_moments(checkpoint, run)
+    for place in run.checkpoint.start_from if checkpoint is None else ():
+        check_weights(Folder(place), run.model, tokenizer)
     try:
         run.run_folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

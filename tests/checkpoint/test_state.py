@@ -4,29 +4,117 @@ from dataclasses import replace
 import pytest
 
 from megavlm.checkpoint.folder import Folder
-from megavlm.checkpoint.state import check_checkpoint, checkpoint_state
-from megavlm.checkpoint.storage import FORMAT
+from megavlm.checkpoint.state import (
+    changes,
+    check_checkpoint,
+    check_data_position,
+    check_moments,
+    check_weights,
+    checkpoint_root,
+    checkpoint_state,
+)
+from megavlm.checkpoint.storage import folder_name, write_state
+from megavlm.data.shards import ShardFolder
 from megavlm.data.tokenizer import Tokenizer
-from megavlm.errors import CheckpointError
+from megavlm.errors import CheckpointError, TokenizerError
+from megavlm.model.params import parameters
 from tests.batches import OTHER_FORM
 
 
-def test_sizes_that_json_writes_otherwise_fit_the_checkpoint(tiny_run, tmp_path):
+def written(run, step=4, without=(), **changed):
+    """A checkpoint of a run, without its files."""
+    folder = checkpoint_root(run) / folder_name(step)
+    folder.create()
+    tokenizer = Tokenizer(run.data.tokenizer)
+    state = checkpoint_state(run, tokenizer, step, ShardFolder(run.data.train))
+    tensors = {
+        f"{kind}/{p.name}": {"dtype": "F32", "shape": list(p.shape)}
+        for kind in ("weights", "exp_avg", "exp_avg_sq")
+        for p in parameters(run.model)
+    }
+    state = {"step": step, **state, "files": {}, "tensors": tensors, **changed}
+    write_state(
+        folder, json.loads(json.dumps({k: v for k, v in state.items() if k not in without}))
+    )
+    return folder
+
+
+def test_sizes_that_json_writes_otherwise_fit_the_checkpoint(tiny_run):
     run = replace(tiny_run, model=OTHER_FORM)
     tokenizer = Tokenizer(run.data.tokenizer)
-    state = checkpoint_state(run, tokenizer, 0, 40)
-    (tmp_path / "state.json").write_text(json.dumps({"format": FORMAT, **state}))
-    check_checkpoint(Folder(tmp_path), OTHER_FORM, tokenizer)
+    checkpoint = written(run)
+    check_checkpoint(checkpoint, run, tokenizer)
     elsewhere = replace(OTHER_FORM, decoder=replace(OTHER_FORM.decoder, cross_at=(1, 3, 4)))
-    with pytest.raises(
-        CheckpointError, match=r"decoder.cross_layers=\(0, 3, 4\), the run file says"
-    ):
-        check_checkpoint(Folder(tmp_path), elsewhere, tokenizer)
+    told = r"decoder.cross_layers=\(0, 3, 4\), the run file says"
+    with pytest.raises(CheckpointError, match=told):
+        check_checkpoint(checkpoint, replace(run, model=elsewhere), tokenizer)
 
 
-def test_a_checkpoint_from_before_a_setting_has_its_default(tiny_run, tmp_path):
+def test_a_checkpoint_from_before_a_setting_has_its_default(tiny_run):
     tokenizer = Tokenizer(tiny_run.data.tokenizer)
-    state = checkpoint_state(tiny_run, tokenizer, 0, 40)
-    del state["settings"]["model"]["encoder"]["attention_bias"]
-    (tmp_path / "state.json").write_text(json.dumps({"format": FORMAT, **state}))
-    check_checkpoint(Folder(tmp_path), tiny_run.model, tokenizer)
+    settings = checkpoint_state(tiny_run, tokenizer, 0, ShardFolder(tiny_run.data.train))[
+        "settings"
+    ]
+    del settings["model"]["encoder"]["attention_bias"]
+    check_checkpoint(written(tiny_run, settings=settings), tiny_run, tokenizer)
+
+
+def test_what_is_no_checkpoint_of_the_run_is_told(tiny_run, tmp_path):
+    tokenizer = Tokenizer(tiny_run.data.tokenizer)
+    with pytest.raises(CheckpointError, match="holds a model, not the state of a run"):
+        check_checkpoint(written(tiny_run, without=("samples_seen",)), tiny_run, tokenizer)
+    with pytest.raises(CheckpointError, match="is of step 5; name its folder step-00000005"):
+        check_checkpoint(_misnamed(tiny_run), tiny_run, tokenizer)
+    with pytest.raises(TokenizerError, match="another tokenizer"):
+        check_checkpoint(written(tiny_run, tokenizer_sha256="0" * 64), tiny_run, tokenizer)
+    with pytest.raises(TokenizerError, match="another tokenizer"):
+        check_weights(written(tiny_run, tokenizer_sha256="0" * 64), tiny_run.model, tokenizer)
+    with pytest.raises(CheckpointError, match="is no checkpoint of ours"):
+        check_weights(Folder(tmp_path / "nothing"), tiny_run.model, tokenizer)
+    check_weights(written(tiny_run, tokenizer_sha256=None), tiny_run.model, tokenizer)
+
+
+def _misnamed(run):
+    written(run, step=5)
+    root = run.run_folder / "checkpoints"
+    (root / folder_name(5)).rename(root / folder_name(7))
+    return checkpoint_root(run) / folder_name(7)
+
+
+def test_other_samples_are_refused(tiny_run, tmp_path):
+    checkpoint = written(tiny_run)
+    training = ShardFolder(tiny_run.data.train)
+    check_data_position(checkpoint, tiny_run, training)
+    training._entries[0], training._entries[1] = training._entries[1], training._entries[0][:-1]
+    with pytest.raises(CheckpointError, match="trained with shards of SHA-256="):
+        check_data_position(checkpoint, tiny_run, training)
+    with pytest.raises(CheckpointError, match="trained with seed=1, now 2"):
+        check_data_position(checkpoint, replace(tiny_run, seed=2), ShardFolder(tiny_run.data.train))
+
+
+def test_what_has_changed_is_told(tiny_run):
+    checkpoint = written(tiny_run)
+    assert changes(checkpoint, tiny_run) == []
+    train = replace(tiny_run.train, steps=9, frozen=("encoder",))
+    data = replace(tiny_run.data, row_tokens=30)
+    other = replace(tiny_run, train=train, data=data, engine="fsdp2")
+    lines = changes(checkpoint, other)
+    assert lines[:3] == [
+        "data.row_tokens has changed: 24 -> 30",
+        "train.steps has changed: 6 -> 9",
+        "train.frozen has changed: [] -> ['encoder']",
+    ]
+    assert lines[3].startswith("moments of ") and len(lines) == 4
+    check_moments(checkpoint, other)
+
+
+def test_what_was_frozen_cannot_go_on(tiny_run):
+    frozen = replace(tiny_run, train=replace(tiny_run.train, frozen=("encoder",)))
+    checkpoint = written(frozen)
+    state = json.loads(checkpoint.read("state.json"))
+    tensors = {n: t for n, t in state["tensors"].items() if "exp_avg/encoder" not in n}
+    checkpoint = written(frozen, tensors=tensors)
+    check_moments(checkpoint, frozen)
+    told = r"was trained with train.frozen=\['encoder'\], now \[\]: it has no moments of encoder"
+    with pytest.raises(CheckpointError, match=told):
+        check_moments(checkpoint, tiny_run)

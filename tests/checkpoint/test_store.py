@@ -1,6 +1,8 @@
 import json
 import resource
 import signal
+import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,9 +10,10 @@ from torch.distributed.checkpoint.state_dict_loader import load
 
 from megavlm.checkpoint.folder import Folder
 from megavlm.checkpoint.shards import Shards, shards_of_range, whole
-from megavlm.checkpoint.storage import CheckpointReader, read_state
+from megavlm.checkpoint.storage import CheckpointReader, folder_name, read_state
 from megavlm.checkpoint.store import (
     CheckpointSaver,
+    claim,
     latest_checkpoint,
     lazy_tensors,
     load_checkpoint,
@@ -239,3 +242,91 @@ def test_a_disk_that_cannot_be_written_is_told_and_nothing_is_lost(tmp_path, asy
 
     run_on_ranks(2, on_rank)
     assert_loads(latest_checkpoint(Folder(tmp_path)), 2, 2)
+
+
+def test_a_save_is_finished_when_training_ends_with_an_error(tmp_path):
+    def on_rank(rank):
+        with pytest.raises(ValueError, match="diverged"):
+            with CheckpointSaver(Folder(tmp_path), CheckpointSettings(every=1)) as saver:
+                saver.save(1, held(rank, 2, 1), {})
+                raise ValueError("diverged")
+
+    run_on_ranks(2, on_rank)
+    assert_loads(latest_checkpoint(Folder(tmp_path)), 1, 2)
+
+
+def test_a_failed_save_is_told_on_all_ranks_at_the_same_step(tmp_path):
+    def on_rank(rank):
+        saver = CheckpointSaver(Folder(tmp_path / "missing"), CheckpointSettings(every=1))
+        if rank == 1:
+            saver._root = Folder("/dev/null/nowhere")
+        saver.save(1, held(rank, 2), {})
+        for step in range(1000):
+            try:
+                saver.check()
+            except CheckpointError as error:
+                return step, str(error)
+            time.sleep(0.01 * rank)  # one rank looks when the other does not
+        return None
+
+    first, second = run_on_ranks(2, on_rank)
+    assert first == second and "cannot write" in first[1]
+
+
+def test_ranks_that_see_different_checkpoints_are_told(tmp_path):
+    for step in (1, 2):
+        save(tmp_path, step)
+
+    def on_rank(rank):
+        with pytest.raises(CheckpointError, match="ranks see different checkpoints"):
+            load_checkpoint(Folder(tmp_path) / folder_name(1 + rank), held(rank, 2))
+
+    run_on_ranks(2, on_rank)
+
+
+def test_an_error_of_one_rank_is_told_on_all(tmp_path):
+    save(tmp_path, 1)
+
+    def on_rank(rank):
+        if rank == 1:  # its disk
+            CheckpointReader._header = lambda *_: (_ for _ in ()).throw(OSError(5, "bad disk"))
+        with pytest.raises(CheckpointError, match="bad disk"):
+            load_checkpoint(Folder(tmp_path) / folder_name(1), held(rank, 2))
+
+    run_on_ranks(2, on_rank)
+
+
+def test_a_folder_of_checkpoints_belongs_to_one_run_and_is_shared(tmp_path):
+    root = tmp_path / "checkpoints"
+
+    def on_rank(rank):
+        claim(Folder(root), tmp_path / "one")
+        claim(Folder(root), tmp_path / "one")  # it goes on
+        with pytest.raises(CheckpointError, match=f"belongs to the run in {tmp_path}/one"):
+            claim(Folder(root), tmp_path / "other")
+        own = Folder(tmp_path / f"host-{rank}")
+        own.create()
+        with pytest.raises(CheckpointError, match="host-1 is not shared by all hosts"):
+            claim(own, tmp_path / "one")
+
+    run_on_ranks(2, on_rank)
+    save(root, 1)
+    assert latest_checkpoint(Folder(root)) == Folder(root) / folder_name(1)
+
+
+def test_what_cannot_be_deleted_is_told_and_stays(tmp_path, capfd):
+    for name in ("step-7", "step-²", "step-old", "notes"):
+        (tmp_path / name).mkdir(parents=True)
+
+    def on_rank(_):
+        delete = Folder.delete
+        Folder.delete = lambda f: (_ for _ in ()).throw(CheckpointError("cannot delete it"))
+        with CheckpointSaver(Folder(tmp_path), replace(SYNCHRONOUS, keep_last=1)) as saver:
+            saver.save(1, held(0, 1), {})
+            saver.save(2, held(0, 1), {})
+        Folder.delete = delete
+
+    run_on_ranks(1, on_rank)
+    assert "warning: cannot delete it" in capfd.readouterr().err
+    assert_loads(latest_checkpoint(Folder(tmp_path)), 0, 1)
+    assert (tmp_path / "step-7").exists()

@@ -5,7 +5,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from megavlm.checkpoint.folder import Folder
-from megavlm.checkpoint.store import folder_name
+from megavlm.checkpoint.storage import folder_name
 from megavlm.engine.fsdp2 import Fsdp2Engine
 from megavlm.model.initial import initial_values
 from megavlm.model.params import CROSS_LAYERS, PROJECTOR, parameters

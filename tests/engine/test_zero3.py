@@ -9,7 +9,7 @@ from deepspeed.runtime.zero import stage3
 from torch import nn
 
 from megavlm.checkpoint.folder import Folder
-from megavlm.checkpoint.store import folder_name
+from megavlm.checkpoint.storage import folder_name
 from megavlm.engine.zero3 import Zero3Engine
 from megavlm.model.initial import initial_values
 from megavlm.model.params import PARTS_OF_FROZEN, parameters

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from megavlm.checkpoint.folder import Folder
-from megavlm.checkpoint.storage import CheckpointReader
-from megavlm.checkpoint.store import folder_name, lazy_tensors
+from megavlm.checkpoint.storage import CheckpointReader, folder_name
+from megavlm.checkpoint.store import lazy_tensors
 from megavlm.config.engines import MegatronSettings
 from megavlm.data.shards import ShardFolder
 from megavlm.train.loop import train
