@@ -6,7 +6,8 @@
 `save`: a training-like loop on real ranks over gloo saves its state, a synchronous and a background
 save in turns; prints what each blocks. `convert`: a synthetic model of the shape of `vlm-30b` is
 converted ours -> Mllama -> ours in a process of its own whose memory is read from the kernel, at
-several sizes, beside `cp` of the same files in the same run.
+several sizes, beside `cp` of the same files in the same run. Files may still lie in the page cache
+when they are read, for both.
 """
 
 import argparse
@@ -113,7 +114,7 @@ def _measure_conversions(folder: Path, gigabytes: float) -> None:
                 f"{speed:.2f} | {copy_speed:.2f} | {speed / copy_speed:.2f} |",
                 flush=True,
             )
-            _drop_caches()
+            os.sync()  # the disk is done with it before the next one
         for place in (native, mllama, back):
             shutil.rmtree(place)
     slope, base = _line(points)
@@ -180,11 +181,6 @@ def _seconds_of_copy(source: Path, target: Path) -> float:
     seconds = time.perf_counter() - started
     shutil.rmtree(target)
     return seconds
-
-
-def _drop_caches() -> None:
-    """Have the disk done with one measurement before the next."""
-    os.sync()
 
 
 def _line(points: list[tuple[float, float]]) -> tuple[float, float]:
