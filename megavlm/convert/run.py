@@ -186,12 +186,15 @@ def _tensors(
         case "mllama" | "llama" | "tower":
             return hugging_face_tensors(folder), 0
         case "zero3":
-            return deepspeed.zero3_tensors(_path(folder))
+            path = _path(folder)
+            return deepspeed.zero3_tensors(path, deepspeed.newest(path, "latest"))
         case "universal":
-            return deepspeed.universal_tensors(_path(folder))
+            path = _path(folder)
+            return deepspeed.universal_tensors(path, deepspeed.newest(path, "latest_universal"))
         case "megatron":
             model = _model_sizes(sizes) if sizes else _needed(run, kind).model
-            return megatron.megatron_shards(_path(folder), model)
+            path = _path(folder)
+            return megatron.megatron_shards(path, megatron.newest(path), model)
 
 
 def _path(folder: Folder) -> Path:
