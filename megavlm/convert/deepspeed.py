@@ -13,13 +13,22 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from megavlm.checkpoint.lazy import LazyTensor
-from megavlm.convert.torch_files import StandIns, StoredTensor, load_structure
+from megavlm.convert.torch_files import (
+    Inert,
+    StandIns,
+    StoredTensor,
+    load_structure,
+    newest_tag,
+    plain_name,
+    reading,
+    step_folder_of,
+)
 from megavlm.errors import CheckpointError
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -27,42 +36,47 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 _MODEL_FILE = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_model_states\.pt")
 _OPTIMIZER_FILE = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
 
-
-class _LossScaler:
-    """Takes the attributes of DeepSpeed's loss scalers, which nobody reads."""
-
-
 # The only classes in these files. Nothing of DeepSpeed is called for them.
 _STAND_INS: StandIns = (
     (int, "deepspeed.runtime.zero.config.ZeroStageEnum"),
-    (_LossScaler, "deepspeed.runtime.fp16.loss_scaler.LossScaler"),
-    (_LossScaler, "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler"),
+    (Inert, "deepspeed.runtime.fp16.loss_scaler.LossScaler"),
+    (Inert, "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler"),
 )
 
 
-def zero3_tensors(folder: Path, tag: str | None = None) -> tuple[dict[str, LazyTensor], int]:
+def newest(folder: Path, pointer: Literal["latest", "latest_universal"]) -> str:
+    """The tag of the newest checkpoint in the folder that a run, or the conversion, saved to.
+
+    Raises CheckpointError unless it is there.
+    """
+    tag = newest_tag(folder, pointer)
+    step_folder_of(folder, tag)
+    return tag
+
+
+def zero3_tensors(folder: Path, tag: str) -> tuple[dict[str, LazyTensor], int]:
     """The tensors and the number of steps of a checkpoint that ZeRO stage 3 saved to a folder.
 
     Keys are `weights/NAME`, and `exp_avg/NAME` and `exp_avg_sq/NAME` of parameters that Adam
     trains, all fp32; frozen weights have the type in which they were saved. NAME is the name in
     the model that was trained; a shared parameter appears once. A read takes the memory of one
-    tensor. tag: which checkpoint; None for the newest.
+    tensor. tag: which checkpoint.
 
-    Raises CheckpointError when files are missing, damaged, of different saves, of another stage,
-    tensor-parallel, or would run code.
+    Raises CheckpointError when files are missing, unreadable, damaged, of different saves, of
+    another stage, tensor-parallel, or would run code.
     """
-    step_folder = _step_folder(folder, "latest", tag)
-    if (step_folder / "mp_rank_00_model_states.pt").exists():
-        raise CheckpointError(
-            f"{step_folder} is of a ZeRO stage below 3, which is not read; convert it with "
-            "DeepSpeed's ds_to_universal.py first"
-        )
-    if (step_folder / "offloaded_tensors").exists():
-        raise CheckpointError(
-            f"{step_folder} has optimiser states in files of DeepSpeed's NVMe offload, which are "
-            "not read; save it from a run that offloads to the CPU or not at all"
-        )
+    step_folder = step_folder_of(folder, tag)
     with _layout_of(step_folder):
+        if (step_folder / "mp_rank_00_model_states.pt").exists():
+            raise CheckpointError(
+                f"{step_folder} is of a ZeRO stage below 3, which is not read; convert it with "
+                "DeepSpeed's ds_to_universal.py first"
+            )
+        if (step_folder / "offloaded_tensors").exists():
+            raise CheckpointError(
+                f"{step_folder} has optimiser states in files of DeepSpeed's NVMe offload, which "
+                "are not read; save it from a run that offloads to the CPU or not at all"
+            )
         optimizers = [
             content["optimizer_state_dict"] for content in _load_ranks(step_folder, _OPTIMIZER_FILE)
         ]
@@ -77,7 +91,7 @@ def zero3_tensors(folder: Path, tag: str | None = None) -> tuple[dict[str, LazyT
                 "or remove what is left from another save"
             )
         tensors = _frozen(step_folder, models)
-        for group, shapes in enumerate(models[0]["param_shapes"]):
+        for group, shapes in enumerate(map(_shapes, models[0]["param_shapes"])):
             states = [rank["optimizer_state_dict"]["state"].get(group, {}) for rank in optimizers]
             parts_of = {"weights": [rank["fp32_flat_groups"][group] for rank in optimizers]}
             for moment in MOMENTS:
@@ -87,25 +101,26 @@ def zero3_tensors(folder: Path, tag: str | None = None) -> tuple[dict[str, LazyT
             for name, shape in shapes.items():
                 for kind, parts in parts_of.items():
                     tensors[f"{kind}/{name}"] = _gathered(parts, shape, first)
-                first += _part(shape, ranks)
+                first += _part(shape, len(models))
             for kind, parts in parts_of.items():
                 _check_sizes(step_folder, f"{kind} of sub-group {group}", parts, first)
         return tensors, _steps(step_folder, models)
 
 
-def universal_tensors(folder: Path, tag: str | None = None) -> tuple[dict[str, LazyTensor], int]:
+def universal_tensors(folder: Path, tag: str) -> tuple[dict[str, LazyTensor], int]:
     """As `zero3_tensors`, for a folder in which `ds_to_universal.py` left a checkpoint.
 
-    tag: the output folder's name; None for the newest.
+    tag: the output folder's name.
     """
-    step_folder = _step_folder(folder, "latest_universal", tag)
+    step_folder = step_folder_of(folder, tag)
     with _layout_of(step_folder):
         models = _load_ranks(step_folder, _MODEL_FILE)
         tensors = _frozen(step_folder, models)
-        shapes = {n: shape for group in models[0]["param_shapes"] for n, shape in group.items()}
-        for name, shape in shapes.items():
+        groups = map(_shapes, models[0]["param_shapes"])
+        for name, shape in (item for group in groups for item in group.items()):
+            of_name = step_folder / "zero" / plain_name(name, step_folder)
             for kind, file in (("weights", "fp32"), *((moment, moment) for moment in MOMENTS)):
-                stored = load_structure(step_folder / "zero" / name / f"{file}.pt")
+                stored = load_structure(of_name / f"{file}.pt")
                 if isinstance(stored, dict):  # made from stages 1 and 2
                     stored = stored["param"]
                 _check_sizes(step_folder, f"{kind} of {name}", [stored], math.prod(shape))
@@ -119,28 +134,13 @@ def universal_tensors(folder: Path, tag: str | None = None) -> tuple[dict[str, L
         return tensors, _steps(step_folder, models)
 
 
-def _step_folder(folder: Path, pointer: str, tag: str | None) -> Path:
-    """The folder of one checkpoint."""
-    if tag is None:
-        path = folder / pointer
-        if not path.is_file():
-            raise CheckpointError(
-                f"{folder} has no file '{pointer}', which names its newest checkpoint; pass the "
-                "folder that DeepSpeed saved to, or name a tag"
-            )
-        tag = path.read_text().strip()
-    if not tag or not (folder / tag).is_dir():
-        there = sorted(path.name for path in folder.glob("*") if path.is_dir())
-        raise CheckpointError(f"{folder} has no checkpoint '{tag}'; it has {there}")
-    return folder / tag
-
-
 @contextmanager
 def _layout_of(step_folder: Path) -> Iterator[None]:
     """Files of other versions lack an entry, or have something else in its place."""
     try:
-        yield
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        with reading(step_folder):
+            yield
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"{step_folder} is not laid out as by DeepSpeed 0.19: {error!r}; save it again with "
             "that version"
@@ -178,7 +178,7 @@ def _load_ranks(step_folder: Path, pattern: re.Pattern[str]) -> list[Any]:
 def _frozen(step_folder: Path, models: list[Any]) -> dict[str, LazyTensor]:
     """Weights that are not trained: the optimiser's files do not have them."""
     tensors: dict[str, LazyTensor] = {}
-    for name, shape in (models[0]["frozen_param_shapes"] or {}).items():
+    for name, shape in _shapes(models[0]["frozen_param_shapes"] or {}).items():
         parts = [model["frozen_param_fragments"][name] for model in models]
         _check_sizes(step_folder, f"weights of {name}", parts, _part(shape, len(models)))
         tensors[f"weights/{name}"] = _gathered(parts, shape)
@@ -191,7 +191,18 @@ def _steps(step_folder: Path, models: list[Any]) -> int:
         raise CheckpointError(
             f"{step_folder} has files of different saves, after steps {steps}; copy it again"
         )
+    if not isinstance(steps[0], int) or steps[0] < 0:
+        raise ValueError(f"global_steps={steps[0]!r}")
     return steps[0]
+
+
+def _shapes(shapes: Any) -> dict[str, torch.Size]:
+    """A group's shapes by names, if they are that."""
+    checked = {name: torch.Size(shape) for name, shape in shapes.items()}
+    for name, shape in checked.items():
+        if not isinstance(name, str) or min(shape, default=0) < 0:
+            raise ValueError(f"{name!r} of the shape {tuple(shape)}")
+    return checked
 
 
 def _part(shape: torch.Size, ranks: int) -> int:
@@ -207,6 +218,11 @@ def _check_sizes(
             raise CheckpointError(
                 f"{step_folder}: {what} on rank {rank} has {math.prod(part.shape)} elements, the "
                 f"shapes in model_states add up to {elements}; copy files of one save"
+            )
+        if part.dtype != parts[0].dtype:
+            raise CheckpointError(
+                f"{step_folder}: {what} is {part.dtype} on rank {rank} and {parts[0].dtype} on "
+                "rank 0; copy files of one save"
             )
 
 

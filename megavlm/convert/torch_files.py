@@ -7,7 +7,7 @@ restricted unpickler, which gives every tensor's place; its bytes are read when 
 import os
 import pickle
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +17,30 @@ import torch
 from torch import Tensor, serialization
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from megavlm.checkpoint.folder import READ_REMEDY
 from megavlm.errors import CheckpointError
 
 StandIns = Sequence[tuple[Callable[..., Any], str]]
 """What is called in place of a class or function that a pickle names."""
+MAX_NAME_BYTES = 255  # of ext4, XFS, Lustre and NFS
+
+
+class Inert:
+    """Stands in for an object that nobody reads."""
+
+    def __init__(self, *_: object) -> None:
+        """Takes any arguments, and keeps none."""
+
+    def __setstate__(self, _: object) -> None:
+        """Takes any state, and keeps none."""
+
+
+class Attributes(dict[str, Any]):
+    """Stands in for an object of which the attributes are read, which become a dict."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Takes the attributes."""
+        self.update(state)
 
 
 @dataclass(frozen=True)
@@ -41,20 +61,20 @@ class StoredTensor:
     def read_into(self, out: Tensor, first: int) -> None:
         """Fill the flat tensor `out` with the elements from `first` on.
 
-        Raises CheckpointError when the file has changed and ends too early.
+        Raises CheckpointError when the file has changed and ends too early, or cannot be read.
         """
         bytes_out: Any = out.view(torch.uint8).numpy()
         # Not mapped: pages of a mapping count as this process's memory.
-        with self.path.open("rb") as file:
+        with reading(self.path), self.path.open("rb") as file:
             file.seek(self.offset_bytes + first * self.dtype.itemsize)
             if file.readinto(bytes_out) != len(bytes_out):
                 raise _damaged(self.path, "it ends too early")
 
     def write(self, tensor: Tensor) -> None:
-        """Overwrite the whole tensor in the file."""
+        """Overwrite the whole tensor in the file; raises CheckpointError when the disk is full."""
         assert (tensor.shape, tensor.dtype) == (self.shape, self.dtype)
         bytes_in: Any = tensor.contiguous().view(-1).view(torch.uint8).numpy()
-        with self.path.open("r+b") as file:
+        with writing(self.path), self.path.open("r+b") as file:
             file.seek(self.offset_bytes)
             file.write(bytes_in)
 
@@ -62,14 +82,17 @@ class StoredTensor:
 def load_structure(path: Path, stand_ins: StandIns = ()) -> Any:
     """What a file holds, with a StoredTensor for every tensor; tuples become lists.
 
-    Raises CheckpointError for a file that is missing or damaged, and for one that names classes or
-    functions other than torch's own for plain data and those in `stand_ins`; nothing of it runs.
+    Raises CheckpointError for a file that is missing, unreadable or damaged, and for one that names
+    classes or functions other than torch's own for plain data and those in `stand_ins`; nothing of
+    it runs.
     """
-    if not path.is_file():
-        raise CheckpointError(f"checkpoint file {path} is missing; copy the checkpoint again")
-    if not zipfile.is_zipfile(path):
-        raise _damaged(path, "it has no archive's end")
-    with _only_these_globals(stand_ins):
+    with reading(path), _only_these_globals(stand_ins):
+        if not path.is_file():
+            raise CheckpointError(f"checkpoint file {path} is missing; copy the checkpoint again")
+        with path.open("rb") as file:
+            file.read(1)  # is_zipfile would keep the disk's error to itself
+        if not zipfile.is_zipfile(path):
+            raise _damaged(path, "it has no archive's end")
         try:
             return _stored(torch.load(path, map_location="meta", weights_only=True), path)
         except pickle.UnpicklingError as error:
@@ -78,7 +101,7 @@ def load_structure(path: Path, stand_ins: StandIns = ()) -> Any:
                 f"{_refused_globals(path)}; if you trust who made it, save it again with tensors, "
                 "numbers, strings and containers of them only"
             ) from error
-        except CheckpointError:
+        except (CheckpointError, OSError):
             raise
         except Exception as error:  # a damaged pickle may raise anything
             raise _damaged(path, str(error).partition("\n")[0]) from error
@@ -88,13 +111,90 @@ def reserve(path: Path, content: dict[str, Any]) -> Any:
     """Write what `torch.save` would, but of meta tensors only their places, to be filled in.
 
     Returns the structure with a StoredTensor for every tensor. The archive's checksums of tensors
-    are wrong; torch does not look at them.
+    are wrong; torch does not look at them. Raises CheckpointError when the file cannot be written.
     """
     with FakeTensorMode():
         on_cpu = _on_cpu(content)
-    with serialization.skip_data(materialize_fake_tensors=True):
-        torch.save(on_cpu, path)
+    # A file that torch opens itself would fail without saying why.
+    with writing(path), path.open("wb") as file:
+        with serialization.skip_data(materialize_fake_tensors=True):
+            torch.save(on_cpu, file)
     return load_structure(path)
+
+
+def sync(paths: Iterable[Path]) -> None:
+    """Have files, and the names in folders, on their disk."""
+    for path in paths:
+        with writing(path):
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
+
+def newest_tag(folder: Path, pointer: str) -> str:
+    """What the file `pointer` of a run's folder names as its newest checkpoint."""
+    path = folder / pointer
+    with reading(path):
+        if not path.is_file():
+            raise CheckpointError(
+                f"{folder} has no file '{pointer}', which names its newest checkpoint; pass the "
+                "folder that the run saved to"
+            )
+        return plain_name(path.read_text(errors="replace").strip(), path)
+
+
+def step_folder_of(folder: Path, tag: str) -> Path:
+    """The folder of one checkpoint in a run's folder; raises CheckpointError unless it exists."""
+    step_folder = folder / plain_name(tag, folder)
+    with reading(step_folder):
+        if not step_folder.is_dir():
+            there = sorted(path.name for path in folder.glob("*") if path.is_dir())
+            raise CheckpointError(f"{folder} has no checkpoint '{tag}'; it has {there}")
+    return step_folder
+
+
+def plain_name(name: object, where: Path) -> str:
+    """A name that a checkpoint's file gives, if it is one of something in a folder itself.
+
+    Raises CheckpointError for what would lead out of the folder, or is no name at all.
+    """
+    if (
+        not isinstance(name, str)
+        or name in ("", ".", "..")
+        or not name.isprintable()  # nor can half characters be encoded
+        or set(name) & set("/\\")
+        or len(name.encode()) > MAX_NAME_BYTES
+    ):
+        raise CheckpointError(
+            f"{where} gives the name {name!r:.100}, which is none that a file or folder in it can "
+            "have; copy the checkpoint again from where it was saved"
+        )
+    return name
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn what a disk says into a CheckpointError."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot read {path}: {error.strerror or error}; {READ_REMEDY}"
+        ) from error
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn what a disk says, or torch after it, into a CheckpointError."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        said = getattr(error, "strerror", None) or str(error).partition("\n")[0]
+        raise CheckpointError(
+            f"cannot write {path}: {said}; free space or permit writing there, and run again"
+        ) from error
 
 
 @contextmanager

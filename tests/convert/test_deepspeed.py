@@ -1,5 +1,6 @@
 import functools
 import math
+import re
 import shutil
 from argparse import Namespace
 
@@ -10,7 +11,7 @@ from deepspeed.checkpoint import ds_to_universal
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 from torch import nn
 
-from megavlm.convert.deepspeed import universal_tensors, zero3_tensors
+from megavlm.convert.deepspeed import newest, universal_tensors, zero3_tensors
 from megavlm.convert.torch_files import reserve
 from megavlm.dist import cpu
 from megavlm.engine import zero3
@@ -30,6 +31,7 @@ FROZEN = {part: f"train.frozen=[{part}]" for part in PARTS_OF_FROZEN}
 OFFLOAD = "zero3.offload_optimizer=cpu"
 SMALL_SUB_GROUPS = 20_000
 STEPS = 2
+TAG, UNIVERSAL = "global_step2", "global_step2_universal"
 # Layout, parameters of a sub-group (None: DeepSpeed's billion), settings.
 CASES = [
     (X2, None, ()),
@@ -120,7 +122,8 @@ def assert_same(tensors, expected, dtype_of_frozen=torch.float32):
 def test_tensors_are_those_of_the_engine(saved, case):
     _, sub_group, overrides = case
     folder, expected = saved(*case)
-    tensors, steps = zero3_tensors(folder)
+    assert newest(folder, "latest") == TAG
+    tensors, steps = zero3_tensors(folder, TAG)
     assert steps == STEPS
     assert_same(tensors, expected, torch.bfloat16 if BF16 in overrides else torch.float32)
     assert {f"weights/{entry.name}" for entry in parameters(TINY)} <= tensors.keys()
@@ -135,7 +138,8 @@ def test_universal_tensors_are_those_of_the_engine(saved, tmp_path, case):
     folder, expected = saved(*case)
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     to_universal(tmp_path, "global_step2")
-    tensors, steps = universal_tensors(tmp_path)
+    assert newest(tmp_path, "latest_universal") == UNIVERSAL
+    tensors, steps = universal_tensors(tmp_path, UNIVERSAL)
     assert steps == STEPS
     assert_same(tensors, expected, torch.bfloat16 if BF16 in case[2] else torch.float32)
 
@@ -161,9 +165,9 @@ def test_universal_checkpoints_of_lower_stages(tmp_path, stage):
 
     weights = run_on_ranks(2, on_rank)[0]
     with pytest.raises(CheckpointError, match="stage below 3"):
-        zero3_tensors(tmp_path)
+        zero3_tensors(tmp_path, "global_step1")
     to_universal(tmp_path, "global_step1")
-    tensors, steps = universal_tensors(tmp_path)
+    tensors, steps = universal_tensors(tmp_path, "global_step1_universal")
     assert steps == 1
     moments = {
         f"{kind}/{n}" for n in weights if n != "0.weight" for kind in ("exp_avg", "exp_avg_sq")
@@ -181,7 +185,6 @@ def test_memory_is_that_of_one_tensor(tmp_path):
     tensor_bytes = 4 * math.prod(shapes["0"])
     folder = tmp_path / "step"
     folder.mkdir()
-    (tmp_path / "latest").write_text("step")
     for model, optimizer in ((MODEL_0, OPTIMIZER_0), (MODEL_1, OPTIMIZER_1)):
         content = {"param_shapes": [shapes], "frozen_param_shapes": None, "global_steps": 1}
         torch.save(content, folder / model)
@@ -195,7 +198,7 @@ def test_memory_is_that_of_one_tensor(tmp_path):
         reserve(folder / optimizer, {"optimizer_state_dict": states})
 
     def read_all():
-        tensors, _ = zero3_tensors(tmp_path)
+        tensors, _ = zero3_tensors(tmp_path, "step")
         assert len(tensors) == 24
         for tensor in tensors.values():
             assert tensor.read().shape == (1024, 10_240)
@@ -209,7 +212,7 @@ def test_code_is_never_run(copy, tmp_path, name):
     change(copy / name, lambda content: content.update(extra=OpensAFile(tmp_path / "run")))
     (tmp_path / "run").unlink(missing_ok=True)
     with pytest.raises(CheckpointError, match=rf"{name} is not loaded .* it needs io\.open;"):
-        zero3_tensors(tmp_path)
+        zero3_tensors(tmp_path, TAG)
     assert not (tmp_path / "run").exists()
 
 
@@ -218,7 +221,7 @@ def test_code_in_a_universal_checkpoint_is_never_run(copy, tmp_path):
     path = tmp_path / "global_step2_universal" / "zero" / "projector.bias" / "exp_avg.pt"
     torch.save(OpensAFile(tmp_path / "run"), path)
     with pytest.raises(CheckpointError, match=r"it needs io\.open;"):
-        universal_tensors(tmp_path)
+        universal_tensors(tmp_path, UNIVERSAL)
     assert not (tmp_path / "run").exists()
 
 
@@ -226,16 +229,16 @@ def test_the_scaler_of_fp16_is_no_obstacle(copy, tmp_path):
     scaler = DynamicLossScaler(2.0**16, 2.0, 1000, 1, 1, dtype=torch.float16)
     edit = lambda content: content["optimizer_state_dict"].update(loss_scaler=scaler)  # noqa: E731
     change(copy / OPTIMIZER_0, edit)
-    assert zero3_tensors(tmp_path)[1] == STEPS
+    assert zero3_tensors(tmp_path, TAG)[1] == STEPS
 
 
 def test_missing_checkpoints(tmp_path):
-    for read, pointer in ((zero3_tensors, "latest"), (universal_tensors, "latest_universal")):
+    for pointer in ("latest", "latest_universal"):
         with pytest.raises(CheckpointError, match=f"no file '{pointer}'"):
-            read(tmp_path)
+            newest(tmp_path, pointer)
         (tmp_path / pointer).write_text("global_step7\n")
         with pytest.raises(CheckpointError, match=r"no checkpoint 'global_step7'; it has \[\]"):
-            read(tmp_path)
+            newest(tmp_path, pointer)
     (tmp_path / "global_step5").mkdir()
     with pytest.raises(CheckpointError, match=r"'global_step6'; it has \['global_step5'\]"):
         zero3_tensors(tmp_path, "global_step6")
@@ -243,6 +246,23 @@ def test_missing_checkpoints(tmp_path):
         zero3_tensors(tmp_path, "global_step5")
     with pytest.raises(CheckpointError, match="no checkpoint 'global_step5'"):
         zero3_tensors(tmp_path / "nowhere", "global_step5")
+
+
+@pytest.mark.parametrize("name", ["../outside", "/", "..", "", "a\0b"])
+def test_only_its_own_folders_are_read(copy, tmp_path, name):
+    (tmp_path.parent / "outside").mkdir(exist_ok=True)
+    (tmp_path / "latest").write_text(name)
+    with pytest.raises(CheckpointError, match=f"gives the name {re.escape(repr(name))}"):
+        newest(tmp_path, "latest")
+    for read in (zero3_tensors, universal_tensors):
+        with pytest.raises(CheckpointError, match=f"gives the name {re.escape(repr(name))}"):
+            read(tmp_path, name)
+    to_universal(tmp_path, TAG)
+    change(
+        tmp_path / UNIVERSAL / MODEL_0, lambda c: c["param_shapes"].append({name: torch.Size([1])})
+    )
+    with pytest.raises(CheckpointError, match=f"gives the name {re.escape(repr(name))}"):
+        universal_tensors(tmp_path, UNIVERSAL)
 
 
 @pytest.mark.parametrize(
@@ -257,38 +277,38 @@ def test_missing_checkpoints(tmp_path):
 def test_missing_rank_files(copy, tmp_path, name, message):
     (copy / name).unlink()
     with pytest.raises(CheckpointError, match=message):
-        zero3_tensors(tmp_path)
+        zero3_tensors(tmp_path, TAG)
 
 
 def test_files_left_from_other_saves(copy, tmp_path):
     bf16 = copy / f"bf16_{OPTIMIZER_1}"
     shutil.copy(copy / OPTIMIZER_1, bf16)
     with pytest.raises(CheckpointError, match="of the same rank"):
-        zero3_tensors(tmp_path)
+        zero3_tensors(tmp_path, TAG)
     bf16.unlink()
     change(copy / MODEL_1, lambda content: content.update(global_steps=1))
     with pytest.raises(CheckpointError, match=r"different saves, after steps \[1, 2\]"):
-        zero3_tensors(tmp_path)
+        zero3_tensors(tmp_path, TAG)
 
 
 def test_a_truncated_file(copy, tmp_path):
     content = (copy / OPTIMIZER_1).read_bytes()
     (copy / OPTIMIZER_1).write_bytes(content[: len(content) // 2])
     with pytest.raises(CheckpointError, match=rf"{OPTIMIZER_1} is damaged"):
-        zero3_tensors(tmp_path)
+        zero3_tensors(tmp_path, TAG)
 
 
 def test_other_ways_to_divide_a_model(copy, tmp_path):
     change(copy / OPTIMIZER_0, lambda c: c["optimizer_state_dict"].update(zero_stage=2))
     with pytest.raises(CheckpointError, match="ZeRO stage 2; only stage 3"):
-        zero3_tensors(tmp_path)
+        zero3_tensors(tmp_path, TAG)
     (copy / "offloaded_tensors").mkdir()
     with pytest.raises(CheckpointError, match="NVMe"):
-        zero3_tensors(tmp_path)
+        zero3_tensors(tmp_path, TAG)
     (copy / "offloaded_tensors").rmdir()
     shutil.copy(copy / OPTIMIZER_0, copy / "zero_pp_rank_0_mp_rank_01_optim_states.pt")
     with pytest.raises(CheckpointError, match="mp_rank 1"):
-        zero3_tensors(tmp_path)
+        zero3_tensors(tmp_path, TAG)
 
 
 def test_shapes_that_do_not_add_up(copy, tmp_path):
@@ -298,7 +318,7 @@ def test_shapes_that_do_not_add_up(copy, tmp_path):
     change(copy / MODEL_0, grow)
     message = "weights of sub-group 1 on rank 0 has 940 elements, the shapes .* add up to 941"
     with pytest.raises(CheckpointError, match=message):
-        zero3_tensors(tmp_path)
+        zero3_tensors(tmp_path, TAG)
 
 
 def test_fragments_that_do_not_add_up(saved, tmp_path):
@@ -311,10 +331,44 @@ def test_fragments_that_do_not_add_up(saved, tmp_path):
 
     change(tmp_path / "global_step2" / MODEL_1, cut)
     with pytest.raises(CheckpointError, match=r"language\.output_layer\.weight on rank 1 has 3 el"):
-        zero3_tensors(tmp_path)
+        zero3_tensors(tmp_path, TAG)
 
 
-def test_an_unknown_layout(copy, tmp_path):
-    change(copy / MODEL_0, lambda content: content.pop("param_shapes"))
+@pytest.mark.parametrize(
+    ("name", "edit"),
+    [
+        (MODEL_0, lambda c: c.pop("param_shapes")),
+        (MODEL_0, lambda c: c.update(param_shapes=[["projector.bias"]])),
+        (MODEL_0, lambda c: c["param_shapes"][1].update({"projector.bias": "x"})),
+        (MODEL_0, lambda c: c["param_shapes"][1].update({"projector.bias": [9.5]})),
+        (MODEL_0, lambda c: c["param_shapes"][1].update({"projector.bias": [-6, -8]})),
+        (MODEL_0, lambda c: c["param_shapes"][1].update({3: [0]})),
+        (MODEL_0, lambda c: c.update(frozen_param_shapes=[1])),
+        (MODEL_0, lambda c: c.update(frozen_param_shapes={"a": [1]})),
+        (MODEL_1, lambda c: c.update(global_steps=torch.ones(1))),
+        (OPTIMIZER_0, lambda c: c.update(optimizer_state_dict=[1])),
+        (OPTIMIZER_0, lambda c: c["optimizer_state_dict"].update(fp32_flat_groups=["x", "y"])),
+        (OPTIMIZER_0, lambda c: c["optimizer_state_dict"].update(optimizer_state_dict="x")),
+    ],
+)
+def test_an_unknown_layout(copy, tmp_path, name, edit):
+    change(copy / name, edit)
     with pytest.raises(CheckpointError, match="not laid out as by DeepSpeed"):
-        zero3_tensors(tmp_path)
+        zero3_tensors(tmp_path, TAG)
+
+
+def test_steps_that_are_no_number(copy, tmp_path):
+    for name in (MODEL_0, MODEL_1):
+        change(copy / name, lambda content: content.update(global_steps="x"))
+    with pytest.raises(CheckpointError, match=r"not laid out .*global_steps='x'"):
+        zero3_tensors(tmp_path, TAG)
+
+
+def test_ranks_of_different_types(copy, tmp_path):
+    def halve(content):
+        groups = content["optimizer_state_dict"]["fp32_flat_groups"]
+        content["optimizer_state_dict"]["fp32_flat_groups"] = [group.half() for group in groups]
+
+    change(copy / OPTIMIZER_1, halve)
+    with pytest.raises(CheckpointError, match=r"torch\.float16 on rank 1 and torch\.float32 on"):
+        zero3_tensors(tmp_path, TAG)

@@ -1,13 +1,20 @@
+import io
 import os
 import pickle
+import resource
+import signal
 import zipfile
+from argparse import Namespace
 from collections import Counter
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn, serialization
 
-from megavlm.convert.torch_files import load_structure, reserve
+from megavlm.convert.megatron import _STAND_INS
+from megavlm.convert.torch_files import Attributes, Inert, load_structure, plain_name, reserve
 from megavlm.errors import CheckpointError
 
 
@@ -23,6 +30,19 @@ class OpensAFile:
 
 class Harmless:
     pass
+
+
+@contextmanager
+def files_of_at_most(count: int):
+    """Writing more bytes fails, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (count, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
 
 
 @pytest.fixture
@@ -148,6 +168,70 @@ def test_stand_ins_are_called_instead(path):
     counter, harmless = load_structure(path, [(dict, name)])
     assert counter == {"a": 1} and harmless == {}
     assert set(serialization.get_safe_globals()) == before
+
+
+def test_stand_ins_keep_nothing_or_attributes(path):
+    torch.save([Namespace(ranks=2, more=torch.ones(3)), io.BytesIO(b"1")], path)
+    names = [(Attributes, "argparse.Namespace"), (Inert, "_io.BytesIO")]
+    args, file = load_structure(path, names)
+    assert type(args) is dict
+    assert args["ranks"] == 2 and args["more"].read().tolist() == [1, 1, 1]
+    assert type(file) is Inert and not vars(file)
+
+
+def test_a_stand_in_for_getattr_gives_nothing(path, tmp_path):
+    content = b"cbuiltins\ngetattr\n(cargparse\nNamespace\nX\x06\x00\x00\x00updatetR"
+    replace_pickle(path, content + b".")
+    assert type(load_structure(path, _STAND_INS)) is Inert
+    replace_pickle(path, content + b")R.")
+    with pytest.raises(CheckpointError, match="could run code"):
+        load_structure(path, _STAND_INS)
+
+
+@pytest.mark.parametrize("name", ["iter_0000100", "a.b_c", "résumé", "x" * 255])
+def test_plain_names(name):
+    assert plain_name(name, Path("file")) == name
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", ".", "..", "../a", "/a", "a/b", "a\\b", "a\0", "a\nb", "\ud800", "é" * 128, 3, None],
+)
+def test_names_that_are_not_plain(name):
+    with pytest.raises(CheckpointError, match="file gives the name"):
+        plain_name(name, Path("file"))
+
+
+def test_a_full_disk(path):
+    blank = {"a": torch.empty(10_000, device="meta")}
+    message = r"cannot write .*file\.pt: File too large; free space or permit writing there, and "
+    with files_of_at_most(500), pytest.raises(CheckpointError, match=message):
+        reserve(path, blank)
+    stored = reserve(path, blank)["a"]
+    with files_of_at_most(5_000), pytest.raises(CheckpointError, match=message):
+        stored.write(torch.ones(10_000))
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(CheckpointError, match=r"cannot write .*directory; free"):
+        reserve(path, blank)
+
+
+def test_unreadable_files(path, monkeypatch):
+    torch.save({"a": torch.ones(3)}, path)
+    stored = load_structure(path)["a"]
+    path.unlink()
+    with pytest.raises(CheckpointError, match=r"cannot read .*file\.pt: No such file"):
+        stored.read()
+    path.symlink_to("/proc/self/mem")  # its first page is not readable
+    with pytest.raises(CheckpointError, match=r"cannot read .*file\.pt: Input/output error"):
+        load_structure(path)
+
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied")  # root may do anything
+
+    monkeypatch.setattr(Path, "is_file", refuse)
+    with pytest.raises(CheckpointError, match=r"cannot read .*file\.pt: Permission denied"):
+        load_structure(path)
 
 
 def test_missing_and_damaged_files(path):
