@@ -31,9 +31,10 @@ def about(folder: Folder) -> Iterator[None]:
     try:
         yield
     except MegavlmError as error:
-        if str(folder) in str(error):
+        said = str(error)
+        if f"{folder}/" in said or said.startswith((f"{folder} ", f"checkpoint {folder} ")):
             raise
-        raise type(error)(f"{folder}: {error}") from error
+        raise type(error)(f"{folder}: {said}") from error
     except (
         ArithmeticError,
         AttributeError,

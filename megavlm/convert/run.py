@@ -210,7 +210,7 @@ def kind_of(folder: Folder, wanted: OfTorch | None = None) -> Kind:
     if wanted is not None:
         if POINTERS[wanted] not in names:
             raise ConfigError(
-                f"--from {wanted} needs a file {POINTERS[wanted]}, which {folder} lacks; leave it "
+                f"{folder} has no file {POINTERS[wanted]}, which --from {wanted} needs; leave it "
                 "out, or name another folder"
             )
         return wanted
@@ -272,8 +272,6 @@ def _whole_or_gone(out: Folder) -> Iterator[None]:
         if new is not None:
             with suppress(OSError):
                 new.rmdir()
-        if isinstance(error, OSError):  # of files that are not written by way of a Folder
-            raise CheckpointError(f"cannot convert into {out}: {said}; {OUT_REMEDY}") from error
         if isinstance(error, MegavlmError):
             raise type(error)(said) from error
         raise
@@ -347,7 +345,10 @@ def _tensors(source: Source, sizes: ModelSizes | None, progress: "Start") -> tup
 
 def _path(folder: Folder) -> Path:
     if folder.local_path is None:
-        raise ConfigError(f"{folder}: checkpoints of DeepSpeed and Megatron-LM must lie on a disk")
+        raise ConfigError(
+            f"{folder} is in an object store, but checkpoints of DeepSpeed and Megatron-LM must "
+            "lie on a disk; copy or write it there"
+        )
     return folder.local_path
 
 

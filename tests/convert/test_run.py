@@ -320,7 +320,7 @@ def test_converted_checkpoints_of_deepspeed(tmp_path, capfd):
     more = (*source, "model.encoder.layers=3", "--out", tmp_path / "x")
     fails(capfd, "the checkpoint lacks", *more, "--from", "zero3")
     needed = (*source, "--from", "megatron", "--out", tmp_path / "x")
-    fails(capfd, "needs a file latest_checkpointed_iteration.txt", *needed)
+    fails(capfd, "has no file latest_checkpointed_iteration.txt", *needed)
     shutil.rmtree(tmp_path / "theirs" / "universal")
     assert command("--verify", tmp_path / "universal") == 0
     assert "universal is not there any more: not checked" in capfd.readouterr().out
