@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 USER_ERROR = 2
-OVERRIDE = re.compile(r"[a-z_0-9]+(\.[a-z_0-9]+)+=")
+OVERRIDE = re.compile(r"[a-z_0-9]+(\.[a-z_0-9]+)*=")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -126,10 +126,21 @@ def _eval(run: RunSettings, options: argparse.Namespace) -> None:
 
 
 def _convert(run: RunSettings | None, options: argparse.Namespace) -> None:
+    from megavlm.convert.names import listed
     from megavlm.convert.run import Conversion, convert, verify
 
+    if options.overrides and run is None:
+        raise ConfigError(
+            f"{options.overrides[0]} changes a run file; name one with --run (or write a folder of "
+            f"that name as ./{options.overrides[0]})"
+        )
     if options.verify:
-        print("\n".join(verify(options.verify, run)))
+        if options.sources or options.out or run:
+            raise ConfigError(
+                f"--verify {options.verify} knows its sources from its certificate; name nothing "
+                "else"
+            )
+        print("\n".join(verify(options.verify)))
         return
     if not options.sources or not options.out:
         raise ConfigError("name the checkpoint to convert, and with --out a new folder")
@@ -137,12 +148,13 @@ def _convert(run: RunSettings | None, options: argparse.Namespace) -> None:
         sources=tuple(options.sources),
         out=options.out,
         to=options.to,
+        kind=options.kind,
         decoder_only=options.decoder_only,
         dtype=options.dtype,
         weights_only=options.weights_only,
         ema_decay=options.ema_decay,
         compare=not options.no_compare,
-        max_file_bytes=int(options.max_file_gb * 1e9),
+        max_file_gb=options.max_file_gb,
         run=run,
     )
     certificate = convert(conversion)
@@ -153,12 +165,16 @@ def _convert(run: RunSettings | None, options: argparse.Namespace) -> None:
     unchanged = certificate["unchanged"]
     kinds = {source["kind"] for source in certificate["sources"]}
     same = f", {unchanged} of them as they were, names and bits" if unchanged else ""
+    for source in certificate["sources"]:
+        if source["step"]:
+            where = " ".join(filter(None, (source["place"], source["tag"])))
+            print(f"{where}: read at step {source['step']}")
     print(f"{options.out}: {target['tensors']} tensors, {size}{same}")
     if target["kind"] == "native" and kinds != {"native"}:
         for part, sizes in certificate["model"].items():
             print(f"model.{part}: {json.dumps(sizes)}")
     if certificate["left_out"]:
-        print(f"left out: {', '.join(certificate['left_out'])}")
+        print(f"left out: {listed(certificate['left_out'])}")
     if comparison["compared"]:
         print(
             f"{comparison['what']}: differ by {comparison['worst_difference']:.1e} at most (their "
@@ -185,9 +201,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = _parser()
     options, options.overrides = parser.parse_known_args(arguments)
     if options.command is _convert:  # its sources are as free as overrides are
-        is_override = [bool(OVERRIDE.match(source)) for source in options.sources]
-        options.overrides += [s for s, o in zip(options.sources, is_override, strict=True) if o]
-        options.sources = [s for s, o in zip(options.sources, is_override, strict=True) if not o]
+        words = [*options.sources, *options.overrides]
+        options.sources = [w for w in words if not w.startswith("-") and not OVERRIDE.match(w)]
+        options.overrides = [w for w in words if w not in options.sources]
     for override in options.overrides:
         if override.startswith("-"):
             parser.error(f"unknown option {override}")
@@ -223,6 +239,12 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("sources", nargs="*", help="folders or URLs; several are merged")
     convert.add_argument("--out", help="the new folder")
     convert.add_argument("--to", choices=("native", "mllama", "llama", "megatron"))
+    convert.add_argument(
+        "--from",
+        dest="kind",
+        choices=("zero3", "universal", "megatron"),
+        help="which to read where a folder holds several",
+    )
     convert.add_argument(
         "--decoder-only", action="store_true", help="take the language half of an Mllama alone"
     )

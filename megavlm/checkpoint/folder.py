@@ -42,6 +42,11 @@ class Folder:
         # Paths of object stores start with a bucket.
         self._in_bucket = not self._root.startswith("/")
 
+    @property
+    def local_path(self) -> Path | None:
+        """Where it lies on this machine; None in an object store."""
+        return Path(self._root) if self.is_local else None
+
     def __str__(self) -> str:
         return self.place
 

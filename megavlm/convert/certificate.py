@@ -59,8 +59,36 @@ class Record:
         }
 
 
+def hashes_of_files(folder: Folder) -> dict[str, str | None]:
+    """SHA-256 of a folder's JSON and text files; None for others, whose tensors are listed."""
+    return {
+        name: hashlib.sha256(folder.read(name)).hexdigest()
+        if name.endswith((".json", ".txt"))
+        else None
+        for name in folder.names()
+        if name != CERTIFICATE_FILE
+    }
+
+
+def check_target(target: dict[str, Any], tensors: Tensors, folder: Folder) -> None:
+    """Raise CheckpointError unless a converted folder's files, and their tensors, are its own."""
+    there, certified = hashes_of_files(folder), target["files"]
+    for kind, names, known in (("tensor", tensors, target["each"]), ("file", there, certified)):
+        for name in sorted(set(names) - set(known)):
+            raise CheckpointError(
+                f"{folder} holds the {kind} {name}, which its certificate does not list; remove it"
+            )
+    for name, digest in certified.items():
+        if name not in there:
+            raise CheckpointError(f"{folder} lacks {name}, which its certificate lists")
+        if there[name] != digest:
+            raise CheckpointError(
+                f"{folder}: {name} has sha256 {there[name]}, its certificate says {digest}"
+            )
+
+
 def check_against(
-    side: dict[str, Any], tensors: Tensors, where: Folder, on_read: Callable[[int], None]
+    side: dict[str, Any], tensors: Tensors, where: str, on_read: Callable[[int], None]
 ) -> int:
     """Read all tensors of a side of a certificate again; returns how many there are.
 

@@ -1,7 +1,8 @@
 """Checkpoint folders as lazy tensors, and lazy tensors as checkpoint folders."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -18,10 +19,35 @@ from megavlm.checkpoint.tensor_file import (
     tensor_bytes,
     write_tensors,
 )
-from megavlm.errors import CheckpointError
+from megavlm.errors import CheckpointError, MegavlmError
 
 CONFIG_FILE = "config.json"
 MAX_JSON_BYTES = 100_000_000
+
+
+@contextmanager
+def about(folder: Folder) -> Iterator[None]:
+    """Errors name the folder; a value of the wrong kind in one of its JSON files is one of them."""
+    try:
+        yield
+    except MegavlmError as error:
+        said = str(error)
+        if f"{folder}/" in said or said.startswith((f"{folder} ", f"checkpoint {folder} ")):
+            raise
+        raise type(error)(f"{folder}: {said}") from error
+    except (
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        RuntimeError,
+        TypeError,
+        ValueError,  # pydantic's, too
+    ) as error:
+        said = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise CheckpointError(
+            f"{folder} holds a value that cannot be one of a model ({said}); mend its JSON files, "
+            "or copy them again"
+        ) from error
 
 
 def read_json(folder: Folder, name: str) -> dict[str, Any]:
@@ -30,7 +56,7 @@ def read_json(folder: Folder, name: str) -> dict[str, Any]:
         if folder.size(name) > MAX_JSON_BYTES:
             raise ValueError(f"it is larger than {MAX_JSON_BYTES} bytes")
         content = json.loads(folder.read(name))
-    except (OSError, ValueError) as error:
+    except (RecursionError, ValueError) as error:
         raise CheckpointError(f"cannot read {folder}/{name}: {error}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{folder}/{name} must hold a JSON object")
@@ -50,7 +76,12 @@ def hugging_face_tensors(folder: Folder) -> dict[str, LazyTensor]:
     """
     names = folder.names()
     if "model.safetensors.index.json" in names:
-        index = read_json(folder, "model.safetensors.index.json").get("weight_map", {})
+        index = read_json(folder, "model.safetensors.index.json").get("weight_map")
+        if not isinstance(index, dict) or not all(isinstance(n, str) for n in index.values()):
+            raise CheckpointError(
+                f"{folder}/model.safetensors.index.json must have the name of a file for each "
+                "tensor under 'weight_map'; copy it again"
+            )
         files = sorted(set(index.values()))
     else:
         index, files = None, [name for name in names if name.endswith(".safetensors")]
@@ -176,17 +207,26 @@ def remembering(tensors: Tensors) -> dict[str, LazyTensor]:
     }
 
 
-def mixed(
-    sources: list[Tensors], shares: list[float], of: Callable[[str], bool] = lambda _: True
-) -> dict[str, LazyTensor]:
-    """The mean of the same tensors of several models, by their shares; sums are in fp64."""
-    names = [name for name in sources[0] if of(name)]
-    for source in sources[1:]:
-        for name in names:
-            if name not in source or source[name].shape != sources[0][name].shape:
+def require_alike(models: Sequence[tuple[Folder, Tensors]]) -> None:
+    """Raise CheckpointError unless models have the same tensors, in the same shapes and types."""
+    (first, wanted), *others = models
+    for folder, tensors in others:
+        for name in sorted(wanted.keys() | tensors.keys()):
+            if name not in wanted or name not in tensors:
+                has, lacks = (first, folder) if name in wanted else (folder, first)
                 raise CheckpointError(
-                    f"{name} is not in all models alike; merge those of one model"
+                    f"{has} has {name} and {lacks} has not; merge checkpoints that hold the same"
                 )
+            one, other = (f"{list(t.shape)} {t.dtype}" for t in (wanted[name], tensors[name]))
+            if one != other:
+                raise CheckpointError(
+                    f"{name} is {one} in {first}, but {other} in {folder}; merge checkpoints of "
+                    "one model, and convert one with --dtype first if only types differ"
+                )
+
+
+def mixed(sources: Sequence[Tensors], shares: Sequence[float]) -> dict[str, LazyTensor]:
+    """The mean of the same tensors of several models, by their shares; sums are in fp64."""
 
     def read(name: str) -> Tensor:
         total = torch.zeros(sources[0][name].shape, dtype=torch.float64)
@@ -195,8 +235,6 @@ def mixed(
         return total.to(sources[0][name].dtype)
 
     return {
-        name: LazyTensor(
-            sources[0][name].shape, sources[0][name].dtype, lambda name=name: read(name)
-        )
-        for name in names
+        name: LazyTensor(t.shape, t.dtype, lambda name=name: read(name))
+        for name, t in sources[0].items()
     }

@@ -218,6 +218,9 @@ def from_hugging_face(theirs: Tensors, config: Mapping[str, Any], sizes: Decoder
     theirs = {name: t for name, t in theirs.items() if name not in dropped}
     ours = to_ours(theirs, _table(as_filed), _shapes(as_filed))
     ours |= {name: _with_rows(ours[name], sizes.vocabulary) for name in (EMBEDDING, HEAD)}
+    if sizes.vocabulary < vocabulary:
+        rows = f"[{sizes.vocabulary}:{vocabulary}]"
+        dropped += tuple(name + rows for name in ("model.embed_tokens.weight", "lm_head.weight"))
     return Converted(ours, dropped)
 
 

@@ -94,17 +94,11 @@ ENCODER_REQUIRED: dict[str, Any] = {
 }
 
 
-def sizes_of(config: Mapping[str, Any]) -> ModelSizes:
-    """Sizes of our model that is this Mllama; config: the contents of config.json.
-
-    Raises ConfigError when our model cannot express it. If that is for its vision half, take
-    `decoder_sizes_of` it, with an encoder of another origin.
-    """
-    return ModelSizes(encoder=encoder_sizes_of(config), decoder=decoder_sizes_of(config))
-
-
 def decoder_sizes_of(config: Mapping[str, Any]) -> DecoderSizes:
-    """Sizes of our decoder that is the language half of this Mllama."""
+    """Sizes of our decoder that is the language half of this Mllama.
+
+    config: the contents of config.json. Raises ConfigError when our decoder cannot express it.
+    """
     text = TEXT_DEFAULTS | config.get("text_config", {})
     require_values(text, {"hidden_act": "silu"}, "choose a model with it")
     layers: int = text["num_hidden_layers"]
@@ -124,7 +118,7 @@ def decoder_sizes_of(config: Mapping[str, Any]) -> DecoderSizes:
 
 
 def encoder_sizes_of(config: Mapping[str, Any]) -> EncoderSizes:
-    """Sizes of our encoder that is the vision half of this Mllama."""
+    """As `decoder_sizes_of`, of our encoder that is the vision half."""
     vision = VISION_DEFAULTS | config.get("vision_config", {})
     require_values(
         vision,
@@ -143,18 +137,18 @@ def encoder_sizes_of(config: Mapping[str, Any]) -> EncoderSizes:
     )
 
 
-def mllama_config(sizes: ModelSizes, *, image_token: int | None = None) -> dict[str, Any]:
+def mllama_config(sizes: ModelSizes) -> dict[str, Any]:
     """The contents of config.json for a model of ours, as transformers 5.23 reads it.
 
-    image_token: the tokenizer's image symbol; without one, the first row beyond the vocabulary.
-    Raises ConfigError, naming every value that Mllama cannot express.
+    Its image symbol is the first row beyond the vocabulary. Raises ConfigError, naming every value
+    that Mllama cannot express.
     """
     encoder, decoder = sizes.encoder, sizes.decoder
     _require_exportable(encoder)
     return {
         "model_type": "mllama",
         "architectures": ["MllamaForConditionalGeneration"],
-        "image_token_index": decoder.vocabulary if image_token is None else image_token,
+        "image_token_index": decoder.vocabulary,
         "vision_config": {
             "model_type": "mllama_vision_model",
             "hidden_size": encoder.width,
@@ -184,7 +178,8 @@ def from_hugging_face(
 ) -> Converted:
     """An Mllama as our model, or the wanted parts of it; the others stay to be initialised.
 
-    theirs: under the names that its files have. sizes: of `sizes_of` this config.
+    theirs: under the names that its files have. sizes: of `encoder_sizes_of` and
+    `decoder_sizes_of` this config.
     The rows of its embedding for image symbols, which our model lacks (its own image symbol is one
     of the vocabulary), are kept beside the model if they are not zero, and so are embeddings of
     tiles. A tied head, which is not filed, becomes a copy of the embedding.

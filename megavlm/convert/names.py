@@ -137,8 +137,7 @@ def to_ours(
     wanted: dict[str, Shape] = {}
     for rule in rules:
         wanted |= _their_shapes(rule, shapes)
-    _require_names(theirs, wanted)
-    _require_shapes(theirs, wanted)
+    require_tensors(theirs, wanted)
     ours: dict[str, LazyTensor] = {}
     for rule in rules:
         match rule:
@@ -152,11 +151,17 @@ def to_ours(
 
 
 def cast(tensors: Tensors, dtype: torch.dtype) -> dict[str, LazyTensor]:
-    """The same tensors in another floating-point type."""
+    """The same tensors in one floating-point type."""
     return {
-        name: LazyTensor(t.shape, dtype, lambda t=t: t.read().to(dtype))
+        name: t if t.dtype == dtype else LazyTensor(t.shape, dtype, lambda t=t: t.read().to(dtype))
         for name, t in tensors.items()
     }
+
+
+def require_tensors(tensors: Tensors, wanted: Mapping[str, Shape]) -> None:
+    """Raise CheckpointError unless the tensors have exactly these names and shapes."""
+    _require_names(tensors, wanted)
+    _require_shapes(tensors, wanted)
 
 
 def require_values(config: Mapping[str, Any], required: Mapping[str, Any], remedy: str) -> None:
@@ -297,7 +302,7 @@ def _require_names(
         faults += [f"has {listed(unexpected)} that its sizes do not explain"] * bool(unexpected)
         raise CheckpointError(
             f"of {len(wanted)} tensors the checkpoint {' and '.join(faults)}; are its tensors and "
-            "its configuration of the same model?"
+            "its sizes of the same model?"
         )
 
 
@@ -306,7 +311,7 @@ def _require_shapes(tensors: Tensors, wanted: Mapping[str, Shape]) -> None:
     if wrong:
         name = min(wrong)
         raise CheckpointError(
-            f"{name} has shape {list(tensors[name].shape)}, but its configuration says "
-            f"{list(wanted[name])} ({len(wrong)} of {len(wanted)} tensors differ); are its tensors "
-            "and its configuration of the same model?"
+            f"{name} has shape {list(tensors[name].shape)}, but its sizes say {list(wanted[name])} "
+            f"({len(wrong)} of {len(wanted)} tensors differ); are its tensors and its sizes of the "
+            "same model?"
         )

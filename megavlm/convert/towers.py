@@ -241,10 +241,14 @@ def pixel_statistics(
     preprocessor: the contents of preprocessor_config.json, or nothing, for what its family has.
     """
     family = _family(config)
-    return (
-        preprocessor.get("image_mean", family.pixel_mean),
-        preprocessor.get("image_std", family.pixel_std),
-    )
+    mean = preprocessor.get("image_mean", family.pixel_mean)
+    std = preprocessor.get("image_std", family.pixel_std)
+    if not (len(mean) == len(std) == 3 and min(std) > 0):
+        raise ConfigError(
+            f"image_mean={mean} and image_std={std} must be three numbers each, of std above 0; "
+            "mend preprocessor_config.json"
+        )
+    return mean, std
 
 
 def our_activation(theirs: str) -> Activation:

@@ -85,6 +85,12 @@ def random_config(seed: int) -> dict:
     }
 
 
+def sizes_of(config: dict) -> ModelSizes:
+    return ModelSizes(
+        encoder=mllama.encoder_sizes_of(config), decoder=mllama.decoder_sizes_of(config)
+    )
+
+
 def random_mllama(config: dict, seed: int) -> MllamaForConditionalGeneration:
     """Random rows for image symbols and embeddings of tiles; closed gates of tiles."""
     vision = config["vision_config"]
@@ -124,7 +130,7 @@ def test_import_equals_the_original(seed, tmp_path):
     config = random_config(seed)
     theirs = random_mllama(config, seed)
     tensors, filed_config = saved(theirs, tmp_path / "theirs")
-    sizes = mllama.sizes_of(filed_config)
+    sizes = sizes_of(filed_config)
     imported = mllama.from_hugging_face(tensors, filed_config, sizes)
     assert imported.dropped == ()
     ours = our_model(imported.tensors, sizes)
@@ -143,7 +149,7 @@ def test_import_equals_the_original(seed, tmp_path):
     exported = mllama.to_hugging_face(imported.tensors, sizes)
     assert_same(exported, tensors)
     again = mllama.mllama_config(sizes)
-    assert mllama.sizes_of(again) == sizes
+    assert sizes_of(again) == sizes
     write(exported, again, tmp_path / "again")
     with torch.no_grad():
         logits = opened(MllamaForConditionalGeneration, tmp_path / "again")(
@@ -154,7 +160,7 @@ def test_import_equals_the_original(seed, tmp_path):
 
 def random_sizes(seed: int) -> ModelSizes:
     """Any model of ours that Mllama can express."""
-    return mllama.sizes_of(MllamaConfig(**random_config(seed)).to_dict())
+    return sizes_of(MllamaConfig(**random_config(seed)).to_dict())
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -165,7 +171,7 @@ def test_export_generates_the_same(seed, tmp_path):
     tensors = in_memory(dict(ours.named_parameters()))
     exported = mllama.to_hugging_face(tensors, sizes)
     image_token = 4
-    config = mllama.mllama_config(sizes, image_token=image_token)
+    config = mllama.mllama_config(sizes) | {"image_token_index": image_token}
     write(exported, config, tmp_path / "exported")
     theirs = opened(MllamaForConditionalGeneration, tmp_path / "exported")
     assert theirs.config.image_token_index == image_token
@@ -194,7 +200,7 @@ def until_end(tokens: list[int]) -> list[int]:
 def test_bf16_comes_back_bit_for_bit(seed, tmp_path):
     config = random_config(seed)
     tensors, config = saved(random_mllama(config, seed).bfloat16(), tmp_path / "theirs")
-    sizes = mllama.sizes_of(config)
+    sizes = sizes_of(config)
     ours = mllama.from_hugging_face(tensors, config, sizes).tensors
     assert {tensor.dtype for tensor in ours.values()} == {torch.bfloat16}
     assert_same(mllama.to_hugging_face(ours, sizes), tensors)
@@ -212,7 +218,7 @@ def test_a_tied_head_is_a_copy_of_the_embedding(tmp_path):
         theirs.lm_head.weight.copy_(embedding[:vocabulary])
     tensors, config = saved(theirs, tmp_path / "theirs")
     del tensors["language_model.lm_head.weight"]
-    sizes = mllama.sizes_of(config)
+    sizes = sizes_of(config)
     with pytest.raises(CheckpointError, match=r"lacks 1 \(language_model.lm_head.weight\)"):
         mllama.from_hugging_face(tensors, config, sizes)
     config["text_config"]["tie_word_embeddings"] = True
@@ -228,7 +234,7 @@ def test_llama3_scaling_matters_and_is_the_same(tmp_path):
     config = random_config(2)
     theirs = random_mllama(config, 2)
     tensors, filed_config = saved(theirs, tmp_path / "theirs")
-    sizes = mllama.sizes_of(filed_config)
+    sizes = sizes_of(filed_config)
     assert sizes.decoder.rope_scaling == 8
     unscaled = replace(sizes, decoder=replace(sizes.decoder, rope_scaling=None))
     tokens, _ = random_inputs(config, 2, length=400)
@@ -261,7 +267,7 @@ def test_the_language_half_of_any_mllama(seed, tmp_path):
     theirs = random_mllama(config, seed)
     tensors, config = saved(theirs, tmp_path / "theirs")
     with pytest.raises(ConfigError, match=r"num_global_layers=2 must be 0, max_num_tiles=4 must"):
-        mllama.sizes_of(config)
+        sizes_of(config)
     sizes = ModelSizes(encoder=TINY.encoder, decoder=mllama.decoder_sizes_of(config))
     imported = mllama.from_hugging_face(tensors, config, sizes, parts=("decoder",))
     vision = {n for n in tensors if n.startswith(("vision_model", "multi_modal_projector"))}
@@ -310,7 +316,7 @@ def test_presets_have_the_shapes_of_mllama(preset):
 
 
 def test_regular_positions_are_named_so():
-    assert mllama.sizes_of(mllama.mllama_config(TINY)).decoder.cross_every == 2
+    assert sizes_of(mllama.mllama_config(TINY)).decoder.cross_every == 2
     published = mllama.decoder_sizes_of({})  # Llama 3.2 Vision, 11 B
     assert published.cross_at == (3, 8, 13, 18, 23, 28, 33, 38)
     assert (published.self_layers, published.head_width) == (32, 128)
@@ -356,7 +362,7 @@ def test_other_language_models_are_refused(change, message):
 
 def test_tensors_that_do_not_fit_are_named(tmp_path):
     tensors, config = saved(random_mllama(random_config(0), 0), tmp_path / "theirs")
-    sizes = mllama.sizes_of(config)
+    sizes = sizes_of(config)
 
     def convert(**changes):
         return mllama.from_hugging_face({**tensors, **in_memory(changes)}, config, sizes)

@@ -1,12 +1,14 @@
 """Whole conversions, as the command line runs them."""
 
 import json
+import shutil
 import weakref
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import (
     CLIPVisionConfig,
     CLIPVisionModel,
@@ -17,17 +19,20 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from megavlm.__main__ import main
 from megavlm.checkpoint.folder import Folder
 from megavlm.checkpoint.lazy import LazyTensor, in_memory
-from megavlm.checkpoint.storage import CheckpointReader, read_state
-from megavlm.checkpoint.store import lazy_tensors, load_checkpoint, load_weights, save_checkpoint
+from megavlm.checkpoint.storage import read_state
+from megavlm.checkpoint.store import load_checkpoint, load_weights, save_checkpoint
 from megavlm.config.load import load_run
 from megavlm.config.run import CheckpointSettings
-from megavlm.convert.files import hugging_face_tensors, write_native
+from megavlm.convert import compare
+from megavlm.convert.certificate import Record
+from megavlm.convert.files import hugging_face_tensors, remembering, write_native
+from megavlm.convert.names import Joined, cast, to_ours
 from megavlm.engine.start import start_engine
-from megavlm.model.params import parameters
+from megavlm.model.params import CROSS_LAYERS, ENCODER, PROJECTOR, parameters
 from tests.batches import TINY
+from tests.convert.commands import certificate, command, fails, native, random_native
 from tests.convert.hugging_face import assert_same
 from tests.convert.test_mllama import random_config, random_mllama
 from tests.model.weights import randomise
@@ -35,32 +40,6 @@ from tests.parity.runs import CPU, DEMO, LAYOUTS, my_micro_batches
 from tests.ranks import run_on_ranks
 
 SAVING = CheckpointSettings(every=1, asynchronous=False)
-
-
-def command(*arguments):
-    """The command line in a rank of its own: it starts process groups. The exit code."""
-    [code] = run_on_ranks(1, lambda _: main(["convert", *map(str, arguments)]), groups=False)
-    return code
-
-
-def certificate(folder):
-    return json.loads((folder / "certificate.json").read_text())
-
-
-def native(folder):
-    return lazy_tensors(CheckpointReader(Folder(folder)))
-
-
-def random_native(folder, seed=0, dtype=torch.float32, step=0, sizes=TINY):
-    generator = torch.Generator().manual_seed(seed)
-    tensors = {
-        f"weights/{p.name}": torch.randn(p.shape, generator=generator).to(dtype)
-        for p in parameters(sizes)
-    }
-    folder.mkdir()
-    state = {"step": step, "settings": {"model": asdict(sizes)}, "tokenizer_sha256": None}
-    write_native(Folder(folder), in_memory(tensors), state, max_file_bytes=40_000)
-    return tensors
 
 
 @pytest.fixture(scope="module")
@@ -234,51 +213,13 @@ def test_pretrained_parts_start_a_run(tmp_path, kind):
     assert all(".layers.2." in n or ".layers.5." in n or "projector" in n for n in started)
 
 
-def fails(capfd, says, *arguments):
-    assert command(*arguments) == 2
-    assert says in capfd.readouterr().err
-
-
-def test_mistakes_are_told(tmp_path, capfd):
-    ours, out = tmp_path / "ours", tmp_path / "out"
-    random_native(ours)
-    (tmp_path / "empty").mkdir()
-    fails(capfd, "name the checkpoint to convert, and with --out a new folder", ours)
-    fails(capfd, "holds neither our state.json nor", tmp_path / "empty", "--out", out)
-    fails(capfd, "is not empty; choose another folder", ours, "--out", ours)
-    fails(capfd, "name the run's file with --run", ours, "--out", out, "--to", "megatron")
-    other = replace(TINY, decoder=replace(TINY.decoder, vocabulary=400))
-    random_native(tmp_path / "other", sizes=other)
-    fails(capfd, "only checkpoints of one model", ours, tmp_path / "other", "--out", out)
-    fails(capfd, "has no certificate.json", "--verify", ours)
-    torn = tmp_path / "torn"
-    torn.mkdir()
-    (torn / "config.json").write_text('{"model_type": "mllama"}')
-    fails(capfd, "holds no safetensors files", torn, "--out", out)
-    (torn / "pytorch_model.bin").write_bytes(b"a pickle")
-    fails(capfd, "save pytorch_model.bin as safetensors first", torn, "--out", out)
-    index = {"weight_map": {"a": "model-00001-of-00002.safetensors"}}
-    (torn / "model.safetensors.index.json").write_text(json.dumps(index))
-    fails(capfd, "lacks the file model-00001-of-00002.safetensors", torn, "--out", out)
-    (torn / "model-00001-of-00002.safetensors").write_bytes(b"x" * 100)
-    fails(capfd, "is no safetensors file", torn, "--out", out)
-    (torn / "config.json").write_text("[1]")
-    fails(capfd, "must hold a JSON object", torn, "--out", out)
-    file = sorted(ours.glob("*.safetensors"))[0]
-    content = bytearray(file.read_bytes())
-    content[-1] ^= 1
-    file.write_bytes(content)
-    fails(capfd, f"{file.name} is corrupt", ours, "--out", out)
-    assert not out.exists()
-
-
 def test_memory_holds_a_few_tensors_only(tmp_path):
-    """The sum of a model's tensors does not matter; tools/bench_checkpoint.py has the figures."""
+    """All that a conversion puts between a file and a file; tools/bench_checkpoint.py measures."""
     alive, most = 0, 0
 
     def read(name):
         nonlocal alive, most
-        tensor = torch.full((1000,), float(name))
+        tensor = torch.full((1000,), float(len(name)))
         alive, most = alive + 1, max(most, alive + 1)
         weakref.finalize(tensor, died)
         return tensor
@@ -287,10 +228,18 @@ def test_memory_holds_a_few_tensors_only(tmp_path):
         nonlocal alive
         alive -= 1
 
-    names = [str(i) for i in range(50)]
-    tensors = {name: LazyTensor((1000,), torch.float32, partial(read, name)) for name in names}
-    write_native(Folder(tmp_path), tensors, {"step": 0}, max_file_bytes=10**9)
-    assert most <= 3 and alive == 0
+    rules = [Joined(f"o{i}", {f"{kind}{i}": 1 for kind in "qkv"}, groups=5) for i in range(50)]
+    names = [name for rule in rules for name in rule.theirs]
+    theirs = {name: LazyTensor((1000,), torch.float32, partial(read, name)) for name in names}
+    source = Record.of(theirs)
+    shapes = {rule.ours: (3000,) for rule in rules}
+    ours = cast(to_ours(remembering(source.tensors), rules, shapes), torch.bfloat16)
+    written = Record.of(ours)
+    write_native(Folder(tmp_path), written.tensors, {"step": 0}, max_file_bytes=10**9)
+    assert len(source.hashes) == 150 and len(written.hashes) == 50
+    assert most <= 4  # the parts of one tensor, and the next one's first
+    del source, ours, written
+    assert alive == 0
 
 
 def test_converted_shards_of_megatron(tmp_path):
@@ -304,3 +253,197 @@ def test_converted_shards_of_megatron(tmp_path):
     assert read_state(Folder(tmp_path / "back"))["step"] == 7
     assert command("--verify", tmp_path / "back") == 0
     assert certificate(tmp_path / "back")["unchanged"] == len(parameters(TINY))
+    shards = certificate(tmp_path / "back")["sources"][0]
+    assert (shards["tag"], shards["step"]) == ("iter_0000007", 7)
+    # A later save does not matter: what was read is checked.
+    (tmp_path / "shards" / "latest_checkpointed_iteration.txt").write_text("9")
+    assert command("--verify", tmp_path / "back") == 0
+    assert command("--verify", tmp_path / "shards") == 2
+
+
+def random_deepspeed(folder, sizes=TINY, steps=5):
+    """As one rank of ZeRO-3 saves, and as `ds_to_universal.py` converts it."""
+    shapes = {p.name: torch.Size(p.shape) for p in parameters(sizes)}
+    flat = {
+        kind: torch.randn(sum(shape.numel() for shape in shapes.values()))
+        for kind in ("weights", "exp_avg", "exp_avg_sq")
+    }
+    model = {
+        "param_shapes": [shapes],
+        "frozen_param_shapes": None,
+        "buffer_names": [],
+        "global_steps": steps,
+    }
+    weights = flat["weights"]
+    state = {0: {kind: flat[kind] for kind in ("exp_avg", "exp_avg_sq")}}
+    optimizer = {
+        "zero_stage": 3,
+        "partition_count": 1,
+        "fp32_flat_groups": [weights],
+        "optimizer_state_dict": {"state": state},
+    }
+    for tag, pointer in (("step", "latest"), ("universal", "latest_universal")):
+        (folder / tag).mkdir(parents=True)
+        (folder / pointer).write_text(tag)
+        torch.save(model, folder / tag / "zero_pp_rank_0_mp_rank_00_model_states.pt")
+    path = folder / "step" / "zero_pp_rank_0_mp_rank_00_optim_states.pt"
+    torch.save({"optimizer_state_dict": optimizer}, path)
+    for file, kind in {"fp32": "weights", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}.items():
+        parts = flat[kind].split([shape.numel() for shape in shapes.values()])
+        for name, part in zip(shapes, parts, strict=True):
+            of_name = folder / "universal" / "zero" / name
+            of_name.mkdir(parents=True, exist_ok=True)
+            torch.save(part.clone(), of_name / f"{file}.pt")
+
+
+def test_converted_checkpoints_of_deepspeed(tmp_path, capfd):
+    random_deepspeed(tmp_path / "theirs")
+    layout = ("--weights-only", "--run", DEMO, "model.preset=vlm-tiny")
+    source = (tmp_path / "theirs", *layout)
+    fails(
+        capfd, "say which to read with --from universal or --from", *source, "--out", tmp_path / "x"
+    )
+    for kind, tag in (("zero3", "step"), ("universal", "universal")):
+        out = tmp_path / kind
+        assert command(*source, "--from", kind, "--out", out) == 0
+        assert f"{tmp_path / 'theirs'} {tag}: read at step 5" in capfd.readouterr().out
+        told = certificate(out)
+        assert (told["sources"][0]["tag"], told["sources"][0]["step"]) == (tag, 5)
+        count = len(parameters(TINY))
+        left_out = [f"{moment}/* ({count} tensors)" for moment in ("exp_avg", "exp_avg_sq")]
+        assert sorted(told["left_out"]) == left_out and told["unchanged"] == count
+        assert command("--verify", out) == 0
+        assert f"{tmp_path / 'theirs' / tag}: {count} tensors" in capfd.readouterr().out
+    assert_same(native(tmp_path / "zero3"), native(tmp_path / "universal"))
+    other = (*source, "model.decoder.width=96", "--out", tmp_path / "x")
+    fails(capfd, "but its sizes say", *other, "--from", "zero3")
+    more = (*source, "model.encoder.layers=3", "--out", tmp_path / "x")
+    fails(capfd, "the checkpoint lacks", *more, "--from", "zero3")
+    needed = (*source, "--from", "megatron", "--out", tmp_path / "x")
+    fails(capfd, "has no file latest_checkpointed_iteration.txt", *needed)
+    shutil.rmtree(tmp_path / "theirs" / "universal")
+    assert command("--verify", tmp_path / "universal") == 0
+    assert "universal is not there any more: not checked" in capfd.readouterr().out
+
+
+def test_what_is_left_out_is_told(tmp_path):
+    kinds = ("weights", "exp_avg", "exp_avg_sq")
+    random_native(tmp_path / "ours", kinds=kinds)
+    count = len(parameters(TINY))
+    moments = {f"{kind}/* ({count} tensors)" for kind in kinds[1:]}
+    whole = native(tmp_path / "ours")
+    state = read_state(Folder(tmp_path / "ours"))
+    (tmp_path / "with").mkdir()
+    beside = in_memory({"beside/theirs": torch.ones(3)})
+    write_native(Folder(tmp_path / "with"), whole | beside, state, max_file_bytes=10**9)
+
+    def left_out(*arguments):
+        assert command(*arguments, "--no-compare", "--out", tmp_path / "out") == 0
+        told = certificate(tmp_path / "out")
+        shutil.rmtree(tmp_path / "out")
+        return set(told["left_out"]), told["target"]["tensors"]
+
+    ours = tmp_path / "ours"
+    native_form = (ours, "--to", "native")
+    assert left_out(*native_form) == left_out(*native_form, "--dtype", "fp32") == (set(), 3 * count)
+    for option in (["--dtype", "bf16"], ["--weights-only"]):
+        assert left_out(*native_form, *option) == (moments, count)
+    assert left_out(ours)[0] == moments
+    assert left_out(ours, ours, "--to", "native") == (moments, count)
+    layout = ("--to", "megatron", "--run", DEMO, "model.preset=vlm-tiny", "engine=megatron")
+    found, written = left_out(tmp_path / "with", *layout, "data.row_tokens=16")
+    assert (found, written) == ({"beside/theirs", *moments}, count)
+    found, written = left_out(tmp_path / "with", "--to", "llama")
+    no_part = {p.name for p in parameters(TINY) if p.part in (ENCODER, PROJECTOR, CROSS_LAYERS)}
+    assert found == {"beside.theirs", *no_part, *moments}
+
+
+def test_what_is_compared(theirs, tmp_path, monkeypatch):
+    """And that the certificate is there when nothing is."""
+    random_native(tmp_path / "ours")
+    (tmp_path / "a place").mkdir()
+    as_url = f"file://{tmp_path}/a place/llama"
+    assert command(tmp_path / "ours", "--to", "llama", "--out", as_url) == 0
+    told = certificate(tmp_path / "a place" / "llama")["comparison"]
+    assert told["compared"] and told["worst_difference"] < 2e-5
+    assert command("--verify", as_url) == 0
+
+    def reason(*arguments):
+        assert command(*arguments, "--out", tmp_path / "out") == 0
+        assert command("--verify", tmp_path / "out") == 0
+        told = certificate(tmp_path / "out")["comparison"]
+        shutil.rmtree(tmp_path / "out")
+        assert not told["compared"]
+        return told["reason"]
+
+    assert "both sides are Hugging Face's" in reason(theirs, "--to", "mllama", "--dtype", "fp32")
+    assert "several checkpoints were merged" in reason(theirs, theirs)
+    assert "a part of a model" in reason(theirs, "--decoder-only")
+    assert "not asked for" in reason(theirs, "--no-compare")
+    assert "our code alone" in reason(tmp_path / "ours", "--to", "native")
+
+    def broken(*_):
+        raise AttributeError("of\nanother version")
+
+    monkeypatch.setattr(compare, "compared", broken)
+    assert reason(theirs) == "it failed with AttributeError: of another version"
+
+
+def test_merging_needs_one_model(tmp_path, capfd):
+    decoder = TINY.decoder
+    respelled = replace(decoder, cross_every=None, cross_at=decoder.cross_layers, initial_gate=0.5)
+    forms = {
+        "first": {},
+        "respelled": {"sizes": replace(TINY, decoder=respelled), "step": 1},
+        "vocabulary": {"sizes": replace(TINY, decoder=replace(decoder, vocabulary=400))},
+        "bf16": {"dtype": torch.bfloat16, "step": 1},
+        "second": {"step": 2},
+    }
+    for name, changes in forms.items():
+        random_native(tmp_path / name, **changes)
+    first, out = tmp_path / "first", tmp_path / "out"
+    arguments = ("--to", "native", "--out")
+    assert command(first, tmp_path / "respelled", *arguments, tmp_path / "mean") == 0
+    for other, says in {
+        "vocabulary": f"has model.decoder.vocabulary=400, {first} 512; only checkpoints of one",
+        "bf16": "torch.bfloat16 in",
+    }.items():
+        fails(capfd, says, first, tmp_path / other, *arguments, out)
+    tensors, state = native(first), read_state(Folder(first))
+    extra = in_memory({"beside/theirs": torch.ones(3)})
+    (tmp_path / "more").mkdir()
+    write_native(Folder(tmp_path / "more"), tensors | extra, state, max_file_bytes=10**9)
+    says = f"{tmp_path / 'more'} has beside.theirs and {first} has not"
+    fails(capfd, says, first, tmp_path / "more", *arguments, out)
+    decay = ("--ema-decay", "0.9")
+    says = f"{tmp_path / 'respelled'} of step 1 comes after {tmp_path / 'second'} of step 2"
+    fails(capfd, says, tmp_path / "second", tmp_path / "respelled", *decay, *arguments, out)
+    assert command(first, tmp_path / "respelled", *decay, *arguments, out) == 0
+
+
+def test_a_changed_target_is_found(theirs, tmp_path, capfd, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "theirs").symlink_to(theirs)
+    assert command("theirs", "--out", "ours") == 0
+    place = certificate(tmp_path / "ours")["sources"][0]["place"]
+    assert place == str(tmp_path / "theirs")
+    assert command("ours", "--no-compare", "--out", "back") == 0
+    monkeypatch.chdir("/")
+    assert command("--verify", tmp_path / "back") == 0
+    config = tmp_path / "back" / "config.json"
+    before = config.read_text()
+    config.write_text(before.replace('"rms_norm_eps"', '"rms_norm_epsilon"'))
+    fails(capfd, "config.json has sha256", "--verify", tmp_path / "back")
+    config.write_text(before)
+    stray = tmp_path / "back" / "model-2.safetensors"
+    save_file({"stray": torch.ones(1)}, stray)
+    fails(capfd, "holds the tensor stray, which its certificate", "--verify", tmp_path / "back")
+    stray.rename(tmp_path / "back" / "stray.bin")
+    fails(capfd, "holds the file stray.bin, which its certificate", "--verify", tmp_path / "back")
+    (tmp_path / "back" / "stray.bin").rename(tmp_path / "stray.bin")
+    (tmp_path / "back" / "generation_config.json").unlink()
+    fails(capfd, "lacks generation_config.json", "--verify", tmp_path / "back")
+    told = certificate(tmp_path / "ours")
+    for broken in ([], {**told, "target": 5}, {**told, "sources": [{"place": "x"}]}):
+        (tmp_path / "ours" / "certificate.json").write_text(json.dumps(broken))
+        fails(capfd, f"{tmp_path / 'ours'}", "--verify", tmp_path / "ours")

@@ -219,5 +219,5 @@ def test_tensors_that_do_not_fit_are_named(tmp_path):
     without = {name: t for name, t in tensors.items() if name != bias}
     with pytest.raises(CheckpointError, match=rf"lacks 1 \({bias}\)"):
         towers.from_hugging_face(without, config, sizes, {})
-    with pytest.raises(CheckpointError, match=r"has shape .* but its configuration says"):
+    with pytest.raises(CheckpointError, match=r"has shape .* but its sizes say"):
         towers.from_hugging_face(tensors, config, replace(sizes, width=2 * sizes.width), {})
