@@ -1,11 +1,10 @@
 """Checkpoint folders as lazy tensors, and lazy tensors as checkpoint folders."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
 
-import torch
 from torch import Tensor
 
 from megavlm.checkpoint.folder import Folder, sync
@@ -204,37 +203,4 @@ def remembering(tensors: Tensors) -> dict[str, LazyTensor]:
     return {
         name: LazyTensor(t.shape, t.dtype, lambda name=name: read(name))
         for name, t in tensors.items()
-    }
-
-
-def require_alike(models: Sequence[tuple[Folder, Tensors]]) -> None:
-    """Raise CheckpointError unless models have the same tensors, in the same shapes and types."""
-    (first, wanted), *others = models
-    for folder, tensors in others:
-        for name in sorted(wanted.keys() | tensors.keys()):
-            if name not in wanted or name not in tensors:
-                has, lacks = (first, folder) if name in wanted else (folder, first)
-                raise CheckpointError(
-                    f"{has} has {name} and {lacks} has not; merge checkpoints that hold the same"
-                )
-            one, other = (f"{list(t.shape)} {t.dtype}" for t in (wanted[name], tensors[name]))
-            if one != other:
-                raise CheckpointError(
-                    f"{name} is {one} in {first}, but {other} in {folder}; merge checkpoints of "
-                    "one model, and convert one with --dtype first if only types differ"
-                )
-
-
-def mixed(sources: Sequence[Tensors], shares: Sequence[float]) -> dict[str, LazyTensor]:
-    """The mean of the same tensors of several models, by their shares; sums are in fp64."""
-
-    def read(name: str) -> Tensor:
-        total = torch.zeros(sources[0][name].shape, dtype=torch.float64)
-        for source, share in zip(sources, shares, strict=True):
-            total.add_(source[name].read(), alpha=share)
-        return total.to(sources[0][name].dtype)
-
-    return {
-        name: LazyTensor(t.shape, t.dtype, lambda name=name: read(name))
-        for name, t in sources[0].items()
     }

@@ -1,27 +1,20 @@
 """`megavlm convert`: from any format to any other by way of our own names, tensor by tensor."""
 
-import dataclasses
 import math
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from itertools import pairwise
-from pathlib import Path
 from typing import Any, Literal
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
 from megavlm.checkpoint.folder import WRITE_REMEDY, Folder
-from megavlm.checkpoint.lazy import LazyTensor, Tensors
-from megavlm.checkpoint.state import checkpoint_state
-from megavlm.checkpoint.storage import STATE_FILE, CheckpointReader, read_state
-from megavlm.checkpoint.store import check_files, lazy_tensors
+from megavlm.checkpoint.lazy import Tensors
 from megavlm.checkpoint.tensor_file import tensor_bytes
 from megavlm.config.run import RunSettings
-from megavlm.config.sizes import DecoderSizes, EncoderSizes, ModelSizes
-from megavlm.convert import deepspeed, llama, megatron, mllama, towers
+from megavlm.config.sizes import DecoderSizes
+from megavlm.convert import llama, megatron, mllama
 from megavlm.convert.certificate import (
     CERTIFICATE_FILE,
     Record,
@@ -31,40 +24,33 @@ from megavlm.convert.certificate import (
     read_certificate,
 )
 from megavlm.convert.files import (
-    CONFIG_FILE,
     about,
-    hugging_face_tensors,
-    mixed,
-    preprocessor,
-    read_json,
     remembering,
-    require_alike,
     write_hugging_face,
     write_json,
     write_native,
 )
-from megavlm.convert.names import BESIDE, SMALLEST_ENCODER, Sizes, cast, require_tensors
-from megavlm.data.shards import ShardFolder
-from megavlm.data.tokenizer import Tokenizer
+from megavlm.convert.merge import merged
+from megavlm.convert.names import BESIDE, Sizes, cast
+from megavlm.convert.sources import (
+    HUGGING_FACE,
+    POINTERS,
+    Kind,
+    Model,
+    OfTorch,
+    Source,
+    Start,
+    Target,
+    in_our_terms,
+    kinds_of,
+    needed,
+    path_of,
+    tensors_of,
+    whole_sizes,
+)
 from megavlm.errors import CheckpointError, ConfigError, MegavlmError
-from megavlm.model.params import parameters
 from megavlm.planner.cut import with_cut
 
-Target = Literal["native", "mllama", "llama", "megatron"]
-OfTorch = Literal["zero3", "universal", "megatron"]
-Kind = Target | OfTorch | Literal["tower"]
-POINTERS: dict[OfTorch, str] = {
-    "universal": "latest_universal",
-    "zero3": "latest",
-    "megatron": megatron.LATEST_FILE,
-}
-"""Files that name the newest checkpoint in folders of DeepSpeed and Megatron-LM."""
-HUGGING_FACE: dict[Kind, tuple[str, ...]] = {
-    "mllama": ("mllama",),
-    "llama": tuple(llama.DEFAULTS),
-    "tower": tuple(towers.FAMILIES),
-}
-"""Kinds of Hugging Face's, and the model_type that their config.json has."""
 OUT_REMEDY = "free space or permit writing there, or choose another --out; then convert again"
 
 
@@ -110,45 +96,6 @@ class Conversion:
             )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Source:
-    """A checkpoint to read."""
-
-    folder: Folder
-    kind: Kind
-    tag: str | None
-    """Of DeepSpeed's and Megatron-LM's: which checkpoint of the folder, as its folder is named."""
-
-    @classmethod
-    def newest(cls, folder: Folder, wanted: OfTorch | None) -> "Source":
-        with about(folder):
-            kind, tag = kind_of(folder, wanted), None
-            if kind == "zero3":
-                tag = deepspeed.newest(_path(folder), "latest")
-            elif kind == "universal":
-                tag = deepspeed.newest(_path(folder), "latest_universal")
-            elif kind == "megatron":
-                tag = megatron.newest(_path(folder))
-        return cls(folder=folder, kind=kind, tag=tag)
-
-    def __str__(self) -> str:
-        return f"{self.folder}/{self.tag}" if self.tag else str(self.folder)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Model:
-    """A checkpoint of any origin, in our terms."""
-
-    weights: Tensors
-    """By the ledger's names, and what is kept beside them."""
-    moments: Tensors
-    """By `exp_avg/NAME` and `exp_avg_sq/NAME`."""
-    sizes: Sizes
-    state: dict[str, Any]
-    """What a checkpoint of ours says of its run, beside the tensors."""
-    dropped: tuple[str, ...] = ()
-
-
 def convert(conversion: Conversion) -> dict[str, Any]:
     """Convert, and return the certificate, which lies in the new folder, too.
 
@@ -191,52 +138,14 @@ def verify(place: str) -> list[str]:
             lines.append(f"{source} is not there any more: not checked")
             continue
         with about(folder), _progress() as progress:
-            sizes = _model_sizes(model) if source.kind in POINTERS else None
-            tensors, _ = _tensors(source, sizes, progress)
+            sizes = whole_sizes(model) if source.kind in POINTERS else None
+            tensors, _ = tensors_of(source, sizes, progress)
             if folder is out:
                 check_target(side, tensors, out)
             on_read = progress("checking", side["bytes"])
             checked = check_against(side, tensors, str(source), on_read)
         lines.append(f"{source}: {checked} tensors are as certified")
     return lines
-
-
-def kind_of(folder: Folder, wanted: OfTorch | None = None) -> Kind:
-    """What a folder holds; raises CheckpointError when it is no checkpoint that we know.
-
-    wanted: what to take where DeepSpeed's and Megatron-LM's checkpoints lie in one folder.
-    """
-    names = folder.names()
-    if wanted is not None:
-        if POINTERS[wanted] not in names:
-            raise ConfigError(
-                f"{folder} has no file {POINTERS[wanted]}, which --from {wanted} needs; leave it "
-                "out, or name another folder"
-            )
-        return wanted
-    if STATE_FILE in names:
-        return "native"
-    if CONFIG_FILE in names:
-        model_type = read_json(folder, CONFIG_FILE).get("model_type")
-        for kind, model_types in HUGGING_FACE.items():
-            if model_type in model_types:
-                return kind
-        known = ", ".join(name for model_types in HUGGING_FACE.values() for name in model_types)
-        raise ConfigError(
-            f"{folder} has model_type={model_type}; converted are {known}; choose a model of these"
-        )
-    kinds: list[OfTorch] = [kind for kind, name in POINTERS.items() if name in names]
-    if len(kinds) > 1:
-        raise CheckpointError(
-            f"{folder} has {' and '.join(POINTERS[kind] for kind in kinds)}, so two checkpoints; "
-            f"say which to read with --from {' or --from '.join(kinds)}"
-        )
-    if kinds:
-        return kinds[0]
-    raise CheckpointError(
-        f"{folder} holds neither our state.json nor a config.json of Hugging Face's nor the files "
-        "of DeepSpeed or Megatron-LM; is it the checkpoint's own folder?"
-    )
 
 
 def _check_applies(
@@ -250,8 +159,8 @@ def _check_applies(
                 f"{source.kind}; leave it out"
             )
     if to == "megatron":
-        _needed(conversion.run, to)
-        _path(out)
+        needed(conversion.run, to)
+        path_of(out)
 
 
 @contextmanager
@@ -286,18 +195,26 @@ def _converted(
         models: list[Model] = []
         for source in sources:
             with about(source.folder):
-                run = _needed(conversion.run, source.kind) if source.kind in POINTERS else None
-                tensors, step = _tensors(source, run and run.model, progress)
+                run = needed(conversion.run, source.kind) if source.kind in POINTERS else None
+                tensors, step = tensors_of(source, run and run.model, progress)
                 records.append(Record.of(tensors))
                 remembered = remembering(records[-1].tensors)
-                models.append(_in_our_terms(source, remembered, step, conversion))
+                model = in_our_terms(
+                    source,
+                    remembered,
+                    step,
+                    conversion.run,
+                    decoder_only=conversion.decoder_only,
+                    weights_only=conversion.weights_only,
+                )
+                models.append(model)
         model = _prepared(models, sources, conversion)
         with about(sources[-1].folder):
             config, targets, left_out = _out_of_our_terms(model, to)
         total = sum(tensor_bytes(t.shape, t.dtype) for t in targets.values())
         written = Record.of(targets, progress("converting", total))
         _write(to, out, written.tensors, model, config, conversion)
-    tag = megatron.newest(_path(out)) if to == "megatron" else None
+    tag = megatron.newest(path_of(out)) if to == "megatron" else None
     certificate = {
         "sources": [
             {
@@ -318,209 +235,31 @@ def _converted(
     return certificate, model
 
 
-def _tensors(source: Source, sizes: ModelSizes | None, progress: "Start") -> tuple[Tensors, int]:
-    """A checkpoint's tensors, by the names that its format has, and the step that they are of.
-
-    sizes: of the model, where the format does not say them.
-    """
-    folder = source.folder
-    match source.kind:
-        case "native":
-            reader = CheckpointReader(folder)
-            total = sum(file["bytes"] for file in reader.state["files"].values())
-            check_files(reader, sorted(reader.state["files"]), progress("checking", total))
-            return lazy_tensors(reader), reader.state["step"]
-        case "mllama" | "llama" | "tower":
-            return hugging_face_tensors(folder), 0
-        case "zero3":
-            assert source.tag is not None
-            return deepspeed.zero3_tensors(_path(folder), source.tag)
-        case "universal":
-            assert source.tag is not None
-            return deepspeed.universal_tensors(_path(folder), source.tag)
-        case "megatron":
-            assert source.tag is not None and sizes is not None
-            return megatron.megatron_shards(_path(folder), source.tag, sizes)
-
-
-def _path(folder: Folder) -> Path:
-    if folder.local_path is None:
-        raise ConfigError(
-            f"{folder} is in an object store, but checkpoints of DeepSpeed and Megatron-LM must "
-            "lie on a disk; copy or write it there"
-        )
-    return folder.local_path
-
-
-def _in_our_terms(source: Source, tensors: Tensors, step: int, conversion: Conversion) -> Model:
-    folder, kind = source.folder, source.kind
-    match kind:
-        case "native":
-            state = read_state(folder)
-            return _of_keys(tensors, state["settings"]["model"], state)
-        case "mllama":
-            config = read_json(folder, CONFIG_FILE)
-            decoder = mllama.decoder_sizes_of(config)
-            if conversion.decoder_only:
-                whole, parts = ModelSizes(encoder=SMALLEST_ENCODER, decoder=decoder), ("decoder",)
-            else:
-                whole = ModelSizes(encoder=mllama.encoder_sizes_of(config), decoder=decoder)
-                parts = mllama.PARTS
-            sizes = {part: getattr(whole, part) for part in parts}
-            converted = mllama.from_hugging_face(tensors, config, whole, parts)
-        case "tower":
-            config = read_json(folder, CONFIG_FILE)
-            encoder = towers.encoder_sizes_of(config)
-            sizes = {"encoder": encoder}
-            converted = towers.from_hugging_face(tensors, config, encoder, preprocessor(folder))
-        case "llama":
-            config = read_json(folder, CONFIG_FILE)
-            wanted = _needed(conversion.run, kind).model.decoder
-            decoder = llama.decoder_sizes_of(
-                config,
-                cross_every=wanted.cross_every,
-                cross_at=wanted.cross_at,
-                vocabulary=wanted.vocabulary,
-                initial_gate=wanted.initial_gate,
-            )
-            sizes = {"decoder": decoder}
-            converted = llama.from_hugging_face(tensors, config, decoder)
-        case "zero3" | "universal" | "megatron":
-            run = _needed(conversion.run, kind)
-            state: dict[str, Any] = {"step": step}
-            plain = dataclasses.asdict(run.model)
-            _require_ledger(tensors, run.model)
-            if kind == "megatron" or conversion.weights_only:
-                return _of_keys(tensors, plain, state)
-            training = ShardFolder(run.data.train)
-            state |= checkpoint_state(run, Tokenizer(run.data.tokenizer), step, training)
-            return _of_keys(tensors, plain, state)
-    plain = {part: dataclasses.asdict(of_part) for part, of_part in sizes.items()}
-    return Model(
-        weights=converted.tensors,
-        moments={},
-        sizes=plain,
-        state={"step": 0},
-        dropped=converted.dropped,
-    )
-
-
-def _of_keys(tensors: Tensors, sizes: Sizes, state: dict[str, Any]) -> Model:
-    """A checkpoint whose keys are `weights/NAME` and so on."""
-    weights: dict[str, LazyTensor] = {}
-    moments: dict[str, LazyTensor] = {}
-    for key, tensor in tensors.items():
-        kind, _, name = key.partition("/")
-        match kind:
-            case "weights":
-                weights[name] = tensor
-            case "beside":
-                weights[BESIDE + name] = tensor
-            case _:
-                moments[key] = tensor
-    return Model(weights=weights, moments=moments, sizes=sizes, state=state)
-
-
-def _require_ledger(tensors: Tensors, sizes: ModelSizes) -> None:
-    """Raise CheckpointError unless these are the weights of a model of these sizes, and moments."""
-    ledger = {parameter.name: parameter.shape for parameter in parameters(sizes)}
-    by_kind: dict[str, dict[str, LazyTensor]] = {"weights": {}}
-    for key, tensor in tensors.items():
-        kind, _, name = key.partition("/")
-        by_kind.setdefault(kind, {})[name] = tensor
-    for kind, of_kind in by_kind.items():
-        trained = {name: shape for name, shape in ledger.items() if name in of_kind}
-        require_tensors(of_kind, ledger if kind == "weights" else trained)
-
-
 def _prepared(models: Sequence[Model], sources: Sequence[Source], conversion: Conversion) -> Model:
     """The one model to write: merged, cast, with or without moments."""
-    model = models[0]
-    if len(models) > 1:
-        _check_mergeable(models, sources, conversion.ema_decay)
-        decay = 1.0 if conversion.ema_decay is None else conversion.ema_decay
-        shares = [decay ** (len(models) - 1 - i) for i in range(len(models))]
-        shares = [share / sum(shares) for share in shares]
-        dropped = [name for one in models for name in (*one.dropped, *_kinds(one.moments))]
-        model = replace(
-            models[-1],
-            weights=mixed([one.weights for one in models], shares),
-            moments={},
-            dropped=tuple(dict.fromkeys(dropped)),
-        )
+    model = merged(models, sources, conversion.ema_decay) if len(models) > 1 else models[0]
     if conversion.dtype is not None:
         from megavlm.engine.base import DTYPES  # megatron-core takes seconds to import
 
         dtype = DTYPES[conversion.dtype]
         if any(tensor.dtype != dtype for tensor in model.weights.values()):
-            model = _without_moments(replace(model, weights=cast(model.weights, dtype)))
-    return _without_moments(model) if conversion.weights_only else model
-
-
-def _check_mergeable(
-    models: Sequence[Model], sources: Sequence[Source], ema_decay: float | None
-) -> None:
-    """Raise CheckpointError unless a mean of the models says something."""
-    for source, model in zip(sources[1:], models[1:], strict=True):
-        with about(source.folder):
-            one, other = _comparable(models[0].sizes), _comparable(model.sizes)
-        for name in sorted(one.keys() | other.keys()):
-            if one.get(name) != other.get(name):
-                raise CheckpointError(
-                    f"{source} has {name}={other.get(name)}, {sources[0]} {one.get(name)}; only "
-                    "checkpoints of one model can be merged"
-                )
-    require_alike(
-        [(source.folder, model.weights) for source, model in zip(sources, models, strict=True)]
-    )
-    if ema_decay is None:
-        return
-    for (before, earlier), (after, later) in pairwise(zip(sources, models, strict=True)):
-        step, next_step = earlier.state["step"], later.state["step"]
-        # Hugging Face's say no step.
-        if next_step < step or next_step == step > 0:
-            raise CheckpointError(
-                f"{after} of step {next_step} comes after {before} of step {step}; for "
-                f"--ema-decay={ema_decay} name the oldest first"
-            )
-
-
-def _comparable(sizes: Sizes) -> dict[str, Any]:
-    """By setting. Where gates start does not matter, nor how positions of layers are spelled."""
-    values: dict[str, Any] = {}
-    for part, plain in sizes.items():
-        of_part = EncoderSizes(**plain) if part == "encoder" else DecoderSizes(**plain)
-        fields = dataclasses.asdict(of_part)
-        if isinstance(of_part, DecoderSizes):
-            del fields["initial_gate"], fields["cross_every"]
-            fields["cross_at"] = of_part.cross_layers
-        values |= {f"model.{part}.{name}": value for name, value in fields.items()}
-    return values
-
-
-def _without_moments(model: Model) -> Model:
-    return replace(model, moments={}, dropped=(*model.dropped, *_kinds(model.moments)))
-
-
-def _kinds(moments: Tensors) -> list[str]:
-    """What the certificate says of moments that are left out."""
-    counts = Counter(key.partition("/")[0] for key in moments)
-    return [f"{kind}/* ({count} tensors)" for kind, count in counts.items()]
+            model = replace(model, weights=cast(model.weights, dtype)).without_moments()
+    return model.without_moments() if conversion.weights_only else model
 
 
 def _out_of_our_terms(model: Model, to: Target) -> tuple[dict[str, Any], Tensors, list[str]]:
     """The target's configuration, if it has one, its tensors, and what they lack of the model."""
     match to:
         case "mllama":
-            sizes = _model_sizes(model.sizes)
+            sizes = whole_sizes(model.sizes)
             config = mllama.mllama_config(sizes)
-            return config, mllama.to_hugging_face(model.weights, sizes), _kinds(model.moments)
+            return config, mllama.to_hugging_face(model.weights, sizes), kinds_of(model.moments)
         case "llama":
             if "decoder" not in model.sizes:
                 raise ConfigError("the checkpoint holds no decoder, which --to llama converts")
             decoder = DecoderSizes(**model.sizes["decoder"])
             converted = llama.to_hugging_face(model.weights, decoder)
-            left_out = [*converted.dropped, *_kinds(model.moments)]
+            left_out = [*converted.dropped, *kinds_of(model.moments)]
             return llama.llama_config(decoder), converted.tensors, left_out
         case "native":
             tensors = {_key(name): t for name, t in model.weights.items()} | dict(model.moments)
@@ -528,7 +267,7 @@ def _out_of_our_terms(model: Model, to: Target) -> tuple[dict[str, Any], Tensors
         case "megatron":
             weights = {_key(n): t for n, t in model.weights.items() if not n.startswith(BESIDE)}
             beside = [_key(name) for name in model.weights if name.startswith(BESIDE)]
-            return {}, weights, [*beside, *_kinds(model.moments)]
+            return {}, weights, [*beside, *kinds_of(model.moments)]
 
 
 def _key(name: str) -> str:
@@ -552,9 +291,9 @@ def _write(
             state = {"settings": settings, "tokenizer_sha256": None, **model.state}
             write_native(out, tensors, state, max_file_bytes)
         case "megatron":
-            run = _needed(conversion.run, to)
-            sizes, step = _model_sizes(model.sizes), model.state["step"]
-            megatron.write_megatron_shards(tensors, sizes, with_cut(run), _path(out), step)
+            run = needed(conversion.run, to)
+            sizes, step = whole_sizes(model.sizes), model.state["step"]
+            megatron.write_megatron_shards(tensors, sizes, with_cut(run), path_of(out), step)
         case "mllama" | "llama":
             write_hugging_face(out, tensors, config, max_file_bytes)
 
@@ -592,27 +331,6 @@ def _comparison(
 def _unchanged(read: Record, written: Record) -> int:
     """How many tensors have their name and their bits on both sides."""
     return sum(read.hashes.get(name) == digest for name, digest in written.hashes.items())
-
-
-def _model_sizes(sizes: Sizes) -> ModelSizes:
-    if "encoder" not in sizes or "decoder" not in sizes:
-        raise ConfigError(
-            f"the checkpoint holds the {' and '.join(sizes)} only; a whole model is needed, except "
-            "for --to native (and, of a decoder, --to llama)"
-        )
-    return ModelSizes(
-        encoder=EncoderSizes(**sizes["encoder"]), decoder=DecoderSizes(**sizes["decoder"])
-    )
-
-
-def _needed(run: RunSettings | None, kind: Kind) -> RunSettings:
-    if run is None:
-        raise ConfigError(f"{kind} says too little of the model; name the run's file with --run")
-    return run
-
-
-Start = Callable[[str, int], Callable[[int], None]]
-"""Begins a task of so many bytes; what it returns hears of every byte that is done."""
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from megavlm.__main__ import main
 from megavlm.checkpoint.folder import Folder
 from megavlm.checkpoint.lazy import in_memory
-from megavlm.convert import run
+from megavlm.convert import sources
 from megavlm.convert.files import write_native
 from megavlm.errors import CheckpointError
 from megavlm.model.params import encoder_parameters
@@ -117,7 +117,7 @@ def test_an_unwritable_target_is_told_before_sources_are_read(tmp_path, capfd, m
         raise AssertionError("read though its target is not writable")
 
     monkeypatch.setattr(Folder, "write_atomically", unwritable)
-    monkeypatch.setattr(run, "check_files", unread)
+    monkeypatch.setattr(sources, "check_files", unread)
     says = f"cannot write to {tmp_path / 'out'}: denied; free space or permit writing there, or"
     fails(capfd, says, tmp_path / "ours", "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()
