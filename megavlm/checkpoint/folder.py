@@ -22,6 +22,8 @@ READ_REMEDY = "check that place, and that you may read there"
 DELETE_REMEDY = "permit deleting there, and run again"
 WRITE_BYTES = 16 << 20
 """At once: a file in an object store keeps a copy until it has enough for a request."""
+MAX_SMALL_BYTES = 100_000_000
+"""Of a file that is read whole; the `state.json` of 30.5 billion parameters has 0.4 MB."""
 
 
 class Folder:
@@ -58,6 +60,11 @@ class Folder:
 
     def __truediv__(self, name: str) -> "Folder":
         return Folder(f"{self.place}/{name}")
+
+    @property
+    def local_path(self) -> Path | None:
+        """On the disk; None in an object store."""
+        return Path(self._root) if self.is_local else None
 
     def sizes(self) -> dict[str, int]:
         """Of the files and folders in it, in bytes, by name; none if it does not exist."""
@@ -100,7 +107,10 @@ class Folder:
     def read(self, name: str) -> bytes:
         """A small file, whole."""
         with _told(f"cannot read {self}/{name}", READ_REMEDY):
-            return self._fs.cat_file(self._path(name), start=0)  # without, s3fs asks for the size
+            content = self._fs.cat_file(self._path(name), start=0, end=MAX_SMALL_BYTES + 1)
+        if len(content) > MAX_SMALL_BYTES:
+            raise CheckpointError(f"{self}/{name} is larger than {MAX_SMALL_BYTES} bytes")
+        return content
 
     def open(self, name: str, mode: str, ranges: Iterable[Range] = ()) -> IO[bytes]:
         """A file, for reading ("rb") or writing anew ("wb").
@@ -112,7 +122,7 @@ class Folder:
         if not self.is_local:
             return io.BufferedReader(RangeReader(partial(self._fetch, name), ranges))
         with _told(f"cannot read {self}/{name}", READ_REMEDY):
-            return self._fs.open(self._path(name), mode)
+            return io.BufferedReader(_LocalFile(self._path(name)))
 
     def _fetch(self, name: str, ranges: list[Range]) -> list[bytes]:
         starts, stops = map(list, zip(*ranges, strict=True))
@@ -135,11 +145,15 @@ class Folder:
         with _told(f"cannot write {self}/{name}", WRITE_REMEDY):
             if self.is_local:
                 os.replace(self._path(first_name), self._path(name))
-                directory = os.open(self._root, os.O_RDONLY)
-                os.fsync(directory)
-                os.close(directory)
+                _sync_directory(self._root)
             elif not self._in_bucket:
                 self._fs.mv(self._path(first_name), self._path(name))
+
+    def sync_name(self) -> None:
+        """Have it on its disk, if it is a local one, that the folder above has this one."""
+        if self.is_local:
+            with _told(f"cannot write {self}", WRITE_REMEDY):
+                _sync_directory(os.path.dirname(self._root))
 
     def check_writable(self) -> None:
         """Raise CheckpointError unless files can be written here, and deleted."""
@@ -164,7 +178,29 @@ class Folder:
             self._fs.rm(self._root, recursive=True)
 
     def _path(self, name: str) -> str:
+        if not is_plain(name):
+            raise CheckpointError(f"{name!r} is no name of a file in {self}")
         return f"{self._root}/{name}"
+
+
+def is_plain(name: str) -> bool:
+    """Whether a name is that of something in a folder, not below it or elsewhere."""
+    return "/" not in name and name not in ("", ".", "..")
+
+
+class _LocalFile(io.FileIO):
+    """A file on a disk, for reading, whose errors are told as those of a store are."""
+
+    def readinto(self, target: Any, /) -> int | None:
+        with self._told():
+            return super().readinto(target)
+
+    def readall(self) -> bytes:
+        with self._told():
+            return super().readall()
+
+    def _told(self) -> AbstractContextManager[None]:
+        return _told(f"cannot read {self.name}", READ_REMEDY)
 
 
 class _NewFile:
@@ -202,6 +238,14 @@ class _NewFile:
 
     def _told(self) -> AbstractContextManager[None]:
         return _told(f"cannot write {self._where}", WRITE_REMEDY)
+
+
+def _sync_directory(path: str) -> None:
+    directory = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
 
 
 def sync(file: Any) -> None:

@@ -7,10 +7,11 @@ metadata in a pickle, which can run code when it is read, and has no checksums.
 """
 
 import dataclasses
+import hashlib
 import json
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -34,26 +35,32 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
-from megavlm.checkpoint.folder import Folder, sync
+from megavlm.checkpoint.folder import Folder, is_plain, sync
 from megavlm.checkpoint.lazy import LazyTensor
+from megavlm.checkpoint.planners import check_boxes
 from megavlm.checkpoint.ranges import Range
 from megavlm.checkpoint.shards import Origin
 from megavlm.checkpoint.tensor_file import (
     DTYPES,
     NAMES,
     Entry,
+    is_count,
+    is_shape,
+    parse_json,
     read_header,
     read_rows,
     write_tensors,
 )
 from megavlm.errors import CheckpointError
 
-FORMAT = 2
+FORMAT = 3
 STATE_FILE = "state.json"
 READERS = 16
 """Files opened at once: an object store answers each in its own time."""
 
-_BOX = re.compile(r"(.*)\[([\d,]+)\]")
+_NUMBER = "(?:0|[1-9][0-9]{0,18})"
+_BOX = re.compile(rf"([^[]+)\[({_NUMBER}(?:,{_NUMBER})*)\]")
+_SHA256 = re.compile("[0-9a-f]{64}")
 
 
 class CheckpointWriter(StorageWriter):
@@ -115,6 +122,7 @@ class CheckpointWriter(StorageWriter):
             if isinstance(tensor, TensorStorageMetadata)
         }
         write_state(self._folder, {**self._state, "files": files, "tensors": tensors})
+        self._folder.sync_name()
         self._on_committed()
 
     @classmethod
@@ -134,22 +142,52 @@ def file_name(number: int, files: int) -> str:
 
 def write_state(folder: Folder, state: dict[str, Any]) -> None:
     """Make a folder, whose files are written, a checkpoint."""
-    content = json.dumps({"format": FORMAT, **state}, indent=1).encode()
+    assert "sha256" not in state
+    state = json.loads(json.dumps({"format": FORMAT, **state}))  # as it is read back
+    content = json.dumps({**state, "sha256": _sha256(state)}, indent=1).encode()
     folder.write_atomically(STATE_FILE, content)
 
 
 def read_state(folder: Folder) -> dict[str, Any]:
-    """The plain data of a checkpoint; raises CheckpointError when it is missing or broken."""
+    """The plain data of a checkpoint; raises CheckpointError when it is missing or broken.
+
+    It has the `step`, the `files` and the `tensors`; the other keys are whatever was saved.
+    """
+    content = folder.read(STATE_FILE)
     try:
-        state = json.loads(folder.read(STATE_FILE))
-        version = state["format"]
-    except (ValueError, KeyError, TypeError) as error:
+        state = parse_json(content)
+        version, digest = state["format"], state.pop("sha256", None)
+        if version != FORMAT:
+            raise CheckpointError(
+                f"checkpoint {folder} has format {version}; this version reads {FORMAT}"
+            )
+        if digest != _sha256(state):
+            raise CheckpointError(
+                f"checkpoint file {folder}/{STATE_FILE} is corrupt (its SHA-256 does not match); "
+                f"delete {folder} to go on from an earlier one"
+            )
+        _check_form(state)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"cannot read checkpoint {folder}/{STATE_FILE}: {error}") from error
-    if version != FORMAT:
-        raise CheckpointError(
-            f"checkpoint {folder} has format {version}; this version reads {FORMAT}"
-        )
     return state
+
+
+def _sha256(state: dict[str, Any]) -> str:
+    """Of what a state says, however it is laid out."""
+    text = json.dumps(state, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _check_form(state: dict[str, Any]) -> None:
+    """Raise an error of Python's unless what is read here is of the form that is written here."""
+    if not is_count(state["step"]):
+        raise ValueError(f"step {state['step']}")
+    for name, file in state["files"].items():
+        if not (is_plain(name) and _SHA256.fullmatch(file["sha256"]) and is_count(file["bytes"])):
+            raise ValueError(f"file {name}: {file}")
+    for name, tensor in state["tensors"].items():
+        if not (tensor["dtype"] in DTYPES and is_shape(tensor["shape"])):
+            raise ValueError(f"tensor {name}: {tensor}")
 
 
 class CheckpointReader(StorageReader):
@@ -177,11 +215,20 @@ class CheckpointReader(StorageReader):
         for file_name, entries in zip(self.state["files"], headers, strict=True):
             for box_name, entry in entries.items():
                 name, origin = _name_and_origin(box_name, len(entry.shape))
-                self._places[name, origin] = (file_name, entry)
-                chunk = ChunkStorageMetadata(torch.Size(origin), torch.Size(entry.shape))
                 if name not in tensors:
                     raise CheckpointError(f"{folder}/{file_name} holds {name}, which is not listed")
-                tensors[name].chunks.append(chunk)
+                listed = tensors[name]
+                if entry.dtype != listed.properties.dtype or not _fits(origin, entry, listed.size):
+                    raise CheckpointError(
+                        f"{folder}/{file_name} holds {box_name} of type {NAMES[entry.dtype]} and "
+                        f"shape {list(entry.shape)}, which is no part of the tensor that is listed"
+                    )
+                self._places[name, origin] = (file_name, entry)
+                chunk = ChunkStorageMetadata(torch.Size(origin), torch.Size(entry.shape))
+                listed.chunks.append(chunk)
+        for name, tensor in tensors.items():
+            boxes = [(chunk.offsets, chunk.sizes) for chunk in tensor.chunks]
+            check_boxes(f"the files of {folder} hold", name, tensor.size, boxes)
         self._metadata = Metadata(tensors)  # pyright: ignore[reportArgumentType]
 
     def _header(self, sizes: dict[str, int], name: str) -> dict[str, Entry]:
@@ -267,15 +314,23 @@ def _read_box(file: Any, entry: Entry, origin: Iterable[int], target: Tensor) ->
         target.copy_(read[(slice(None), *inner)] if rows else read)
 
 
+def _fits(origin: Origin, entry: Entry, shape: Sequence[int]) -> bool:
+    return len(origin) == len(entry.shape) == len(shape) and all(
+        first + n <= whole for first, n, whole in zip(origin, entry.shape, shape, strict=True)
+    )
+
+
 def _box_name(name: str, origin: Origin) -> str:
+    if "[" in name:
+        raise CheckpointError(f"tensor {name} cannot be saved: brackets are for boxes; rename it")
     return f"{name}[{','.join(map(str, origin))}]" if any(origin) else name
 
 
 def _name_and_origin(box_name: str, axes: int) -> tuple[str, Origin]:
+    """What `_box_name` was given; a name that it does not make is a tensor's own."""
     box = _BOX.fullmatch(box_name)
-    if box is None:
-        return box_name, (0,) * axes
-    return box[1], tuple(map(int, box[2].split(",")))
+    origin = tuple(map(int, box[2].split(","))) if box else ()
+    return (box[1], origin) if box and any(origin) else (box_name, (0,) * axes)
 
 
 def _on_cpu(value: Any) -> Tensor:

@@ -33,6 +33,8 @@ DTYPES = {
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MAX_HEADER_BYTES = 100_000_000
 """As the safetensors package has it."""
+MAX_AXES = 8
+"""More than any model has."""
 
 
 @dataclass(frozen=True)
@@ -116,22 +118,55 @@ def read_header(file: IO[bytes], file_bytes: int, where: str) -> dict[str, Entry
         size = int.from_bytes(file.read(8), "little")
         if not 2 <= size <= min(MAX_HEADER_BYTES, file_bytes - 8):
             raise ValueError(f"a header of {size} bytes in a file of {file_bytes}")
-        header = json.loads(file.read(size))
+        header = parse_json(file.read(size))
         header.pop("__metadata__", None)
         entries: dict[str, Entry] = {}
         end = 0
         for name, fields in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-            shape, dtype = tuple(fields["shape"]), DTYPES[fields["dtype"]]
-            start, stop = fields["data_offsets"]
-            size_fits = min(shape, default=0) >= 0 and stop - start == tensor_bytes(shape, dtype)
-            if start != end or not size_fits:
+            shape, (start, stop) = fields["shape"], fields["data_offsets"]
+            if not (is_shape(shape) and is_count(start) and is_count(stop)):
+                raise ValueError(f"{name} has no shape or no place that can be")
+            dtype = DTYPES.get(fields["dtype"])
+            if dtype is None:
+                raise CheckpointError(
+                    f"{name} of {where} has type {fields['dtype']}, which is not supported; "
+                    f"convert it to one of {', '.join(DTYPES)}"
+                )
+            if start != end or stop - start != tensor_bytes(shape, dtype):
                 raise ValueError(f"{name} does not lie where its shape says")
-            entries[name], end = Entry(dtype, shape, 8 + size + start), stop
+            entries[name], end = Entry(dtype, tuple(shape), 8 + size + start), stop
         if 8 + size + end != file_bytes:
             raise ValueError(f"{file_bytes} bytes instead of {8 + size + end}: it is cut short?")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{where} is no safetensors file: {error}") from error
     return entries
+
+
+def parse_json(content: bytes) -> Any:
+    """What JSON says; raises ValueError for an object with a key twice, RecursionError if deep."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            raise ValueError("a key comes twice")
+        return found
+
+    return json.loads(content.decode(), object_pairs_hook=once)
+
+
+def is_count(value: Any) -> bool:
+    """Whether plain data is a number of bytes or elements, or a step."""
+    return type(value) is int and 0 <= value < 2**63  # True is an int, too
+
+
+def is_shape(value: Any) -> bool:
+    """Whether plain data is the shape of a tensor; torch also wants strides that it can count."""
+    return (
+        type(value) is list
+        and len(value) <= MAX_AXES
+        and all(map(is_count, value))
+        and math.prod(max(n, 1) for n in value) < 2**63
+    )
 
 
 def read_rows(file: IO[bytes], entry: Entry, first: int, into: Tensor) -> None:

@@ -33,9 +33,7 @@ def written(run, step=4, without=(), **changed):
         for p in parameters(run.model)
     }
     state = {"step": step, **state, "files": {}, "tensors": tensors, **changed}
-    write_state(
-        folder, json.loads(json.dumps({k: v for k, v in state.items() if k not in without}))
-    )
+    write_state(folder, {name: value for name, value in state.items() if name not in without})
     return folder
 
 
@@ -52,9 +50,8 @@ def test_sizes_that_json_writes_otherwise_fit_the_checkpoint(tiny_run):
 
 def test_a_checkpoint_from_before_a_setting_has_its_default(tiny_run):
     tokenizer = Tokenizer(tiny_run.data.tokenizer)
-    settings = checkpoint_state(tiny_run, tokenizer, 0, ShardFolder(tiny_run.data.train))[
-        "settings"
-    ]
+    training = ShardFolder(tiny_run.data.train)
+    settings = checkpoint_state(tiny_run, tokenizer, 0, training)["settings"]
     del settings["model"]["encoder"]["attention_bias"]
     check_checkpoint(written(tiny_run, settings=settings), tiny_run, tokenizer)
 
