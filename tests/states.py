@@ -7,7 +7,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megavlm.checkpoint.folder import Folder
 from megavlm.checkpoint.shards import State
+from megavlm.checkpoint.storage import folder_name
+from megavlm.checkpoint.store import CheckpointSaver
+from megavlm.config.run import CheckpointSettings
 from megavlm.engine.base import Engine
 
 
@@ -39,3 +43,12 @@ def fill_from(read: Callable[[str], Tensor]) -> Callable[[State], None]:
                 box.copy_(whole[tuple(slice(o, o + s) for o, s in places)])
 
     return fill
+
+
+def save_checkpoint(
+    root: Folder, step: int, shards: State, state: dict[str, Any], settings: CheckpointSettings
+) -> Folder:
+    """Write one checkpoint and return its folder; collective."""
+    with CheckpointSaver(root, settings) as saver:
+        saver.save(step, shards, state)
+    return root / folder_name(step)

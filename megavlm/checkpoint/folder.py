@@ -61,11 +61,6 @@ class Folder:
     def __truediv__(self, name: str) -> "Folder":
         return Folder(f"{self.place}/{name}")
 
-    @property
-    def local_path(self) -> Path | None:
-        """On the disk; None in an object store."""
-        return Path(self._root) if self.is_local else None
-
     def sizes(self) -> dict[str, int]:
         """Of the files and folders in it, in bytes, by name; none if it does not exist."""
         self._fs.invalidate_cache()  # others write here, too

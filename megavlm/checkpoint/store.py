@@ -114,15 +114,6 @@ class CheckpointSaver:
                 running.result()
 
 
-def save_checkpoint(
-    root: Folder, step: int, shards: State, state: dict[str, Any], settings: CheckpointSettings
-) -> Folder:
-    """Write one checkpoint and return its folder; collective."""
-    with CheckpointSaver(root, settings) as saver:
-        saver.save(step, shards, state)
-    return root / folder_name(step)
-
-
 def load_checkpoint(folder: Folder, shards: State) -> None:
     """Overwrite what this rank holds with a checkpoint's tensors, in place; collective.
 

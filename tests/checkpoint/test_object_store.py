@@ -24,7 +24,6 @@ from megavlm.checkpoint.store import (
     folder_name,
     latest_checkpoint,
     load_checkpoint,
-    save_checkpoint,
 )
 from megavlm.config.run import CheckpointSettings
 from megavlm.errors import CheckpointError
@@ -32,6 +31,7 @@ from megavlm.train.loop import train
 from tests.checkpoint.test_store import SYNCHRONOUS, assert_loads, held, save
 from tests.object_store import count, object_store
 from tests.ranks import run_on_ranks
+from tests.states import save_checkpoint
 
 BUCKET = "bucket"
 PART_BYTES = 5 << 20

@@ -7,10 +7,11 @@ import torch
 from megavlm.checkpoint.folder import Folder
 from megavlm.checkpoint.planners import check_boxes
 from megavlm.checkpoint.shards import Shards, boxes_of_range
-from megavlm.checkpoint.store import latest_checkpoint, save_checkpoint
+from megavlm.checkpoint.store import latest_checkpoint
 from megavlm.errors import CheckpointError
 from tests.checkpoint.test_store import SYNCHRONOUS
 from tests.ranks import run_on_ranks
+from tests.states import save_checkpoint
 
 
 def is_made_up(shape, boxes):

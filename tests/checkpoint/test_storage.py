@@ -10,11 +10,11 @@ from megavlm.checkpoint.folder import Folder
 from megavlm.checkpoint.lazy import in_memory
 from megavlm.checkpoint.shards import whole
 from megavlm.checkpoint.storage import CheckpointReader, CheckpointWriter, read_state, write_state
-from megavlm.checkpoint.store import save_checkpoint
 from megavlm.checkpoint.tensor_file import write_tensors
 from megavlm.errors import CheckpointError
 from tests.checkpoint.test_store import SYNCHRONOUS
 from tests.ranks import run_on_ranks
+from tests.states import save_checkpoint
 
 LISTED = {"a": {"dtype": "F32", "shape": [4, 3]}}
 STATE = {"step": 1, "files": {}, "tensors": {}}

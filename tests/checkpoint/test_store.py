@@ -18,12 +18,12 @@ from megavlm.checkpoint.store import (
     lazy_tensors,
     load_checkpoint,
     load_weights,
-    save_checkpoint,
 )
 from megavlm.config.run import CheckpointSettings
 from megavlm.errors import CheckpointError
 from megavlm.model.params import Parameter
 from tests.ranks import run_on_ranks
+from tests.states import save_checkpoint
 
 SHAPES = {f"weights/{n}": (3 + n, 5) for n in range(5)} | {"weights/scale": (), "exp_avg/0": (3, 5)}
 SYNCHRONOUS = CheckpointSettings(every=1, asynchronous=False)

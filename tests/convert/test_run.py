@@ -22,7 +22,7 @@ from transformers import (
 from megavlm.checkpoint.folder import Folder
 from megavlm.checkpoint.lazy import LazyTensor, in_memory
 from megavlm.checkpoint.storage import read_state
-from megavlm.checkpoint.store import load_checkpoint, load_weights, save_checkpoint
+from megavlm.checkpoint.store import load_checkpoint, load_weights
 from megavlm.config.load import load_run
 from megavlm.config.run import CheckpointSettings
 from megavlm.convert import compare
@@ -38,6 +38,7 @@ from tests.convert.test_mllama import random_config, random_mllama
 from tests.model.weights import randomise
 from tests.parity.runs import CPU, DEMO, LAYOUTS, my_micro_batches
 from tests.ranks import run_on_ranks
+from tests.states import save_checkpoint
 
 SAVING = CheckpointSettings(every=1, asynchronous=False)
 

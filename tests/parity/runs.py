@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 from megavlm.checkpoint.folder import Folder
-from megavlm.checkpoint.store import load_checkpoint, save_checkpoint
+from megavlm.checkpoint.store import load_checkpoint
 from megavlm.config.load import load_run
 from megavlm.config.run import CheckpointSettings, RunSettings
 from megavlm.config.sizes import EncoderSizes, ModelSizes
@@ -27,7 +27,7 @@ from megavlm.model.vlm import VisionLanguageModel
 from megavlm.stages.captioning import loss_sum
 from tests.batches import ROW_TOKENS, TINY, random_batch
 from tests.ranks import run_on_ranks
-from tests.states import whole_tensors
+from tests.states import save_checkpoint, whole_tensors
 
 DEMO = Path(__file__).parents[2] / "configs" / "demo.yaml"
 MICRO_BATCHES = 4  # of a step, over all copies of the model
