@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 USER_ERROR = 2
+INTERRUPTED = 130
 OVERRIDE = re.compile(r"[a-z_0-9]+(\.[a-z_0-9]+)*=")
 
 
@@ -35,6 +36,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         where = f" (rank {rank})" if rank else ""
         print(f"megavlm: error{where}: {error}", file=sys.stderr, flush=True)
         return USER_ERROR
+    except KeyboardInterrupt:
+        if os.environ.get("RANK", "0") == "0":
+            print("megavlm: interrupted", file=sys.stderr, flush=True)
+        return INTERRUPTED
     return 0
 
 
@@ -126,7 +131,6 @@ def _eval(run: RunSettings, options: argparse.Namespace) -> None:
 
 
 def _convert(run: RunSettings | None, options: argparse.Namespace) -> None:
-    from megavlm.convert.names import listed
     from megavlm.convert.run import Conversion, convert, verify
 
     if options.overrides and run is None:
@@ -172,9 +176,11 @@ def _convert(run: RunSettings | None, options: argparse.Namespace) -> None:
     print(f"{options.out}: {target['tensors']} tensors, {size}{same}")
     if target["kind"] == "native" and kinds != {"native"}:
         for part, sizes in certificate["model"].items():
-            print(f"model.{part}: {json.dumps(sizes)}")
+            told = {k: v for k, v in sizes.items() if v is not None and k != "initial_gate"}
+            print(f"for the run file, model.{part}: {json.dumps(told)}")
     if certificate["left_out"]:
-        print(f"left out: {listed(certificate['left_out'])}")
+        first, more = certificate["left_out"][:3], len(certificate["left_out"]) - 3
+        print(f"left out: {', '.join(first)}{f' and {more} more' if more > 0 else ''}")
     if comparison["compared"]:
         print(
             f"{comparison['what']}: differ by {comparison['worst_difference']:.1e} at most (their "

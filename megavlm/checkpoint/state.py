@@ -122,6 +122,11 @@ def check_data_position(checkpoint: Folder, run: RunSettings, training: ShardFol
 def check_moments(checkpoint: Folder, run: RunSettings) -> None:
     """Raise unless the checkpoint has the moments of all that the run trains."""
     saved = read_state(checkpoint)
+    if not any(name.startswith("exp_avg/") for name in saved["tensors"]):
+        raise CheckpointError(
+            f"checkpoint {checkpoint} has no moments of the optimiser (merged and cast ones have "
+            "none); move it elsewhere and start a new run from it with checkpoint.start_from"
+        )
     for parameter in _trained(run):
         if f"exp_avg/{parameter.name}" not in saved["tensors"]:
             raise CheckpointError(

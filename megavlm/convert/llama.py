@@ -135,8 +135,8 @@ def decoder_sizes_of(
     require_values(
         config,
         REQUIRED,
-        "choose a model without them; a sliding window may be set to null in config.json where no "
-        "text is longer than it",
+        "choose another model; a sliding window, if it is that, may be set to null in config.json "
+        "where no text is longer than it",
     )
     return DecoderSizes(
         **language_sizes(config),

@@ -110,10 +110,12 @@ def convert(conversion: Conversion) -> dict[str, Any]:
     _check_applies(conversion, sources, to, out)
     with _whole_or_gone(out):
         out.check_writable()  # before hours of reading
-        certificate, model = _converted(conversion, sources, to, out)
+        certificate, weights = _converted(conversion, sources, to, out)
         # At first without the comparison: it may need more memory than there is.
         write_json(out, CERTIFICATE_FILE, certificate)
-    certificate["comparison"] = _comparison(conversion, sources, to, out, model)
+    certificate["comparison"] = _comparison(
+        conversion, sources, to, out, weights, certificate["model"]
+    )
     write_json(out, CERTIFICATE_FILE, certificate)
     return certificate
 
@@ -188,8 +190,8 @@ def _whole_or_gone(out: Folder) -> Iterator[None]:
 
 def _converted(
     conversion: Conversion, sources: Sequence[Source], to: Target, out: Folder
-) -> tuple[dict[str, Any], Model]:
-    """Write everything but the certificate; returns that, and the model in our terms."""
+) -> tuple[dict[str, Any], Tensors]:
+    """Write everything but the certificate; returns that, and our weights to compare."""
     with _progress() as progress:
         records: list[Record] = []
         models: list[Model] = []
@@ -232,7 +234,8 @@ def _converted(
         "left_out": [*model.dropped, *left_out],
         "comparison": {"compared": False, "reason": "it did not end"},
     }
-    return certificate, model
+    # A comparison is of what was read with what was written, also if that was cast.
+    return certificate, models[0].weights if to in HUGGING_FACE else model.weights
 
 
 def _prepared(models: Sequence[Model], sources: Sequence[Source], conversion: Conversion) -> Model:
@@ -293,13 +296,19 @@ def _write(
         case "megatron":
             run = needed(conversion.run, to)
             sizes, step = whole_sizes(model.sizes), model.state["step"]
-            megatron.write_megatron_shards(tensors, sizes, with_cut(run), path_of(out), step)
+            parallel = with_cut(replace(run, engine="megatron"))
+            megatron.write_megatron_shards(tensors, sizes, parallel, path_of(out), step)
         case "mllama" | "llama":
             write_hugging_face(out, tensors, config, max_file_bytes)
 
 
 def _comparison(
-    conversion: Conversion, sources: Sequence[Source], to: Target, out: Folder, model: Model
+    conversion: Conversion,
+    sources: Sequence[Source],
+    to: Target,
+    out: Folder,
+    ours: Tensors,
+    sizes: Sizes,
 ) -> dict[str, Any]:
     """Computed by Hugging Face's code and ours, if just one side is Hugging Face's; or why not."""
     sides: list[tuple[Kind, Folder]] = [*((s.kind, s.folder) for s in sources), (to, out)]
@@ -320,9 +329,9 @@ def _comparison(
     from megavlm.convert.compare import compared  # megatron-core takes seconds to import
 
     [(kind, folder)] = theirs
-    weights = {name: t for name, t in model.weights.items() if not name.startswith(BESIDE)}
+    weights = {name: t for name, t in ours.items() if not name.startswith(BESIDE)}
     try:
-        return compared(kind, folder, weights, model.sizes)
+        return compared(kind, folder, weights, sizes)
     except Exception as error:  # transformers may raise anything; what is written is whole
         said = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         return {"compared": False, "reason": f"it failed with {said}"}

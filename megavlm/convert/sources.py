@@ -117,6 +117,12 @@ def kind_of(folder: Folder, wanted: OfTorch | None = None) -> Kind:
         )
     if kinds:
         return kinds[0]
+    if not names:
+        raise CheckpointError(f"{folder} does not exist, or is empty; is the path right?")
+    if steps := [name for name in names if name.startswith("step-")]:
+        raise CheckpointError(f"{folder} holds several checkpoints; name one, such as {steps[-1]}")
+    if any(name.startswith(("mp_rank_", "zero_pp_rank_")) for name in names):
+        raise CheckpointError(f"{folder} is one step of a checkpoint; name the folder above it")
     raise CheckpointError(
         f"{folder} holds neither our state.json nor a config.json of Hugging Face's nor the files "
         "of DeepSpeed or Megatron-LM; is it the checkpoint's own folder?"
@@ -267,7 +273,11 @@ def whole_sizes(sizes: Sizes) -> ModelSizes:
 def needed(run: RunSettings | None, kind: Kind) -> RunSettings:
     """The run, where a kind needs one; raises ConfigError if none was named."""
     if run is None:
-        raise ConfigError(f"{kind} says too little of the model; name the run's file with --run")
+        what = {"megatron": "the sizes and the layout", "llama": "the vocabulary and the layers"}
+        raise ConfigError(
+            f"{kind} leaves {what.get(kind, 'the sizes')} of the model open; name a run's file, "
+            "which has them, with --run"
+        )
     return run
 
 

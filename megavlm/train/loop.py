@@ -70,6 +70,8 @@ def _resume(run: RunSettings, engine: Engine) -> int:
     steps_done = read_state(checkpoint)["step"]
     engine.load_state(partial(load_checkpoint, checkpoint), steps_done)
     _say(f"resumed from {checkpoint}")
+    if run.checkpoint.start_from:
+        _say("the run has begun already, so checkpoint.start_from is not used")
     for line in changes(checkpoint, run):
         _say(line)
     return steps_done
