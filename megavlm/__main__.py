@@ -1,7 +1,6 @@
 """The command line: `megavlm train | plan | tokenizer | generate | eval | report | convert`."""
 
 import argparse
-import json
 import os
 import re
 import sys
@@ -131,6 +130,7 @@ def _eval(run: RunSettings, options: argparse.Namespace) -> None:
 
 
 def _convert(run: RunSettings | None, options: argparse.Namespace) -> None:
+    from megavlm.convert.certificate import summary
     from megavlm.convert.run import Conversion, convert, verify
 
     if options.overrides and run is None:
@@ -161,33 +161,7 @@ def _convert(run: RunSettings | None, options: argparse.Namespace) -> None:
         max_file_gb=options.max_file_gb,
         run=run,
     )
-    certificate = convert(conversion)
-    target, comparison = certificate["target"], certificate["comparison"]
-    size = (
-        f"{target['bytes'] / 1e9:.2f} GB" if target["bytes"] > 1e7 else f"{target['bytes']} bytes"
-    )
-    unchanged = certificate["unchanged"]
-    kinds = {source["kind"] for source in certificate["sources"]}
-    same = f", {unchanged} of them as they were, names and bits" if unchanged else ""
-    for source in certificate["sources"]:
-        if source["step"]:
-            where = " ".join(filter(None, (source["place"], source["tag"])))
-            print(f"{where}: read at step {source['step']}")
-    print(f"{options.out}: {target['tensors']} tensors, {size}{same}")
-    if target["kind"] == "native" and kinds != {"native"}:
-        for part, sizes in certificate["model"].items():
-            told = {k: v for k, v in sizes.items() if v is not None and k != "initial_gate"}
-            print(f"for the run file, model.{part}: {json.dumps(told)}")
-    if certificate["left_out"]:
-        first, more = certificate["left_out"][:3], len(certificate["left_out"]) - 3
-        print(f"left out: {', '.join(first)}{f' and {more} more' if more > 0 else ''}")
-    if comparison["compared"]:
-        print(
-            f"{comparison['what']}: differ by {comparison['worst_difference']:.1e} at most (their "
-            f"standard deviation is {comparison['standard_deviation']:.2f})"
-        )
-    else:
-        print(f"not compared: {comparison['reason']}")
+    print("\n".join(summary(convert(conversion), options.out)))
 
 
 def _report(run: RunSettings, options: argparse.Namespace) -> None:

@@ -20,6 +20,7 @@ WRITE_REMEDY = (
 )
 READ_REMEDY = "check that place, and that you may read there"
 DELETE_REMEDY = "permit deleting there, and run again"
+UNWRITABLE_REMEDY = "permit writing there or choose another checkpoint.folder"
 WRITE_BYTES = 16 << 20
 """At once: a file in an object store keeps a copy until it has enough for a request."""
 MAX_SMALL_BYTES = 100_000_000
@@ -31,10 +32,13 @@ class Folder:
 
     Raises CheckpointError for a URL whose protocol is unknown or lacks its package, and for
     whatever its disk or store says later. It belongs to the process that has made it.
+
+    write_remedy: what errors of writing advise.
     """
 
-    def __init__(self, place: str | Path) -> None:
+    def __init__(self, place: str | Path, write_remedy: str = WRITE_REMEDY) -> None:
         self.place = str(place).rstrip("/")
+        self._write_remedy = write_remedy
         try:
             fs, self._root = url_to_fs(self.place)
         except (ImportError, ValueError) as error:
@@ -59,7 +63,7 @@ class Folder:
         return hash(self.place)
 
     def __truediv__(self, name: str) -> "Folder":
-        return Folder(f"{self.place}/{name}")
+        return Folder(f"{self.place}/{name}", self._write_remedy)
 
     def sizes(self) -> dict[str, int]:
         """Of the files and folders in it, in bytes, by name; none if it does not exist."""
@@ -96,7 +100,7 @@ class Folder:
         """Make it, and what lies above it."""
         # A bucket needs no folders, and the file systems would make a bucket that is misspelt.
         if not self._in_bucket:
-            with _told(f"cannot write to {self}", WRITE_REMEDY):
+            with _told(f"cannot write to {self}", self._write_remedy):
                 self._fs.makedirs(self._root, exist_ok=True)
 
     def read(self, name: str) -> bytes:
@@ -113,7 +117,8 @@ class Folder:
         ranges: what will be read, one after the other; it spares an object store requests.
         """
         if mode == "wb":
-            return cast(IO[bytes], _NewFile(self._fs, self._path(name), f"{self}/{name}"))
+            new = _NewFile(self._fs, self._path(name), f"{self}/{name}", self._write_remedy)
+            return cast(IO[bytes], new)
         if not self.is_local:
             return io.BufferedReader(RangeReader(partial(self._fetch, name), ranges))
         with _told(f"cannot read {self}/{name}", READ_REMEDY):
@@ -137,20 +142,20 @@ class Folder:
         with self.open(first_name, "wb") as file:
             file.write(content)
             sync(file)
-        with _told(f"cannot write {self}/{name}", WRITE_REMEDY):
+        with _told(f"cannot write {self}/{name}", self._write_remedy):
             if self.is_local:
                 os.replace(self._path(first_name), self._path(name))
-                _sync_directory(self._root)
+                sync_path(self._root)
             elif not self._in_bucket:
                 self._fs.mv(self._path(first_name), self._path(name))
 
     def sync_name(self) -> None:
         """Have it on its disk, if it is a local one, that the folder above has this one."""
         if self.is_local:
-            with _told(f"cannot write {self}", WRITE_REMEDY):
-                _sync_directory(os.path.dirname(self._root))
+            with _told(f"cannot write {self}", self._write_remedy):
+                sync_path(os.path.dirname(self._root))
 
-    def check_writable(self) -> None:
+    def check_writable(self, remedy: str = UNWRITABLE_REMEDY) -> None:
         """Raise CheckpointError unless files can be written here, and deleted."""
         try:
             self.create()
@@ -159,8 +164,7 @@ class Folder:
             self.delete_file(probe)
         except CheckpointError as error:
             raise CheckpointError(
-                f"cannot write to {self}: {_said(error.__cause__)}; permit writing there or choose "
-                "another checkpoint.folder"
+                f"cannot write to {self}: {_said(error.__cause__)}; {remedy}"
             ) from error
 
     def delete_file(self, name: str) -> None:
@@ -201,8 +205,8 @@ class _LocalFile(io.FileIO):
 class _NewFile:
     """A file that is being written; half of one never appears in an object store."""
 
-    def __init__(self, fs: Any, path: str, where: str) -> None:
-        self._where = where
+    def __init__(self, fs: Any, path: str, where: str, remedy: str) -> None:
+        self._where, self._remedy = where, remedy
         with self._told():
             self._file: Any = fs.open(path, "wb")
         self._is_local = isinstance(fs, LocalFileSystem)
@@ -232,15 +236,16 @@ class _NewFile:
                 self._file.closed = True
 
     def _told(self) -> AbstractContextManager[None]:
-        return _told(f"cannot write {self._where}", WRITE_REMEDY)
+        return _told(f"cannot write {self._where}", self._remedy)
 
 
-def _sync_directory(path: str) -> None:
-    directory = os.open(path, os.O_RDONLY)
+def sync_path(path: str | Path) -> None:
+    """Have a file, or the names in a folder, on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(directory)
+        os.fsync(descriptor)
     finally:
-        os.close(directory)
+        os.close(descriptor)
 
 
 def sync(file: Any) -> None:

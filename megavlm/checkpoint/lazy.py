@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -24,3 +25,8 @@ Tensors = Mapping[str, LazyTensor]
 def in_memory(tensors: Mapping[str, Tensor]) -> dict[str, LazyTensor]:
     """Tensors that are there already."""
     return {name: LazyTensor(tuple(t.shape), t.dtype, lambda t=t: t) for name, t in tensors.items()}
+
+
+def read_by(read: Callable[[str], Tensor], tensors: Tensors) -> dict[str, LazyTensor]:
+    """Tensors of the same names, shapes and types, which another function reads by name."""
+    return {name: LazyTensor(t.shape, t.dtype, partial(read, name)) for name, t in tensors.items()}

@@ -51,9 +51,9 @@ class ShardsSavePlanner(SavePlanner):
     def create_local_plan(self) -> SavePlan:
         holding: Holding = {}
         for name, shards in self._state.items():
-            for box in shards.boxes.values():
-                sizes = {origin: tuple(box.shape) for origin, box in shards.boxes.items()}
-                holding[name] = (shards.shape, box.dtype, sizes)
+            sizes = {origin: tuple(box.shape) for origin, box in shards.boxes.items()}
+            for dtype in {box.dtype for box in shards.boxes.values()}:  # none, or one
+                holding[name] = (shards.shape, dtype, sizes)
         return SavePlan([], planner_data=holding)
 
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:

@@ -60,6 +60,8 @@ class Shards:
         return self.boxes[tuple(index.offset)]
 
 
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""AdamW's states of a parameter."""
 State = Mapping[str, Shards]
 """What a rank holds, by `weights/NAME`, `exp_avg/NAME` and `exp_avg_sq/NAME`."""
 

@@ -10,7 +10,7 @@ from megavlm.checkpoint.folder import Folder
 from megavlm.checkpoint.storage import STATE_FILE, folder_name, read_state
 from megavlm.config.load import run_as_tree
 from megavlm.config.run import RunSettings
-from megavlm.config.sizes import DecoderSizes, ModelSizes
+from megavlm.config.sizes import DecoderSizes, EncoderSizes, ModelSizes
 from megavlm.data.shards import ShardFolder
 from megavlm.data.tokenizer import Tokenizer
 from megavlm.errors import CheckpointError, TokenizerError
@@ -49,27 +49,32 @@ def _check_tokenizer(checkpoint: Folder, state: dict[str, Any], tokenizer: Token
 
 
 def check_sizes(checkpoint: Folder, saved: dict[str, Any], sizes: ModelSizes) -> None:
-    """Raise unless a checkpoint's sizes, as plain data, are these; a part it lacks fits.
-
-    Where gates start does not matter: they come from the checkpoint, or it holds none. Nor does
-    how the positions of cross-attention layers are spelled.
-    """
-    for part, wanted in vars(sizes).items():
+    """Raise unless a checkpoint's sizes, as plain data, are these; a part it lacks fits."""
+    for part, wanted in (("encoder", sizes.encoder), ("decoder", sizes.decoder)):
         if part not in saved:
             continue
         # Read back as sizes: JSON has no tuples, and older checkpoints have fewer settings.
-        have = TypeAdapter(type(wanted)).validate_python(saved[part])
-        fields = {name: getattr(wanted, name) for name in dataclasses.asdict(wanted)}
-        if isinstance(wanted, DecoderSizes):
-            for name in ("initial_gate", "cross_every", "cross_at"):
-                del fields[name]
-            fields["cross_layers"] = wanted.cross_layers
-        for name, value in fields.items():
-            if getattr(have, name) != value:
+        have = comparable(TypeAdapter(type(wanted)).validate_python(saved[part]))
+        for name, value in comparable(wanted).items():
+            if have[name] != value:
                 raise CheckpointError(
-                    f"checkpoint {checkpoint} has model.{part}.{name}={getattr(have, name)}, the "
-                    f"run file says {value}; match them or take another checkpoint"
+                    f"checkpoint {checkpoint} has model.{part}.{name}={have[name]}, the run file "
+                    f"says {value}; match them or take another checkpoint"
                 )
+
+
+def comparable(sizes: EncoderSizes | DecoderSizes) -> dict[str, Any]:
+    """What sizes must have in common for one model's weights to fit another.
+
+    Where gates start does not matter: they come with the weights, or there are none. Nor does how
+    the positions of cross-attention layers are spelled.
+    """
+    fields = dataclasses.asdict(sizes)
+    if isinstance(sizes, DecoderSizes):
+        for name in ("initial_gate", "cross_every", "cross_at"):
+            del fields[name]
+        fields["cross_layers"] = sizes.cross_layers
+    return fields
 
 
 def check_weights(checkpoint: Folder, sizes: ModelSizes, tokenizer: Tokenizer) -> None:

@@ -144,7 +144,7 @@ def write_state(folder: Folder, state: dict[str, Any]) -> None:
     """Make a folder, whose files are written, a checkpoint."""
     assert "sha256" not in state
     state = json.loads(json.dumps({"format": FORMAT, **state}))  # as it is read back
-    content = json.dumps({**state, "sha256": _sha256(state)}, indent=1).encode()
+    content = json.dumps({**state, "sha256": state_sha256(state)}, indent=1).encode()
     folder.write_atomically(STATE_FILE, content)
 
 
@@ -161,7 +161,7 @@ def read_state(folder: Folder) -> dict[str, Any]:
             raise CheckpointError(
                 f"checkpoint {folder} has format {version}; this version reads {FORMAT}"
             )
-        if digest != _sha256(state):
+        if digest != state_sha256(state):
             raise CheckpointError(
                 f"checkpoint file {folder}/{STATE_FILE} is corrupt (its SHA-256 does not match); "
                 f"delete {folder} to go on from an earlier one"
@@ -172,7 +172,7 @@ def read_state(folder: Folder) -> dict[str, Any]:
     return state
 
 
-def _sha256(state: dict[str, Any]) -> str:
+def state_sha256(state: dict[str, Any]) -> str:
     """Of what a state says, however it is laid out."""
     text = json.dumps(state, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()

@@ -33,6 +33,7 @@ from megavlm.checkpoint.storage import (
     CheckpointWriter,
     folder_name,
     read_state,
+    state_sha256,
 )
 from megavlm.checkpoint.tensor_file import DTYPES
 from megavlm.config.run import CheckpointSettings
@@ -124,15 +125,14 @@ def load_checkpoint(folder: Folder, shards: State) -> None:
     rank, ranks = dist.get_rank(), dist.get_world_size()
     with _failures_told():
         reader = _on_all_ranks(lambda: CheckpointReader(folder))
-        _require_same(folder, json.dumps(reader.state, sort_keys=True))
+        _require_same(folder, state_sha256(reader.state))
         _on_all_ranks(lambda: check_shapes(reader, shards))
         _on_all_ranks(lambda: check_files(reader, sorted(reader.state["files"])[rank::ranks]))
         load(dict(shards), storage_reader=reader, planner=ShardsLoadPlanner())
 
 
-def _require_same(folder: Folder, content: str) -> None:
+def _require_same(folder: Folder, digest: str) -> None:
     """Raise CheckpointError, on all ranks, unless they see the same; collective."""
-    digest = hashlib.sha256(content.encode()).hexdigest()
     seen: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(seen, (str(folder), digest))
     if len(set(seen)) > 1:

@@ -1,6 +1,7 @@
 """What a conversion read and wrote, tensor by tensor, so that it can be checked later."""
 
 import hashlib
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from megavlm.checkpoint.folder import Folder
-from megavlm.checkpoint.lazy import LazyTensor, Tensors
+from megavlm.checkpoint.lazy import Tensors, read_by
 from megavlm.checkpoint.tensor_file import NAMES, as_bytes, tensor_bytes
 from megavlm.convert.files import read_json
 from megavlm.errors import CheckpointError
@@ -29,18 +30,14 @@ class Record:
         """Tensors that are hashed when they are read first."""
         hashes: dict[str, str] = {}
 
-        def read(name: str, tensor: LazyTensor) -> Tensor:
-            value = tensor.read()
+        def read(name: str) -> Tensor:
+            value = tensors[name].read()
             if name not in hashes:
-                hashes[name] = hashlib.sha256(as_bytes(value)).hexdigest()
-                on_read(tensor_bytes(tensor.shape, tensor.dtype))
+                hashes[name] = _sha256(value)
+                on_read(value.nbytes)
             return value
 
-        lazy = {
-            name: LazyTensor(t.shape, t.dtype, lambda name=name, t=t: read(name, t))
-            for name, t in tensors.items()
-        }
-        return cls(lazy, hashes)
+        return cls(read_by(read, tensors), hashes)
 
     def summary(self) -> dict[str, Any]:
         """As the certificate has it: counts, and every tensor."""
@@ -57,6 +54,10 @@ class Record:
                 for name, t in used.items()
             },
         }
+
+
+def _sha256(tensor: Tensor) -> str:
+    return hashlib.sha256(as_bytes(tensor)).hexdigest()
 
 
 def hashes_of_files(folder: Folder) -> dict[str, str | None]:
@@ -100,7 +101,7 @@ def check_against(
             raise CheckpointError(f"{where} lacks {name}, which its certificate lists")
         tensor = tensors[name]
         seen = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape)}
-        seen["sha256"] = hashlib.sha256(as_bytes(tensor.read())).hexdigest()
+        seen["sha256"] = _sha256(tensor.read())
         for field, value in fields.items():
             if seen[field] != value:
                 raise CheckpointError(
@@ -108,6 +109,37 @@ def check_against(
                 )
         on_read(tensor_bytes(tensor.shape, tensor.dtype))
     return len(each)
+
+
+def summary(certificate: dict[str, Any], out: str) -> list[str]:
+    """What a conversion to `out` did, in lines."""
+    sources, target, left_out = (certificate[key] for key in ("sources", "target", "left_out"))
+    lines: list[str] = []
+    for source in sources:
+        if source["step"]:
+            where = " ".join(filter(None, (source["place"], source["tag"])))
+            lines.append(f"{where}: read at step {source['step']}")
+    bytes_ = target["bytes"]
+    size = f"{bytes_ / 1e9:.2f} GB" if bytes_ > 1e7 else f"{bytes_} bytes"
+    unchanged = certificate["unchanged"]
+    same = f", {unchanged} of them as they were, names and bits" if unchanged else ""
+    lines.append(f"{out}: {target['tensors']} tensors, {size}{same}")
+    if target["kind"] == "native" and any(source["kind"] != "native" for source in sources):
+        for part, sizes in certificate["model"].items():
+            told = {k: v for k, v in sizes.items() if v is not None and k != "initial_gate"}
+            lines.append(f"for the run file, model.{part}: {json.dumps(told)}")
+    if left_out:
+        more = f" and {len(left_out) - 3} more" if len(left_out) > 3 else ""
+        lines.append(f"left out: {', '.join(left_out[:3])}{more}")
+    comparison = certificate["comparison"]
+    if comparison["compared"]:
+        lines.append(
+            f"{comparison['what']}: differ by {comparison['worst_difference']:.1e} at most (their "
+            f"standard deviation is {comparison['standard_deviation']:.2f})"
+        )
+    else:
+        lines.append(f"not compared: {comparison['reason']}")
+    return lines
 
 
 def read_certificate(folder: Folder) -> dict[str, Any]:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from megavlm.checkpoint.lazy import LazyTensor
+from megavlm.checkpoint.shards import MOMENTS
 from megavlm.convert.torch_files import (
     Inert,
     StandIns,
@@ -30,8 +31,6 @@ from megavlm.convert.torch_files import (
     step_folder_of,
 )
 from megavlm.errors import CheckpointError
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 _MODEL_FILE = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_model_states\.pt")
 _OPTIMIZER_FILE = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")

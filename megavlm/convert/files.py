@@ -8,7 +8,7 @@ from typing import Any, cast
 from torch import Tensor
 
 from megavlm.checkpoint.folder import Folder, sync
-from megavlm.checkpoint.lazy import LazyTensor, Tensors
+from megavlm.checkpoint.lazy import LazyTensor, Tensors, read_by
 from megavlm.checkpoint.storage import file_name, write_state
 from megavlm.checkpoint.tensor_file import (
     NAMES,
@@ -21,7 +21,6 @@ from megavlm.checkpoint.tensor_file import (
 from megavlm.errors import CheckpointError, MegavlmError
 
 CONFIG_FILE = "config.json"
-MAX_JSON_BYTES = 100_000_000
 
 
 @contextmanager
@@ -52,8 +51,6 @@ def about(folder: Folder) -> Iterator[None]:
 def read_json(folder: Folder, name: str) -> dict[str, Any]:
     """A JSON object of a folder; raises CheckpointError when it is missing or is none."""
     try:
-        if folder.size(name) > MAX_JSON_BYTES:
-            raise ValueError(f"it is larger than {MAX_JSON_BYTES} bytes")
         content = json.loads(folder.read(name))
     except (RecursionError, ValueError) as error:
         raise CheckpointError(f"cannot read {folder}/{name}: {error}") from error
@@ -200,7 +197,4 @@ def remembering(tensors: Tensors) -> dict[str, LazyTensor]:
             last[name] = tensors[name].read()
         return last[name]
 
-    return {
-        name: LazyTensor(t.shape, t.dtype, lambda name=name: read(name))
-        for name, t in tensors.items()
-    }
+    return read_by(read, tensors)

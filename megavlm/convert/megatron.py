@@ -25,6 +25,7 @@ from megavlm.checkpoint.lazy import LazyTensor, Tensors
 from megavlm.config.engines import MegatronSettings
 from megavlm.config.sizes import ModelSizes
 from megavlm.convert.torch_files import (
+    WRITE_REMEDY,
     Attributes,
     Inert,
     StandIns,
@@ -163,7 +164,7 @@ def write_megatron_shards(
     for entry in parameters(sizes):
         _fill(shards_of[entry.name], entry, tensors[f"weights/{entry.name}"].read())
     sync([*paths, *(path.parent for path in paths), step_folder, folder])
-    Folder(str(folder)).write_atomically(LATEST_FILE, str(iteration).encode())
+    Folder(folder, WRITE_REMEDY).write_atomically(LATEST_FILE, str(iteration).encode())
 
 
 def newest(folder: Path) -> str:

@@ -1,6 +1,5 @@
 """Means of several checkpoints of one model."""
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -10,7 +9,8 @@ import torch
 from torch import Tensor
 
 from megavlm.checkpoint.folder import Folder
-from megavlm.checkpoint.lazy import LazyTensor, Tensors
+from megavlm.checkpoint.lazy import LazyTensor, Tensors, read_by
+from megavlm.checkpoint.state import comparable
 from megavlm.config.sizes import DecoderSizes, EncoderSizes
 from megavlm.convert.files import about
 from megavlm.convert.names import Sizes
@@ -65,15 +65,11 @@ def _check_mergeable(
 
 
 def _comparable(sizes: Sizes) -> dict[str, Any]:
-    """By setting. Where gates start does not matter, nor how positions of layers are spelled."""
+    """By setting."""
     values: dict[str, Any] = {}
     for part, plain in sizes.items():
         of_part = EncoderSizes(**plain) if part == "encoder" else DecoderSizes(**plain)
-        fields = dataclasses.asdict(of_part)
-        if isinstance(of_part, DecoderSizes):
-            del fields["initial_gate"], fields["cross_every"]
-            fields["cross_at"] = of_part.cross_layers
-        values |= {f"model.{part}.{name}": value for name, value in fields.items()}
+        values |= {f"model.{part}.{name}": value for name, value in comparable(of_part).items()}
     return values
 
 
@@ -104,7 +100,4 @@ def _mixed(sources: Sequence[Tensors], shares: Sequence[float]) -> dict[str, Laz
             total.add_(source[name].read(), alpha=share)
         return total.to(sources[0][name].dtype)
 
-    return {
-        name: LazyTensor(t.shape, t.dtype, lambda name=name: read(name))
-        for name, t in sources[0].items()
-    }
+    return read_by(read, sources[0])

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-from megavlm.checkpoint.folder import WRITE_REMEDY, Folder
+from megavlm.checkpoint.folder import Folder
 from megavlm.checkpoint.lazy import Tensors
 from megavlm.checkpoint.tensor_file import tensor_bytes
 from megavlm.config.run import RunSettings
@@ -102,14 +102,14 @@ def convert(conversion: Conversion) -> dict[str, Any]:
     Memory is bounded by a few of the largest tensors. Raises ConfigError and CheckpointError for
     what cannot be converted; nothing stays written then. A comparison that fails is only noted.
     """
-    out = Folder(conversion.out)
+    out = Folder(conversion.out, write_remedy=OUT_REMEDY)
     if out.names():
         raise CheckpointError(f"{out} is not empty; choose another folder, or delete it")
     sources = [Source.newest(Folder(place), conversion.kind) for place in conversion.sources]
     to: Target = conversion.to or ("mllama" if sources[0].kind == "native" else "native")
     _check_applies(conversion, sources, to, out)
     with _whole_or_gone(out):
-        out.check_writable()  # before hours of reading
+        out.check_writable(OUT_REMEDY)  # before hours of reading
         certificate, weights = _converted(conversion, sources, to, out)
         # At first without the comparison: it may need more memory than there is.
         write_json(out, CERTIFICATE_FILE, certificate)
@@ -173,18 +173,15 @@ def _whole_or_gone(out: Folder) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        said = str(error).replace(WRITE_REMEDY, OUT_REMEDY)
-        said = said.replace("permit writing there or choose another checkpoint.folder", OUT_REMEDY)
         try:
             for name in out.names():
                 (out / name).delete()
         except CheckpointError:
-            said += f"; delete what is left in {out} first"
+            if isinstance(error, MegavlmError):
+                raise type(error)(f"{error}; delete what is left in {out} first") from error
         if new is not None:
             with suppress(OSError):
                 new.rmdir()
-        if isinstance(error, MegavlmError):
-            raise type(error)(said) from error
         raise
 
 

@@ -17,11 +17,12 @@ import torch
 from torch import Tensor, serialization
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from megavlm.checkpoint.folder import READ_REMEDY
+from megavlm.checkpoint.folder import READ_REMEDY, is_plain, sync_path
 from megavlm.errors import CheckpointError
 
 StandIns = Sequence[tuple[Callable[..., Any], str]]
 """What is called in place of a class or function that a pickle names."""
+WRITE_REMEDY = "free space or permit writing there, and run again"
 MAX_NAME_BYTES = 255  # of ext4, XFS, Lustre and NFS
 
 
@@ -126,11 +127,7 @@ def sync(paths: Iterable[Path]) -> None:
     """Have files, and the names in folders, on their disk."""
     for path in paths:
         with writing(path):
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+            sync_path(path)
 
 
 def newest_tag(folder: Path, pointer: str) -> str:
@@ -162,9 +159,9 @@ def plain_name(name: object, where: Path) -> str:
     """
     if (
         not isinstance(name, str)
-        or name in ("", ".", "..")
+        or not is_plain(name)
+        or "\\" in name
         or not name.isprintable()  # nor can half characters be encoded
-        or set(name) & set("/\\")
         or len(name.encode()) > MAX_NAME_BYTES
     ):
         raise CheckpointError(
@@ -192,9 +189,7 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except (OSError, RuntimeError) as error:
         said = getattr(error, "strerror", None) or str(error).partition("\n")[0]
-        raise CheckpointError(
-            f"cannot write {path}: {said}; free space or permit writing there, and run again"
-        ) from error
+        raise CheckpointError(f"cannot write {path}: {said}; {WRITE_REMEDY}") from error
 
 
 @contextmanager

@@ -73,16 +73,18 @@ def from_first_model_rank(value: Plain | None) -> Plain:
     """
     group = _model_group()
     if group.size() > 1:
-        box: list[Any] = [value]
-        dist.broadcast_object_list(box, group=group, group_src=0, device=device())
-        [value] = box
+        value = _from_first(value, group)
     return cast(Plain, value)
 
 
 def from_first_rank(text: str) -> str:
     """What the first rank of all has; collective."""
-    box: list[Any] = [text]
-    dist.broadcast_object_list(box, src=0, device=device())
+    return _from_first(text, None)
+
+
+def _from_first(value: Any, group: dist.ProcessGroup | None) -> Any:
+    box = [value]
+    dist.broadcast_object_list(box, group=group, group_src=0, device=device())
     return box[0]
 
 

@@ -13,8 +13,6 @@ from megavlm.dist import groups
 from megavlm.stages.captioning import loss_sum
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-MOMENTS = ("exp_avg", "exp_avg_sq")
-"""AdamW's states of a parameter."""
 
 
 @dataclass(frozen=True, kw_only=True)

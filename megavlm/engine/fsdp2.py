@@ -18,12 +18,12 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.utils import get_total_norm
 from torch.utils.checkpoint import checkpoint
 
-from megavlm.checkpoint.shards import Shards, State
+from megavlm.checkpoint.shards import MOMENTS, Shards, State
 from megavlm.config.engines import Fsdp2Settings
 from megavlm.config.run import RunSettings
 from megavlm.data.packing import Batch
 from megavlm.dist import groups
-from megavlm.engine.base import DTYPES, MOMENTS, StepResult, evaluate_on_each_rank
+from megavlm.engine.base import DTYPES, StepResult, evaluate_on_each_rank
 from megavlm.engine.optim import adamw
 from megavlm.model.initial import initial_values
 from megavlm.model.vlm import VisionLanguageModel

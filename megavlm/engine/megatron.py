@@ -21,11 +21,11 @@ from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
-from megavlm.checkpoint.shards import Shards, State, shards_of_range
+from megavlm.checkpoint.shards import MOMENTS, Shards, State, shards_of_range
 from megavlm.config.run import RunSettings
 from megavlm.data.packing import Batch
 from megavlm.dist import groups
-from megavlm.engine.base import DTYPES, MOMENTS, StepResult
+from megavlm.engine.base import DTYPES, StepResult
 from megavlm.engine.optim import decays
 from megavlm.model.initial import materialise
 from megavlm.model.params import Parameter

@@ -20,12 +20,12 @@ from deepspeed.utils import (
 from torch import Tensor
 from torch.nn import functional
 
-from megavlm.checkpoint.shards import Shards, State, shards_of_range
+from megavlm.checkpoint.shards import MOMENTS, Shards, State, shards_of_range
 from megavlm.config.deepspeed_json import deepspeed_config
 from megavlm.config.run import RunSettings
 from megavlm.data.packing import Batch
 from megavlm.dist import cpu, groups
-from megavlm.engine.base import DTYPES, MOMENTS, StepResult, evaluate_on_each_rank
+from megavlm.engine.base import DTYPES, StepResult, evaluate_on_each_rank
 from megavlm.engine.optim import adamw
 from megavlm.model.initial import initial_values
 from megavlm.model.vlm import VisionLanguageModel
