@@ -49,7 +49,6 @@ demo: data
 	@python -c "import torch; print('localhost slots=%d' % (min(2, torch.cuda.device_count()) or 2))" \
 	  > runs/demo/hostfile
 	megavlm train $(DEMO) --hostfile runs/demo/hostfile
-	megavlm eval $(DEMO)
 	megavlm report $(DEMO)
 
 test: setup packages
@@ -76,7 +75,7 @@ format: setup
 # The DeepSpeed configurations are derived from the run files, and checked in.
 configs: setup
 	for run in $$(grep -LE '^engine: (fsdp2|megatron)' configs/*.yaml); do \
-	  megavlm plan $$run --ds-json configs/ds/$$(basename $$run .yaml).json || exit 1; \
+	  megavlm plan $$run --ds-json configs/ds/$$(basename $$run .yaml).json >/dev/null || exit 1; \
 	done
 
 clean:

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megavlm.config.load import load_run
-from megavlm.config.run import RunSettings
+from megavlm.config.load import load_plan
+from megavlm.config.plan import Plan
 from megavlm.errors import ConfigError, DataError, MegavlmError
 
 if TYPE_CHECKING:
@@ -28,8 +28,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for module in ("megatron", "torch.distributed", "deepspeed"):
         warnings.filterwarnings("ignore", module=rf"{module}\.")
     try:
-        run = load_run(options.run_file, options.overrides) if options.run_file else None
-        options.command(run, options)
+        plan = load_plan(options.run_file, options.overrides) if options.run_file else None
+        options.command(plan, options)
     except MegavlmError as error:
         rank = os.environ.get("RANK")
         where = f" (rank {rank})" if rank else ""
@@ -45,22 +45,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
 # Each command imports what it needs, so that a mistake in the settings is told at once.
 
 
-def _train(run: RunSettings, options: argparse.Namespace) -> None:
+def _train(plan: Plan, options: argparse.Namespace) -> None:
     if options.hostfile is None:
-        if run.model_parallel.tensor_parallel > 1:
+        if plan.first.model_parallel.tensor_parallel > 1:
             # One hardware queue, so that communication starts before the matrix product that hides
             # it. CUDA reads this once, so it is set before anything touches CUDA.
             os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+        from megavlm.eval.run import evaluate_stage
         from megavlm.train.loop import train
 
-        train(run)
+        train(plan, after_stage=evaluate_stage)
         return
     import torch
 
     from megavlm.dist.launch import launch_command, ranks_of
-    from megavlm.train.preflight import check_run
+    from megavlm.train.preflight import check_plan
 
-    check_run(run, ranks_of(run, options.hostfile))
+    check_plan(plan, ranks_of(plan, options.hostfile))
     command = launch_command(options.hostfile, options.run_file, options.overrides)
     print(" ".join(command), flush=True)
     if not torch.cuda.is_available():
@@ -69,43 +70,51 @@ def _train(run: RunSettings, options: argparse.Namespace) -> None:
     os.execv(Path(sys.executable).with_name("deepspeed"), command)
 
 
-def _plan(run: RunSettings, options: argparse.Namespace) -> None:
+def _plan(plan: Plan, options: argparse.Namespace) -> None:
     from megavlm.dist.launch import launch_command, ranks_of
     from megavlm.planner.report import print_plan, write_deepspeed_json
 
-    print_plan(run, ranks=ranks_of(run, options.hostfile) if options.hostfile else 0)
+    print_plan(plan, ranks=ranks_of(plan, options.hostfile) if options.hostfile else 0)
     if options.hostfile:
         print(" ".join(launch_command(options.hostfile, options.run_file, options.overrides)))
     if options.ds_json:
-        write_deepspeed_json(run, options.ds_json)
-    if options.picture:
+        write_deepspeed_json(plan.last, options.ds_json)
+    if options.picture and len(plan.stages) > 1:
+        from megavlm.planner.timeline import draw_timeline
+
+        draw_timeline(plan, options.picture)
+    elif options.picture:
         from megavlm.planner.picture import draw_layout
 
-        draw_layout(run, options.picture)
+        draw_layout(plan.first, options.picture)
 
 
-def _tokenizer(run: RunSettings, options: argparse.Namespace) -> None:
-    from megavlm.data.shards import ShardFolder
+def _tokenizer(plan: Plan, options: argparse.Namespace) -> None:
+    from megavlm.config.data import SourceSettings
+    from megavlm.data.sources import Sources
     from megavlm.data.tokenizer import train_tokenizer
 
-    texts = ShardFolder(run.data.train).readable_texts()
-    parts = (part for text in texts for part in (text.prompt, text.answer))
+    run = plan.first
+    # Each folder once, and all its tasks, whatever the stages take from it.
+    folders = {source.folder: None for stage in plan.stages for source in stage.run.data.train}
+    texts = Sources([SourceSettings(folder=f) for f in folders], run.seed).readable_texts()
+    parts = (part for text in texts for turn in text.turns for part in (turn.prompt, turn.answer))
     train_tokenizer(parts, run.data.tokenizer, run.model.decoder.vocabulary)
     print(f"tokenizer of {run.model.decoder.vocabulary} pieces: {run.data.tokenizer}")
 
 
-def _generate(run: RunSettings, options: argparse.Namespace) -> None:
+def _generate(plan: Plan, options: argparse.Namespace) -> None:
     from megavlm.dist.groups import process_groups
     from megavlm.infer.generate import Request, generate
     from megavlm.infer.load import load_trained
 
-    side = run.model.encoder.image_pixels
+    side = plan.first.model.encoder.image_pixels
     requests = [
         Request(prompt=options.prompt, pixels=_read_picture(path, side))
         for path in options.pictures
     ]
-    with process_groups(run.seed):
-        model, tokenizer = load_trained(run)
+    with process_groups(plan.first.seed):
+        model, tokenizer = load_trained(plan)
         answers = generate(
             model, tokenizer, requests, max_new_tokens=options.max_new_tokens, batch_size=32
         )
@@ -123,23 +132,23 @@ def _read_picture(path: Path, side: int) -> "Tensor":
     return to_uint8_tensor(fit_square(decode_picture(encoded, str(path), side), side))
 
 
-def _eval(run: RunSettings, options: argparse.Namespace) -> None:
+def _eval(plan: Plan, options: argparse.Namespace) -> None:
     from megavlm.eval.run import evaluate
 
-    evaluate(run)
+    evaluate(plan)
 
 
-def _convert(run: RunSettings | None, options: argparse.Namespace) -> None:
+def _convert(plan: Plan | None, options: argparse.Namespace) -> None:
     from megavlm.convert.certificate import summary
     from megavlm.convert.run import Conversion, convert, verify
 
-    if options.overrides and run is None:
+    if options.overrides and plan is None:
         raise ConfigError(
             f"{options.overrides[0]} changes a run file; name one with --run (or write a folder of "
             f"that name as ./{options.overrides[0]})"
         )
     if options.verify:
-        if options.sources or options.out or run:
+        if options.sources or options.out or plan:
             raise ConfigError(
                 f"--verify {options.verify} knows its sources from its certificate; name nothing "
                 "else"
@@ -159,15 +168,15 @@ def _convert(run: RunSettings | None, options: argparse.Namespace) -> None:
         ema_decay=options.ema_decay,
         compare=not options.no_compare,
         max_file_gb=options.max_file_gb,
-        run=run,
+        plan=plan,
     )
     print("\n".join(summary(convert(conversion), options.out)))
 
 
-def _report(run: RunSettings, options: argparse.Namespace) -> None:
+def _report(plan: Plan, options: argparse.Namespace) -> None:
     from megavlm.eval.report import write_report
 
-    print(f"report: {write_report(run)}")
+    print(f"report: {write_report(plan)}")
 
 
 def _positive(text: str) -> int:
@@ -210,7 +219,7 @@ def _parser() -> argparse.ArgumentParser:
     plan = add("plan", _plan, "print what a run is, without starting it")
     add("tokenizer", _tokenizer, "train the SentencePiece tokenizer of a run")
     generate = add("generate", _generate, "answer a prompt about pictures")
-    add("eval", _eval, "caption and answer questions about held-out pictures")
+    add("eval", _eval, "measure the newest checkpoint on held-out samples")
     add("report", _report, "draw a run as one HTML page")
     convert = commands.add_parser(
         "convert", help="convert checkpoints between formats, with a certificate"
@@ -243,8 +252,16 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("--verify", metavar="FOLDER", help="check a folder by its certificate")
     for sub in (train, plan):
         sub.add_argument("--hostfile", type=Path, help="start (or plan) the run on these hosts")
-    plan.add_argument("--ds-json", type=Path, help="write the run's DeepSpeed configuration here")
-    plan.add_argument("--picture", type=Path, help="draw the layout here (svg, png, pdf)")
+    plan.add_argument(
+        "--ds-json",
+        type=Path,
+        help="write the last stage's DeepSpeed settings; others differ in batch and bucket sizes",
+    )
+    plan.add_argument(
+        "--picture",
+        type=Path,
+        help="draw the stages, or one's layout (svg, png, pdf)",
+    )
     generate.add_argument("--prompt", default="Caption:")
     generate.add_argument("--max-new-tokens", type=_positive, default=64)
     generate.add_argument(

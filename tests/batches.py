@@ -4,10 +4,11 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
 from megavlm.config.presets import PRESETS
 from megavlm.config.sizes import EncoderSizes, ModelSizes
-from megavlm.data.packing import Batch, PackedText, pack
+from megavlm.data.packing import Batch, PackedText, PairBatch, Span, pack, pack_pairs
 from megavlm.data.tokenizer import BEGIN, END
 
 TINY = PRESETS["vlm-tiny"]
@@ -38,6 +39,18 @@ OTHER_FORM = ModelSizes(
 ROW_TOKENS = 16
 
 
+def loss_sum(model: nn.Module, batch: Batch) -> Tensor:
+    """Summed cross entropy of a batch's learned tokens, in nats."""
+    losses_bt = model(
+        batch.tokens_bt,
+        batch.labels_bt,
+        batch.text_numbers_bt,
+        batch.image_ranges_2bt,
+        batch.pixels,
+    )
+    return (losses_bt * batch.learned_bt).sum()
+
+
 def random_batch(
     seed: int, *, samples: int, images: bool = True, encoder: EncoderSizes = TINY.encoder
 ) -> Batch:
@@ -52,5 +65,30 @@ def random_batch(
         for _ in range(2):
             words = generator.integers(10, TINY.decoder.vocabulary, generator.integers(3, 9))
             tokens = [BEGIN, *words.tolist(), END]
-            texts.append(PackedText(tokens, 2, sample if images else None))
+            seen = [(0, Span(sample, sample + 1))] if images else []
+            texts.append(PackedText(tokens, [Span(2, len(tokens))], seen))
     return pack(texts, pixels, row_tokens=ROW_TOKENS, image_tokens=encoder.tokens)
+
+
+def random_pairs(seed: int, slots: int = 3, encoder: EncoderSizes = TINY.encoder) -> PairBatch:
+    """Pictures with a text each; now and then a slot has no text, or nothing."""
+    generator = np.random.default_rng(seed)
+    side = encoder.image_pixels
+    shape = (slots, 3, side, side)
+    pixels = torch.from_numpy(generator.integers(0, 256, shape, dtype=np.uint8))
+    patches = (side // encoder.patch_pixels) ** 2
+    order = generator.random((slots, patches)).argsort(1)
+    masked = torch.from_numpy(order < patches // 2)
+    has_image = torch.ones(slots, dtype=torch.bool)
+    texts = [
+        (slot, [BEGIN, *generator.integers(10, 500, generator.integers(2, 9)).tolist(), END])
+        for slot in range(slots)
+    ]
+    if seed % 4 == 1:
+        texts.pop(1)
+    if seed % 4 == 2:
+        texts.pop()
+        has_image[-1] = False
+        pixels[-1] = 0
+    batch = pack_pairs(texts, pixels, has_image, masked, row_tokens=ROW_TOKENS)
+    return replace(batch, samples=int(has_image.sum()))

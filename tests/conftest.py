@@ -15,18 +15,17 @@ import torch
 import yaml
 from PIL import Image
 
+from megavlm.config.data import AugmentSettings, DataSettings, SourceSettings
 from megavlm.config.engines import Zero3Settings
 from megavlm.config.load import run_as_tree
 from megavlm.config.presets import PRESETS
 from megavlm.config.run import (
-    AugmentSettings,
     CheckpointSettings,
-    DataSettings,
     OptimizerSettings,
     RunSettings,
     TrainSettings,
 )
-from megavlm.data.samples import Sample, Text
+from megavlm.data.samples import Sample, text
 from megavlm.data.shards import write_shard
 from megavlm.data.tokenizer import train_tokenizer
 
@@ -46,12 +45,12 @@ def picture(colour: str, side: int = 40) -> bytes:
 def coloured_sample(number: int) -> Sample:
     """A coloured square with a caption and a question; every fifth sample is text-only."""
     colour = COLOURS[number % len(COLOURS)]
-    caption = Text(prompt="Caption:", answer=f"a {colour} square", task="caption", kind="en")
-    question = Text(prompt="Which colour?", answer=colour, task="vqa", kind="colour")
+    caption = text("Caption:", f"a {colour} square", task="caption", kind="en")
+    question = text("Which colour?", colour, task="vqa", kind="colour")
     if number % 5 == 4:
-        texts = (Text(prompt="Say it.", answer=f"number {number}", task="text"),)
-        return Sample(key=f"{number:06d}", picture=None, texts=texts)
-    return Sample(key=f"{number:06d}", picture=picture(colour), texts=(caption, question))
+        texts = (text("Say it.", f"number {number}", task="text", pictures=()),)
+        return Sample(key=f"{number:06d}", pictures=(), texts=texts)
+    return Sample(key=f"{number:06d}", pictures=(picture(colour),), texts=(caption, question))
 
 
 @pytest.fixture(scope="session")
@@ -77,8 +76,8 @@ def tiny_run(coloured_squares, tmp_path) -> RunSettings:
         run_folder=tmp_path / "run",
         model=PRESETS["vlm-tiny"],
         data=DataSettings(
-            train=coloured_squares / "train",
-            heldout=coloured_squares / "heldout",
+            train=(SourceSettings(folder=coloured_squares / "train"),),
+            heldout=SourceSettings(folder=coloured_squares / "heldout"),
             tokenizer=coloured_squares / "tokenizer.model",
             row_tokens=24,
             texts_per_sample=2,

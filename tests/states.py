@@ -16,10 +16,15 @@ from megavlm.engine.base import Engine
 
 
 def whole_tensors(engine: Engine) -> dict[str, Tensor]:
-    """All tensors, whole, on every rank; collective. Every element must be held by some rank."""
+    """All tensors of an engine, whole, on every rank; collective."""
+    return gathered(engine.state())
+
+
+def gathered(held: State) -> dict[str, Tensor]:
+    """Whole tensors, on every rank; collective. What no rank holds of them is NaN."""
     mine = {
         name: (shards.shape, {origin: box.clone() for origin, box in shards.boxes.items()})
-        for name, shards in engine.state().items()
+        for name, shards in held.items()
     }
     states: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(states, mine)

@@ -29,7 +29,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from megavlm.data.samples import Sample, Text
+from megavlm.data.samples import Sample, Text, text
 from megavlm.data.shards import write_shard
 from megavlm.errors import DataError
 
@@ -376,8 +376,8 @@ def check_split(train: list[Emoji], heldout: list[Emoji]) -> None:
 
 def captions(emoji: Emoji) -> list[Text]:
     texts = [
-        Text(prompt="Caption:", answer=emoji.name_en, task="caption", kind="en"),
-        Text(prompt="説明:", answer=emoji.name_ja, task="caption", kind="ja"),
+        text("Caption:", emoji.name_en, task="caption", kind="en"),
+        text("説明:", emoji.name_ja, task="caption", kind="ja"),
     ]
     for prompt, keywords, language in (
         ("Keywords:", emoji.keywords_en, "en"),
@@ -385,7 +385,7 @@ def captions(emoji: Emoji) -> list[Text]:
     ):
         if keywords:
             answer = ", ".join(keywords)
-            texts.append(Text(prompt=prompt, answer=answer, task="keywords", kind=language))
+            texts.append(text(prompt, answer, task="keywords", kind=language))
     return texts
 
 
@@ -405,7 +405,7 @@ def questions(emojis: list[Emoji]) -> dict[str, list[Text]]:
 
 
 def _question(prompt: str, answer: str, kind: str) -> Text:
-    return Text(prompt=prompt, answer=answer, task="vqa", kind=kind)
+    return text(prompt, answer, task="vqa", kind=kind)
 
 
 def _open_questions(emoji: Emoji) -> list[Text]:
@@ -464,7 +464,7 @@ def save_split(folder: Path, texts: dict[Emoji, list[Text]], pictures: dict[Emoj
     """Write the shards of one split, in an order that mixes all kinds of pictures."""
     folder.mkdir(parents=True)
     samples = [
-        Sample(key=emoji.key, picture=pictures[emoji], texts=tuple(texts[emoji]))
+        Sample(key=emoji.key, pictures=(pictures[emoji],), texts=tuple(texts[emoji]))
         for emoji in by_lot(texts, "shuffle")
     ]
     for start in range(0, len(samples), SHARD_SAMPLES):

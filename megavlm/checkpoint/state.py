@@ -1,7 +1,7 @@
 """What a checkpoint says of its run beside the tensors, and whether it fits another run."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from pydantic import TypeAdapter
@@ -9,12 +9,14 @@ from pydantic import TypeAdapter
 from megavlm.checkpoint.folder import Folder
 from megavlm.checkpoint.storage import STATE_FILE, folder_name, read_state
 from megavlm.config.load import run_as_tree
+from megavlm.config.objectives import Part
+from megavlm.config.plan import Plan, Stage
 from megavlm.config.run import RunSettings
-from megavlm.config.sizes import DecoderSizes, EncoderSizes, ModelSizes
-from megavlm.data.shards import ShardFolder
+from megavlm.config.sizes import DecoderSizes, EncoderSizes, ModelSizes, TextTowerSizes
+from megavlm.data.sources import Sources
 from megavlm.data.tokenizer import Tokenizer
 from megavlm.errors import CheckpointError, TokenizerError
-from megavlm.model.params import PARTS_OF_FROZEN, Parameter, parameters
+from megavlm.model.params import Parameter, all_parameters, parameters_of
 
 
 def checkpoint_root(run: RunSettings) -> Folder:
@@ -22,21 +24,46 @@ def checkpoint_root(run: RunSettings) -> Folder:
     return Folder(run.checkpoint.folder or run.run_folder / "checkpoints")
 
 
-def check_checkpoint(checkpoint: Folder, run: RunSettings, tokenizer: Tokenizer) -> None:
-    """Raise unless the checkpoint is one of a run with this model and this tokenizer."""
+def check_checkpoint(checkpoint: Folder, plan: Plan, tokenizer: Tokenizer) -> Stage:
+    """The stage that a checkpoint was written in.
+
+    Raises CheckpointError unless it is one of a run with this plan, this model and this tokenizer.
+    """
     state = read_state(checkpoint)
     if "samples_seen" not in state:
         raise CheckpointError(
             f"checkpoint {checkpoint} holds a model, not the state of a run; move it elsewhere and "
             "start from it with checkpoint.start_from"
         )
-    if checkpoint != checkpoint_root(run) / folder_name(state["step"]):
+    if checkpoint != checkpoint_root(plan.first) / folder_name(state["step"]):
         raise CheckpointError(
             f"checkpoint {checkpoint} is of step {state['step']}; name its folder "
             f"{folder_name(state['step'])}"
         )
-    check_sizes(checkpoint, state["settings"]["model"], run.model)
+    check_sizes(checkpoint, state["settings"]["model"], plan.first.model)
     _check_tokenizer(checkpoint, state, tokenizer)
+    return _stage(checkpoint, state, plan)
+
+
+def _stage(checkpoint: Folder, state: dict[str, Any], plan: Plan) -> Stage:
+    stage = plan.named(state["stage"])
+    if stage is None:
+        raise CheckpointError(
+            f"checkpoint {checkpoint} was written in stage {state['stage']}, which the run file "
+            f"has not; its stages are {', '.join(stage.name for stage in plan.stages)}"
+        )
+    if stage.first_step != state["stage_first_step"]:
+        raise CheckpointError(
+            f"checkpoint {checkpoint} was written in stage {stage.name} when it began at step "
+            f"{state['stage_first_step']}, now it would at {stage.first_step}; restore the lengths "
+            "of the stages before it"
+        )
+    if state["step"] > stage.end_step:
+        raise CheckpointError(
+            f"checkpoint {checkpoint} is past the end of stage {stage.name} at step "
+            f"{stage.end_step}; raise its train.steps or choose another run_folder"
+        )
+    return stage
 
 
 def _check_tokenizer(checkpoint: Folder, state: dict[str, Any], tokenizer: Tokenizer) -> None:
@@ -49,12 +76,15 @@ def _check_tokenizer(checkpoint: Folder, state: dict[str, Any], tokenizer: Token
 
 
 def check_sizes(checkpoint: Folder, saved: dict[str, Any], sizes: ModelSizes) -> None:
-    """Raise unless a checkpoint's sizes, as plain data, are these; a part it lacks fits."""
-    for part, wanted in (("encoder", sizes.encoder), ("decoder", sizes.decoder)):
-        if part not in saved:
+    """Raise unless a checkpoint's sizes, as plain data, are these; a part that one lacks fits."""
+    for part in ("encoder", "decoder", "text_tower"):
+        wanted: EncoderSizes | DecoderSizes | TextTowerSizes | None = getattr(sizes, part)
+        if wanted is None or saved.get(part) is None:
             continue
         # Read back as sizes: JSON has no tuples, and older checkpoints have fewer settings.
-        have = comparable(TypeAdapter(type(wanted)).validate_python(saved[part]))
+        then: EncoderSizes | DecoderSizes | TextTowerSizes
+        then = TypeAdapter(type(wanted)).validate_python(saved[part])
+        have = comparable(then)
         for name, value in comparable(wanted).items():
             if have[name] != value:
                 raise CheckpointError(
@@ -63,7 +93,7 @@ def check_sizes(checkpoint: Folder, saved: dict[str, Any], sizes: ModelSizes) ->
                 )
 
 
-def comparable(sizes: EncoderSizes | DecoderSizes) -> dict[str, Any]:
+def comparable(sizes: EncoderSizes | DecoderSizes | TextTowerSizes) -> dict[str, Any]:
     """What sizes must have in common for one model's weights to fit another.
 
     Where gates start does not matter: they come with the weights, or there are none. Nor does how
@@ -87,7 +117,7 @@ def check_weights(checkpoint: Folder, sizes: ModelSizes, tokenizer: Tokenizer) -
     state = read_state(checkpoint)
     check_sizes(checkpoint, state["settings"]["model"], sizes)
     _check_tokenizer(checkpoint, state, tokenizer)
-    names = {f"weights/{parameter.name}" for parameter in parameters(sizes)}
+    names = {f"weights/{parameter.name}" for parameter in all_parameters(sizes)}
     saved = {name for name in state["tensors"] if name.startswith("weights/")}
     for name in sorted(saved - names):
         raise CheckpointError(f"checkpoint {checkpoint} has {name}, which the model has not")
@@ -95,17 +125,12 @@ def check_weights(checkpoint: Folder, sizes: ModelSizes, tokenizer: Tokenizer) -
         raise CheckpointError(f"checkpoint {checkpoint} holds no weights")
 
 
-def check_data_position(checkpoint: Folder, run: RunSettings, training: ShardFolder) -> None:
-    """Raise unless the run would go on with exactly the samples that the checkpoint has not seen.
+def check_data_position(checkpoint: Folder, run: RunSettings, training: Sources) -> None:
+    """Raise unless the stage would go on with exactly the samples that it has not seen.
 
     Which sample comes at which step depends on the seed, the global batch and the shards.
     """
     state = read_state(checkpoint)
-    if state["step"] > run.train.steps:
-        raise CheckpointError(
-            f"checkpoint {checkpoint} is past train.steps={run.train.steps}; raise train.steps or "
-            "choose another run_folder"
-        )
     saved, now = state["settings"], run_as_tree(run)
     for name, before, after in (
         ("seed", saved["seed"], now["seed"]),
@@ -171,18 +196,27 @@ def _differences(prefix: str, before: Any, after: Any) -> Iterator[tuple[str, An
 
 
 def _trained(run: RunSettings) -> list[Parameter]:
-    frozen = {part for name in run.train.frozen for part in PARTS_OF_FROZEN[name]}
-    return [parameter for parameter in parameters(run.model) if parameter.part not in frozen]
+    return [entry for entry in parameters_of(run) if entry.setting in run.trained_parts]
 
 
 def checkpoint_state(
-    run: RunSettings, tokenizer: Tokenizer, steps_done: int, training: ShardFolder
+    stage: Stage,
+    tokenizer: Tokenizer,
+    step: int,
+    training: Sources,
+    optimizer_steps: Mapping[Part, int],
 ) -> dict[str, Any]:
-    """The plain data that a checkpoint carries beside its tensors."""
+    """The plain data that a checkpoint of a run's step carries beside its tensors.
+
+    optimizer_steps: steps that the optimiser has taken of each part.
+    """
     return {
-        "samples_seen": steps_done * run.train.samples_per_step,
+        "stage": stage.name,
+        "stage_first_step": stage.first_step,
+        "optimizer_steps": dict(optimizer_steps),
+        "samples_seen": (step - stage.first_step) * stage.run.train.samples_per_step,
         "training_samples": len(training),
         "training_sha256": training.fingerprint,
         "tokenizer_sha256": tokenizer.fingerprint,
-        "settings": run_as_tree(run),
+        "settings": run_as_tree(stage.run),
     }

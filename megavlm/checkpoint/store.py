@@ -8,7 +8,7 @@ import json
 import re
 import socket
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -55,9 +55,13 @@ class CheckpointSaver:
     In the background, if so set: `save` then returns when the tensors are copied.
     """
 
-    def __init__(self, root: Folder, settings: CheckpointSettings) -> None:
+    def __init__(
+        self, root: Folder, settings: CheckpointSettings, keep: Collection[int] = ()
+    ) -> None:
+        """keep: steps whose checkpoints stay in any case."""
         self._root = root
         self._settings = settings
+        self._keep = keep
         # Of its own: the training goes on meanwhile, over its own groups.
         self._group = dist.new_group(backend="gloo")
         self._staging = _Staging()
@@ -84,7 +88,7 @@ class CheckpointSaver:
         writer = CheckpointWriter(
             self._root / folder_name(step),
             {"step": step, **state},
-            on_committed=lambda: delete_old(self._root, self._settings),
+            on_committed=lambda: delete_old(self._root, self._settings, self._keep),
         )
         how: dict[str, Any] = {
             "storage_writer": writer,
@@ -142,25 +146,23 @@ def _require_same(folder: Folder, digest: str) -> None:
         )
 
 
-def load_weights(folder: Folder, shards: State) -> None:
-    """Overwrite the weights that a checkpoint has, and nothing else; collective.
+def load_present(folder: Folder, shards: State) -> None:
+    """Overwrite those tensors that a checkpoint has; collective.
 
     Raises CheckpointError as `load_checkpoint` does.
     """
     saved = _on_all_ranks(lambda: read_state(folder))["tensors"]
-    wanted = {
-        name: shards[name] for name in shards if name.startswith("weights/") and name in saved
-    }
-    load_checkpoint(folder, wanted)
+    load_checkpoint(folder, {name: held for name, held in shards.items() if name in saved})
 
 
 def check_shapes(reader: CheckpointReader, shards: State) -> None:
     """Raise CheckpointError unless a checkpoint holds these tensors, in these shapes."""
     saved = reader.state["tensors"]
     missing = sorted(shards.keys() - saved.keys())
-    if missing and missing[0].startswith("exp_avg"):
+    moments = [name for name in missing if name.startswith("exp_avg")]
+    if moments:
         raise CheckpointError(
-            f"checkpoint {reader.folder} holds no states of the optimiser ({missing[0]}, say); "
+            f"checkpoint {reader.folder} holds no states of the optimiser ({moments[0]}, say); "
             "start a new run from its weights with checkpoint.start_from"
         )
     if missing:
@@ -224,14 +226,14 @@ def latest_checkpoint(root: Folder) -> Folder | None:
     return next((folder for folder in folders if folder.has(STATE_FILE)), None)
 
 
-def delete_old(root: Folder, settings: CheckpointSettings) -> None:
+def delete_old(root: Folder, settings: CheckpointSettings, keep: Collection[int] = ()) -> None:
     """Delete what the settings do not keep, and what crashes have left before the newest.
 
     What cannot be deleted is told, and stays.
     """
     steps = _steps(root)
     complete = [step for step in steps if (root / folder_name(step)).has(STATE_FILE)]
-    kept = set(complete[-settings.keep_last :])
+    kept = {*complete[-settings.keep_last :], *keep}
     if settings.keep_every:
         kept |= {step for step in complete if step % settings.keep_every == 0}
     for step in steps:

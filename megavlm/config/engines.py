@@ -166,6 +166,11 @@ class MegatronSettings:
             ("model.decoder.kv_heads", decoder.kv_heads),
             ("model.decoder.mlp_width", decoder.mlp_width),
             ("model.decoder.vocabulary", decoder.vocabulary),
+            *(
+                (f"model.text_tower.{name}", getattr(sizes.text_tower, name))
+                for name in ("heads", "mlp_width")
+                if sizes.text_tower is not None
+            ),
         ):
             require_divides("megatron.tensor_parallel", self.tensor_parallel, name, size)
         padded_tokens = encoder.tokens + encoder.register_tokens

@@ -1,6 +1,7 @@
-"""Run settings from a YAML file and dotted overrides."""
+"""The plan of a run from a YAML file and dotted overrides."""
 
 import difflib
+import re
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any, cast
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
+from megavlm.config.plan import Plan, Stage
 from megavlm.config.presets import PRESETS
 from megavlm.config.run import RunSettings
 from megavlm.errors import ConfigError
@@ -16,11 +18,20 @@ from megavlm.errors import ConfigError
 Tree = dict[str, Any]
 
 
-def load_run(path: Path, overrides: Sequence[str] = ()) -> RunSettings:
+SHARED = ("run_folder", "seed", "model", "checkpoint", "engine", "zero3", "fsdp2", "megatron")
+"""Settings that all stages of a run have in common."""
+
+_STAGE_NAME = re.compile(r"[a-z0-9_]+")
+_ONLY_STAGE = "training"  # of a run file that lists none
+
+
+def load_plan(path: Path, overrides: Sequence[str] = ()) -> Plan:
     """Read a run file and apply overrides such as `train.steps=200`.
 
-    `model` may name a `preset` and change some of its sizes. Raises ConfigError, in one line, for
-    a missing file, broken YAML, unknown names, wrong types and broken rules.
+    `stages` maps the name of each stage, in order, to the settings in which it differs from those
+    around it; without it, the run has one stage. `model` may name a `preset` and change some of its
+    sizes. Raises ConfigError, in one line, for a missing file, broken YAML, unknown names, wrong
+    types, broken rules, and for an override that no stage would follow.
     """
     try:
         tree = yaml.safe_load(path.read_text())
@@ -31,14 +42,70 @@ def load_run(path: Path, overrides: Sequence[str] = ()) -> RunSettings:
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} must hold a mapping of settings")
     tree = cast(Tree, tree)
+    changes_by_stage = _stages(path, tree)
     for override in overrides:
+        _require_effect(changes_by_stage, override)
         _apply(tree, override)
     if "model" in tree:
         tree["model"] = _with_preset(tree["model"])
-    try:
-        return TypeAdapter(RunSettings).validate_python(tree)
-    except ValidationError as error:
-        raise ConfigError(f"{path}: {_one_line(error, tree)}") from error
+    changes_by_stage = _stages(path, tree)
+    tree.pop("stages", None)
+    stages: list[Stage] = []
+    for name, changes in changes_by_stage.items():
+        where = f"stages.{name}: " if len(changes_by_stage) > 1 else ""
+        try:
+            run = TypeAdapter(RunSettings).validate_python(_merged(tree, changes))
+        except ValidationError as error:
+            raise ConfigError(f"{path}: {where}{_one_line(error)}") from error
+        except ConfigError as error:
+            raise ConfigError(f"{where}{error}") from error
+        stages.append(Stage(name, run, stages[-1].end_step if stages else 0))
+    return Plan(tuple(stages))
+
+
+def _stages(path: Path, tree: Tree) -> dict[str, Tree]:
+    """The settings in which each stage differs, by its name."""
+    stages: Any = tree.get("stages", {_ONLY_STAGE: {}})
+    if not isinstance(stages, dict) or not stages:
+        raise ConfigError(f"{path}: stages must map names of stages to their settings")
+    for name, changes in cast(Tree, stages).items():
+        if not _STAGE_NAME.fullmatch(str(name)):
+            raise ConfigError(
+                f"{path}: stages: {name!r} must be a name of lower-case letters, digits and _"
+            )
+        if not isinstance(changes, dict):
+            raise ConfigError(f"{path}: stages.{name} must hold a mapping of settings")
+        for shared in cast(Tree, changes).keys() & set(SHARED):
+            raise ConfigError(
+                f"{path}: stages.{name}.{shared}: all stages of a run share {shared}; set it "
+                "outside of stages"
+            )
+    return cast(dict[str, Tree], stages)
+
+
+def _require_effect(changes_by_stage: dict[str, Tree], override: str) -> None:
+    """Raise ConfigError if every stage has a setting of its own where an override changes one."""
+    name = override.partition("=")[0]
+    if all(_has(changes, name.split(".")) for changes in changes_by_stage.values()):
+        first = next(iter(changes_by_stage))
+        raise ConfigError(
+            f"override {override!r} would change nothing: every stage sets {name} itself; say "
+            f"stages.{first}.{override}, for one of {', '.join(changes_by_stage)}"
+        )
+
+
+def _has(tree: Any, names: Sequence[str]) -> bool:
+    """Whether a tree holds a value at a dotted place."""
+    for name in names:
+        if not isinstance(tree, dict) or name not in tree:
+            return False
+        tree = cast(Tree, tree)[name]
+    return True
+
+
+def plan_as_tree(plan: Plan) -> Tree:
+    """The settings of all stages, by name, as JSON-safe plain data."""
+    return {stage.name: run_as_tree(stage.run) for stage in plan.stages}
 
 
 def run_as_tree(run: RunSettings) -> Tree:
@@ -72,16 +139,20 @@ def _with_preset(model: Any) -> Any:
     return _merged(asdict(PRESETS[name]), changes)
 
 
+WHOLE = ("objectives",)
+"""Mappings that a stage replaces whole."""
+
+
 def _merged(base: Tree, changes: Tree) -> Tree:
     merged = dict(base)
     for name, value in changes.items():
         below: Any = merged.get(name)
-        both_trees = isinstance(below, dict) and isinstance(value, dict)
+        both_trees = isinstance(below, dict) and isinstance(value, dict) and name not in WHOLE
         merged[name] = _merged(cast(Tree, below), cast(Tree, value)) if both_trees else value
     return merged
 
 
-def _one_line(error: ValidationError, tree: Tree) -> str:
+def _one_line(error: ValidationError) -> str:
     problem = error.errors()[0]
     place = ".".join(str(part) for part in problem["loc"])
     match problem["type"]:

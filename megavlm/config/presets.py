@@ -1,6 +1,6 @@
 """Named model sizes, from seconds on a laptop to 30.5 billion parameters."""
 
-from megavlm.config.sizes import DecoderSizes, EncoderSizes, ModelSizes
+from megavlm.config.sizes import DecoderSizes, EncoderSizes, ModelSizes, TextTowerSizes
 
 PRESETS: dict[str, ModelSizes] = {
     # Tests: every part of the architecture, at the smallest sizes that still have structure.
@@ -18,6 +18,7 @@ PRESETS: dict[str, ModelSizes] = {
             mlp_width=96,
             initial_gate=0.5,
         ),
+        text_tower=TextTowerSizes(width=32, layers=2, heads=4, mlp_width=64, feature_width=24),
     ),
     # `make demo`: learns the sample set from scratch in minutes on two cores.
     "vlm-demo": ModelSizes(
@@ -32,6 +33,7 @@ PRESETS: dict[str, ModelSizes] = {
             mlp_width=384,
             initial_gate=1.0,
         ),
+        text_tower=TextTowerSizes(width=128, layers=2, heads=4, mlp_width=384, feature_width=128),
     ),
     # ViT-L/14 with a decoder of 1,536: one GPU.
     "vlm-1b": ModelSizes(
@@ -44,6 +46,9 @@ PRESETS: dict[str, ModelSizes] = {
             heads=12,
             kv_heads=4,
             mlp_width=4_096,
+        ),
+        text_tower=TextTowerSizes(
+            width=768, layers=12, heads=12, mlp_width=2_048, feature_width=768
         ),
     ),
     # ViT-H/14 with a decoder of 4,096: one node.
@@ -58,6 +63,9 @@ PRESETS: dict[str, ModelSizes] = {
             kv_heads=8,
             mlp_width=11_008,
         ),
+        text_tower=TextTowerSizes(
+            width=1_024, layers=24, heads=16, mlp_width=2_752, feature_width=1_024
+        ),
     ),
     # ViT-bigG/14 with a decoder of 6,144: 128 GPUs.
     "vlm-30b": ModelSizes(
@@ -70,6 +78,9 @@ PRESETS: dict[str, ModelSizes] = {
             heads=48,
             kv_heads=8,
             mlp_width=16_192,
+        ),
+        text_tower=TextTowerSizes(
+            width=1_280, layers=32, heads=16, mlp_width=3_456, feature_width=1_280
         ),
     ),
 }

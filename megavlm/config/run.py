@@ -1,69 +1,26 @@
 """The settings of a run: one frozen tree, read from a YAML file and dotted overrides."""
 
 import math
-from dataclasses import field
+from dataclasses import field, replace
 from pathlib import Path
 from typing import Literal
 
 from pydantic.dataclasses import dataclass
 
+from megavlm.config.data import DataSettings
 from megavlm.config.engines import UNDIVIDED, Fsdp2Settings, MegatronSettings, Zero3Settings
+from megavlm.config.evaluation import EvaluationSettings
+from megavlm.config.objectives import (
+    ContrastiveSettings,
+    MimSettings,
+    ObjectiveName,
+    Part,
+    check_objectives,
+    is_pretraining,
+    parts_of,
+)
 from megavlm.config.sizes import STRICT, ModelSizes, divisors
 from megavlm.errors import ConfigError
-
-
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class AugmentSettings:
-    """How training pictures are varied (RandAugment, Cubuk et al. 2020)."""
-
-    operations: int = 2
-    """RandAugment operations in a row; 0 switches it off."""
-    magnitude: int = 9
-    """RandAugment strength, 0 to 30."""
-    colour_operations: bool = True
-    """Whether operations that change colours take part; off where colour is the answer."""
-    minimum_area: float = 0.9
-    """Smallest share of the picture that a random crop keeps; 1 keeps the whole picture."""
-
-    def __post_init__(self) -> None:
-        if self.operations < 0:
-            raise ConfigError(f"data.augment.operations={self.operations} must not be negative")
-        if not 0 <= self.magnitude <= 30:
-            raise ConfigError(f"data.augment.magnitude={self.magnitude} must lie in 0 to 30")
-        if not 0 < self.minimum_area <= 1:
-            raise ConfigError(
-                f"data.augment.minimum_area={self.minimum_area} must lie above 0 and at most 1"
-            )
-
-
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class DataSettings:
-    """Where samples come from and how they become batches."""
-
-    train: Path
-    """Folder of training shards."""
-    heldout: Path
-    """Folder of held-out shards, for the held-out loss and the evaluation."""
-    heldout_questions: Path | None = None
-    """Folder of shards with held-out questions about training pictures."""
-    tokenizer: Path
-    """SentencePiece model file."""
-    row_tokens: int
-    """Length of a packed row of text; longer texts are cut to it, and counted."""
-    texts_per_sample: int = 1
-    """Texts drawn for a picture each time it is seen; all of them share its image tokens."""
-    on_bad_sample: Literal["skip", "stop"] = "skip"
-    """A sample that cannot be decoded is skipped, named and counted, or ends the run."""
-    workers: int = 1
-    """Loader processes for each copy of the model; 0 loads in the training process."""
-    augment: AugmentSettings = field(default_factory=AugmentSettings)
-
-    def __post_init__(self) -> None:
-        for name in ("row_tokens", "texts_per_sample"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"data.{name}={getattr(self, name)} must be at least 1")
-        if self.workers < 0:
-            raise ConfigError(f"data.workers={self.workers} must not be negative")
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -76,6 +33,12 @@ class OptimizerSettings:
     """Reached at the last step."""
     warmup_fraction: float = 0.05
     """Share of all steps over which the learning rate rises linearly."""
+    schedule: Literal["stage", "plan"] = "stage"
+    """Whether all steps are those of the stage, or of the whole plan."""
+    scales: dict[Part, float] = field(default_factory=lambda: {})
+    """Factors on the learning rate, by part of the model; 1 where none is given."""
+    encoder_layer_decay: float = 1.0
+    """Further factor for each encoder layer from the last one down (BEiT, Bao et al. 2022)."""
     beta1: float = 0.9
     beta2: float = 0.95
     epsilon: float = 1e-8
@@ -102,6 +65,17 @@ class OptimizerSettings:
             raise ConfigError(
                 f"optimizer.warmup_fraction={self.warmup_fraction} must be at least 0 and below 1"
             )
+        for part, scale in self.scales.items():
+            if not 0 < scale < math.inf:
+                raise ConfigError(
+                    f"optimizer.scales.{part}={scale} must lie above 0; name what is not to learn "
+                    "in train.frozen"
+                )
+        if not 0 < self.encoder_layer_decay <= 1:
+            raise ConfigError(
+                f"optimizer.encoder_layer_decay={self.encoder_layer_decay} must lie above 0 and at "
+                "most 1"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -118,9 +92,15 @@ class TrainSettings:
     """Of weights and activations; master weights and moments are always fp32."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Gradient checkpointing: nothing, the attention cores, or whole layers."""
-    frozen: tuple[Literal["encoder", "decoder"], ...] = ()
+    z_loss: float = 0.0
+    """Weight of the squared log-partition of each learned token, added to the loss that is trained
+    on (PaLM, Chowdhery et al. 2022, section 5: 1e-4); 0 switches it off."""
+    ema_decay: float = 0.0
+    """Decay, per step, of a moving average of the trained weights, which evaluation then takes;
+    0 keeps none. 0.999 averages over some 1,000 steps."""
+    frozen: tuple[Part, ...] = ()
     """Parts that are not trained. `decoder` leaves the cross-attention layers trained, as in
-    Flamingo; the projector is always trained."""
+    Flamingo."""
     log_every: int = 10
     """Steps between lines of the log; metrics.jsonl holds every step."""
 
@@ -128,6 +108,10 @@ class TrainSettings:
         for name, value in vars(self).items():
             if isinstance(value, int) and value < 1:
                 raise ConfigError(f"train.{name}={value} must be at least 1")
+        if not 0 <= self.z_loss < math.inf:
+            raise ConfigError(f"train.z_loss={self.z_loss} must not be negative")
+        if not 0 <= self.ema_decay < 1:
+            raise ConfigError(f"train.ema_decay={self.ema_decay} must be at least 0 and below 1")
         if self.samples_per_step % self.micro_batches:
             raise ConfigError(
                 f"train.samples_per_step={self.samples_per_step} is not divisible by "
@@ -166,11 +150,16 @@ class CheckpointSettings:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class RunSettings:
-    """Everything a run depends on."""
+    """Everything a run depends on, during one of its stages."""
 
     run_folder: Path
     """Metrics and reports go here, and checkpoints unless `checkpoint.folder` says otherwise."""
     seed: int = 1
+    objectives: dict[ObjectiveName, float] = field(default_factory=lambda: {"captioning": 1.0})
+    """What is learned, with weights: captioning or instruction, or mim and contrastive together."""
+    mim: MimSettings = field(default_factory=MimSettings)
+    contrastive: ContrastiveSettings = field(default_factory=ContrastiveSettings)
+    evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
     model: ModelSizes
     data: DataSettings
     optimizer: OptimizerSettings
@@ -184,14 +173,67 @@ class RunSettings:
 
     @property
     def model_parallel(self) -> MegatronSettings:
-        """How each copy of the model is divided; ZeRO-3 and FSDP2 split no matrix."""
-        return self.megatron if self.engine == "megatron" else UNDIVIDED
+        """How each copy of the model is divided; ZeRO-3 and FSDP2 split no matrix.
+
+        Pre-training has no decoder that a pipeline could cut: its ranks hold further copies.
+        """
+        if self.engine != "megatron":
+            return UNDIVIDED
+        if is_pretraining(self.objectives):
+            return replace(
+                self.megatron, pipeline_parallel=1, virtual_pipeline=1, chunk_layers=None
+            )
+        return self.megatron
+
+    @property
+    def trained_parts(self) -> tuple[Part, ...]:
+        """The parts of the model that are not frozen."""
+        return tuple(part for part in parts_of(self.objectives) if part not in self.train.frozen)
 
     def __post_init__(self) -> None:
         if self.seed < 0:
             raise ConfigError(f"seed={self.seed} must not be negative")
-        self.model_parallel.check_model(self.model, self.data.row_tokens)
+        check_objectives(self.objectives)
+        if "contrastive" in self.objectives and self.model.text_tower is None:
+            raise ConfigError(
+                "objectives.contrastive compares pictures with texts; give the sizes of "
+                "model.text_tower"
+            )
+        encoder = self.model.encoder
+        side = encoder.image_pixels // encoder.patch_pixels
+        if "mim" in self.objectives and self.mim.block_patches >= side:
+            raise ConfigError(
+                f"mim.block_patches={self.mim.block_patches} hides all or nothing of a picture of "
+                f"{side} x {side} patches; make it smaller than {side}"
+            )
+        self._check_parts()
+        contrastive = "contrastive" in self.objectives
+        used = self.model if contrastive else replace(self.model, text_tower=None)
+        self.model_parallel.check_model(used, self.data.row_tokens)
         self.model_parallel.check_micro_batches(self.train.micro_batches)
+
+        if self.train.ema_decay and self.engine == "zero3" and self.zero3.nvme_folder is not None:
+            raise ConfigError(
+                f"train.ema_decay={self.train.ema_decay} averages weights in memory, and zero3 "
+                "keeps them on NVMe; set one of the two off"
+            )
+
+    def _check_parts(self) -> None:
+        parts = parts_of(self.objectives)
+        for name, named in (
+            ("train.frozen", self.train.frozen),
+            ("optimizer.scales", self.optimizer.scales),
+        ):
+            for part in named:
+                if part not in parts:
+                    raise ConfigError(
+                        f"{name} names {part}, which a stage of {', '.join(self.objectives)} has "
+                        f"not; its parts are {', '.join(parts)}"
+                    )
+        if not self.trained_parts:
+            raise ConfigError(
+                f"train.frozen={list(self.train.frozen)} leaves nothing to train; take a part out"
+            )
 
 
 def data_parallel_ranks(run: RunSettings, ranks: int) -> int:

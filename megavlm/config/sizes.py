@@ -149,11 +149,37 @@ class DecoderSizes:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
+class TextTowerSizes:
+    """The text encoder of contrastive pre-training, which is dropped afterwards.
+
+    A causal transformer with the decoder's vocabulary, norms and feed-forward networks.
+    """
+
+    width: int
+    layers: int
+    heads: int
+    mlp_width: int
+    feature_width: int
+    """Of the features of pictures and texts that are compared."""
+
+    def __post_init__(self) -> None:
+        _require_positive(self)
+        _require_heads("text_tower", self.width, self.heads)
+        if self.width // self.heads % 2:
+            raise ConfigError(
+                f"text_tower: width / heads = {self.width // self.heads} must be even for rotary "
+                "embeddings"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class ModelSizes:
-    """The whole vision-language model."""
+    """The whole vision-language model, and what its pre-training needs beside it."""
 
     encoder: EncoderSizes
     decoder: DecoderSizes
+    text_tower: TextTowerSizes | None = None
+    """For contrastive stages."""
 
 
 def divisors(number: int) -> list[int]:
@@ -161,7 +187,7 @@ def divisors(number: int) -> list[int]:
     return [d for d in range(1, number + 1) if number % d == 0]
 
 
-def _require_positive(sizes: EncoderSizes | DecoderSizes) -> None:
+def _require_positive(sizes: EncoderSizes | DecoderSizes | TextTowerSizes) -> None:
     for name, value in vars(sizes).items():
         if type(value) is int and value < 1:  # not of a bool, nor of an option that is left out
             raise ConfigError(f"{type(sizes).__name__}.{name}={value} must be at least 1")

@@ -11,7 +11,7 @@ from torch import Tensor
 from megavlm.checkpoint.folder import Folder
 from megavlm.checkpoint.lazy import LazyTensor, Tensors, read_by
 from megavlm.checkpoint.state import comparable
-from megavlm.config.sizes import DecoderSizes, EncoderSizes
+from megavlm.config.sizes import DecoderSizes, EncoderSizes, TextTowerSizes
 from megavlm.convert.files import about
 from megavlm.convert.names import Sizes
 from megavlm.convert.sources import Model, Source, kinds_of
@@ -67,8 +67,11 @@ def _check_mergeable(
 def _comparable(sizes: Sizes) -> dict[str, Any]:
     """By setting."""
     values: dict[str, Any] = {}
+    kinds = {"encoder": EncoderSizes, "decoder": DecoderSizes, "text_tower": TextTowerSizes}
     for part, plain in sizes.items():
-        of_part = EncoderSizes(**plain) if part == "encoder" else DecoderSizes(**plain)
+        if plain is None:  # a text tower that the model has not
+            continue
+        of_part = kinds[part](**plain)
         values |= {f"model.{part}.{name}": value for name, value in comparable(of_part).items()}
     return values
 

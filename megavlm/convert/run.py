@@ -12,7 +12,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 from megavlm.checkpoint.folder import Folder
 from megavlm.checkpoint.lazy import Tensors
 from megavlm.checkpoint.tensor_file import tensor_bytes
-from megavlm.config.run import RunSettings
+from megavlm.config.plan import Plan
 from megavlm.config.sizes import DecoderSizes
 from megavlm.convert import llama, megatron, mllama
 from megavlm.convert.certificate import (
@@ -76,7 +76,7 @@ class Conversion:
     compare: bool = True
     """Run both models on the same inputs, if one is Hugging Face's and they fit into memory."""
     max_file_gb: float = 5.0
-    run: RunSettings | None = None
+    plan: Plan | None = None
     """The run that a checkpoint without sizes, or a decoder, is for; and the layout of shards."""
 
     def __post_init__(self) -> None:
@@ -161,7 +161,7 @@ def _check_applies(
                 f"{source.kind}; leave it out"
             )
     if to == "megatron":
-        needed(conversion.run, to)
+        needed(conversion.plan, to)
         path_of(out)
 
 
@@ -194,15 +194,15 @@ def _converted(
         models: list[Model] = []
         for source in sources:
             with about(source.folder):
-                run = needed(conversion.run, source.kind) if source.kind in POINTERS else None
-                tensors, step = tensors_of(source, run and run.model, progress)
+                plan = needed(conversion.plan, source.kind) if source.kind in POINTERS else None
+                tensors, step = tensors_of(source, plan and plan.last.model, progress)
                 records.append(Record.of(tensors))
                 remembered = remembering(records[-1].tensors)
                 model = in_our_terms(
                     source,
                     remembered,
                     step,
-                    conversion.run,
+                    conversion.plan,
                     decoder_only=conversion.decoder_only,
                     weights_only=conversion.weights_only,
                 )
@@ -291,7 +291,7 @@ def _write(
             state = {"settings": settings, "tokenizer_sha256": None, **model.state}
             write_native(out, tensors, state, max_file_bytes)
         case "megatron":
-            run = needed(conversion.run, to)
+            run = needed(conversion.plan, to).last
             sizes, step = whole_sizes(model.sizes), model.state["step"]
             parallel = with_cut(replace(run, engine="megatron"))
             megatron.write_megatron_shards(tensors, sizes, parallel, path_of(out), step)

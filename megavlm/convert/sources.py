@@ -12,12 +12,13 @@ from megavlm.checkpoint.lazy import LazyTensor, Tensors
 from megavlm.checkpoint.state import checkpoint_state
 from megavlm.checkpoint.storage import STATE_FILE, CheckpointReader, read_state
 from megavlm.checkpoint.store import check_files, lazy_tensors
-from megavlm.config.run import RunSettings
+from megavlm.config.objectives import Part
+from megavlm.config.plan import Plan, Stage
 from megavlm.config.sizes import DecoderSizes, EncoderSizes, ModelSizes
 from megavlm.convert import deepspeed, llama, megatron, mllama, towers
 from megavlm.convert.files import CONFIG_FILE, about, hugging_face_tensors, preprocessor, read_json
 from megavlm.convert.names import BESIDE, SMALLEST_ENCODER, Sizes, require_tensors
-from megavlm.data.shards import ShardFolder
+from megavlm.data.sources import Sources
 from megavlm.data.tokenizer import Tokenizer
 from megavlm.errors import CheckpointError, ConfigError
 from megavlm.model.params import parameters
@@ -168,7 +169,7 @@ def in_our_terms(
     source: Source,
     tensors: Tensors,
     step: int,
-    run: RunSettings | None,
+    plan: Plan | None,
     *,
     decoder_only: bool,
     weights_only: bool,
@@ -200,7 +201,7 @@ def in_our_terms(
             converted = towers.from_hugging_face(tensors, config, encoder, preprocessor(folder))
         case "llama":
             config = read_json(folder, CONFIG_FILE)
-            wanted = needed(run, kind).model.decoder
+            wanted = needed(plan, kind).last.model.decoder
             decoder = llama.decoder_sizes_of(
                 config,
                 cross_every=wanted.cross_every,
@@ -211,14 +212,14 @@ def in_our_terms(
             sizes = {"decoder": decoder}
             converted = llama.from_hugging_face(tensors, config, decoder)
         case "zero3" | "universal" | "megatron":
-            run = needed(run, kind)
+            plan = needed(plan, kind)
+            run = plan.last
             state: dict[str, Any] = {"step": step}
             plain = dataclasses.asdict(run.model)
             _require_ledger(tensors, run.model)
             if kind == "megatron" or weights_only:
                 return _of_keys(tensors, plain, state)
-            training = ShardFolder(run.data.train)
-            state |= checkpoint_state(run, Tokenizer(run.data.tokenizer), step, training)
+            state |= _state(plan.at(step), step)
             return _of_keys(tensors, plain, state)
     plain = {part: dataclasses.asdict(of_part) for part, of_part in sizes.items()}
     return Model(
@@ -228,6 +229,14 @@ def in_our_terms(
         state={"step": 0},
         dropped=converted.dropped,
     )
+
+
+def _state(stage: Stage, step: int) -> dict[str, Any]:
+    """What a checkpoint of this step would say of its run."""
+    run = stage.run
+    taken: dict[Part, int] = dict.fromkeys(run.trained_parts, step - stage.first_step)
+    training = Sources(run.data.train, run.seed)
+    return checkpoint_state(stage, Tokenizer(run.data.tokenizer), step, training, taken)
 
 
 def _of_keys(tensors: Tensors, sizes: Sizes, state: dict[str, Any]) -> Model:
@@ -270,15 +279,15 @@ def whole_sizes(sizes: Sizes) -> ModelSizes:
     )
 
 
-def needed(run: RunSettings | None, kind: Kind) -> RunSettings:
-    """The run, where a kind needs one; raises ConfigError if none was named."""
-    if run is None:
+def needed(plan: Plan | None, kind: Kind) -> Plan:
+    """The plan of a run, where a kind needs one; raises ConfigError if none was named."""
+    if plan is None:
         what = {"megatron": "the sizes and the layout", "llama": "the vocabulary and the layers"}
         raise ConfigError(
             f"{kind} leaves {what.get(kind, 'the sizes')} of the model open; name a run's file, "
             "which has them, with --run"
         )
-    return run
+    return plan
 
 
 def kinds_of(moments: Tensors) -> list[str]:

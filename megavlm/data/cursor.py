@@ -4,6 +4,7 @@ The whole data state of a run is one global sample position.
 """
 
 import hashlib
+from collections.abc import Sequence
 
 FEISTEL_ROUNDS = 4
 
@@ -15,6 +16,23 @@ def sample_at(position: int, samples: int, seed: int) -> int:
     """
     epoch, place = divmod(position, samples)
     return permute(place, samples, key=f"{seed}:{epoch}")
+
+
+def source_at(position: int, parts: Sequence[int], seed: int) -> tuple[int, int]:
+    """Which source of a mixture a global position takes from, and at which position of its own.
+
+    parts: how many of every sum(parts) samples come from each source; in each such block they come
+    in an order of its own.
+    """
+    if len(parts) == 1:
+        return 0, position
+    block, place = divmod(position, sum(parts))
+    place = permute(place, sum(parts), key=f"{seed}:mixture:{block}")
+    for source, of_source in enumerate(parts):
+        if place < of_source:
+            return source, block * of_source + place
+        place -= of_source
+    raise AssertionError("the parts add up to the block")
 
 
 def permute(place: int, size: int, key: str) -> int:

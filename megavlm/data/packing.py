@@ -6,29 +6,61 @@ Letters in shapes: b rows, t tokens of a row, n image slots.
 import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, Self, cast
 
 import torch
 from torch import Tensor
 
+from megavlm.data.samples import Text
 from megavlm.data.tokenizer import END, PADDING, Tokenizer
+from megavlm.errors import BadSampleError
 
 NO_TEXT = -1  # text number of padding
 
 
+class Span(NamedTuple):
+    """Tokens from `start` to before `end`."""
+
+    start: int
+    end: int
+
+
 class PackedText(NamedTuple):
-    """One text as tokens, before it has a place."""
+    """One text as tokens, before it has a place in a row."""
 
     tokens: list[int]
-    answer_start: int
-    """Tokens before this one are the prompt; only the rest is learned."""
-    image: int | None
-    """The image slot that its tokens see."""
+    answers: list[Span]
+    """What is learned."""
+    images: list[tuple[int, Span]]
+    """From which token on which image slots are seen, until the next entry."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Batch:
-    """One micro-batch of one rank."""
+class Counted:
+    """What became of a micro-batch's samples."""
+
+    samples: int = 0
+    """Samples that it holds, bad ones not counted."""
+    skipped: tuple[str, ...] = ()
+    """Names of bad samples that were left out."""
+    without_text: int = 0
+    """Samples none of whose texts are of the tasks that are trained."""
+    truncated_texts: int = 0
+    """Texts that were cut to the row length."""
+
+    def to(self, device: torch.device) -> Self:
+        """The same with its tensors on a device."""
+        moved = {
+            f.name: getattr(self, f.name).to(device, non_blocking=True)
+            for f in fields(self)
+            if isinstance(getattr(self, f.name), Tensor)
+        }
+        return replace(self, **moved)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch(Counted):
+    """One micro-batch of one rank, for a language model."""
 
     tokens_bt: Tensor
     """int64; padding is the tokenizer's padding symbol."""
@@ -42,33 +74,61 @@ class Batch:
     """int32, first and one past the last image token that a token sees; equal: none."""
     pixels: Tensor
     """uint8 (n, 3, side, side); slots without an image are zero."""
-    samples: int = 0
-    """Samples that it holds, bad ones not counted."""
-    skipped: tuple[str, ...] = ()
-    """Names of bad samples that were left out."""
-    truncated_texts: int = 0
-    """Texts that were cut to the row length."""
 
-    def to(self, device: torch.device) -> "Batch":
-        """The batch with its tensors on a device."""
-        moved = {
-            f.name: getattr(self, f.name).to(device, non_blocking=True)
-            for f in fields(self)
-            if isinstance(getattr(self, f.name), Tensor)
-        }
-        return replace(self, **moved)
+
+@dataclass(frozen=True, kw_only=True)
+class PairBatch(Counted):
+    """One micro-batch of one rank, of pictures with a text each."""
+
+    tokens_bt: Tensor
+    """int64; padding is the tokenizer's padding symbol."""
+    text_numbers_bt: Tensor
+    """int32, which text of its row a token belongs to; NO_TEXT for padding."""
+    ends_n: Tensor
+    """int64, where in the flattened tokens_bt a picture's text ends; 0 where it has none."""
+    is_pair_n: Tensor
+    """bool, whether a slot has a picture and a text."""
+    pixels: Tensor
+    """uint8 (n, 3, side, side); slots without a picture are zero."""
+    has_image_n: Tensor
+    """bool, whether a slot has a picture."""
+    masked_np: Tensor
+    """bool (n, patches), which patches masked image modelling hides."""
 
 
 def tokenize(
-    tokenizer: Tokenizer, prompt: str, answer: str, image: int | None, row_tokens: int
+    tokenizer: Tokenizer, text: Text, slots: Sequence[int], row_tokens: int
 ) -> tuple[PackedText, bool]:
-    """One text as tokens, cut to a row's length; also tells whether it was cut."""
-    tokens = tokenizer.prompt(prompt, with_image=image is not None)
-    answer_start = len(tokens)
-    tokens = [*tokens, *tokenizer.encode(answer), END]
-    # One more token than fits: the last one is only ever a label.
-    cut = len(tokens) > row_tokens + 1
-    return PackedText(tokens[: row_tokens + 1], answer_start, image), cut
+    """One text as tokens, cut to a row's length; also tells whether it was cut.
+
+    slots: the image slot of each of the sample's pictures. A token sees the pictures of the last
+    turn, its own included, that shows any: Hugging Face Mllama's rule
+    (`get_cross_attention_token_mask`). Turns that do not fit are left out; the first one is cut.
+    Raises BadSampleError where a turn shows pictures whose slots do not follow one another.
+    """
+    tokens: list[int] = []
+    answers: list[Span] = []
+    images: list[tuple[int, Span]] = []
+    left_out = False
+    for number, turn in enumerate(text.turns):
+        shown = [slots[picture] for picture in turn.pictures]
+        if shown != list(range(min(shown, default=0), min(shown, default=0) + len(shown))):
+            raise BadSampleError(
+                f"a turn shows the pictures {list(turn.pictures)}, which do not follow one another "
+                "in the sample; repeat a picture there that is shown in other company"
+            )
+        prompt = tokenizer.turn(turn.prompt, images=len(shown), first=number == 0)
+        added = [*prompt, *tokenizer.encode(turn.answer), END]
+        # One more token than fits: the last one is only ever a label.
+        if number > 0 and len(tokens) + len(added) > row_tokens + 1:
+            left_out = True
+            break
+        if shown:
+            images.append((len(tokens), Span(shown[0], shown[-1] + 1)))
+        answers.append(Span(len(tokens) + len(prompt), len(tokens) + len(added)))
+        tokens += added
+    cut = left_out or len(tokens) > row_tokens + 1
+    return PackedText(tokens[: row_tokens + 1], answers, images), cut
 
 
 def pack(
@@ -91,12 +151,13 @@ def pack(
         sequence = torch.tensor(text.tokens)
         tokens[place] = sequence[:-1]
         labels[place] = sequence[1:]
-        # The token before the answer predicts the answer's first token.
-        learned[row, start + text.answer_start - 1 : end] = True
+        for answer in text.answers:
+            # The token before the answer predicts the answer's first token.
+            learned[row, start + answer.start - 1 : min(start + answer.end - 1, end)] = True
         numbers[place] = number
-        if text.image is not None:
-            ranges[0, row, start:end] = text.image * image_tokens
-            ranges[1, row, start:end] = (text.image + 1) * image_tokens
+        for first, slots in text.images:
+            ranges[0, row, start + first : end] = slots.start * image_tokens
+            ranges[1, row, start + first : end] = slots.end * image_tokens
     return Batch(
         tokens_bt=tokens,
         labels_bt=labels,
@@ -104,6 +165,38 @@ def pack(
         text_numbers_bt=numbers,
         image_ranges_2bt=ranges,
         pixels=pixels,
+    )
+
+
+def pack_pairs(
+    texts: Sequence[tuple[int, list[int]]],
+    pixels: Tensor,
+    has_image_n: Tensor,
+    masked_np: Tensor,
+    *,
+    row_tokens: int,
+) -> PairBatch:
+    """Pack the texts of pictures, each given with its slot, into rows as `pack` does."""
+    places = text_places([len(tokens) for _, tokens in texts], row_tokens)
+    shape = (max((row for row, _, _ in places), default=0) + 1, row_tokens)
+    tokens_bt = torch.full(shape, PADDING)
+    numbers = torch.full(shape, NO_TEXT, dtype=torch.int32)
+    ends_n = torch.zeros(len(pixels), dtype=torch.int64)
+    is_pair_n = torch.zeros(len(pixels), dtype=torch.bool)
+    for (slot, tokens), (row, start, number) in zip(texts, places, strict=True):
+        end = start + len(tokens)
+        tokens_bt[row, start:end] = torch.tensor(tokens)
+        numbers[row, start:end] = number
+        ends_n[slot] = row * row_tokens + end - 1
+        is_pair_n[slot] = True
+    return PairBatch(
+        tokens_bt=tokens_bt,
+        text_numbers_bt=numbers,
+        ends_n=ends_n,
+        is_pair_n=is_pair_n,
+        pixels=pixels,
+        has_image_n=has_image_n,
+        masked_np=masked_np,
     )
 
 

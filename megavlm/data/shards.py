@@ -1,28 +1,29 @@
 """WebDataset-style tar shards with an offset index, so that any sample is one read away.
 
 A shard `name.tar` holds, for every sample, `key.json` (its texts) and, unless it is text-only,
-`key.png`, `key.jpg` or `key.webp`. Beside it, `name.index.json` lists where each member lies.
+`key.png`, `key.jpg` or `key.webp`; of several pictures `key.0.jpg`, `key.1.jpg` and so on. Keys
+have no dots. Beside it, `name.index.json` lists where each member lies.
 """
 
 import hashlib
 import io
 import json
 import os
-import sys
+import re
 import tarfile
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict
+from collections.abc import Iterable
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from megavlm.data.samples import Sample, Text, texts_from_json
+from megavlm.data.samples import MAX_PICTURES, Sample, Text, texts_from_json, texts_to_json
 from megavlm.errors import BadSampleError, DataError
 
 PICTURE_SUFFIXES = ("png", "jpg", "jpeg", "webp")
 MAX_INDEX_BYTES = 256 * 2**20
 MAX_MEMBER_BYTES = 64 * 2**20  # one picture file; anything larger is refused before it is read
+_NUMBERED = re.compile(r"(?P<key>.+)\.(?P<suffix>\d+\.[a-z]+)", re.IGNORECASE)
 
 
 def write_shard(path: Path, samples: Iterable[Sample]) -> int:
@@ -35,9 +36,11 @@ def write_shard(path: Path, samples: Iterable[Sample]) -> int:
     count = 0
     with tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as tar:
         for sample in samples:
-            if sample.picture is not None:
-                _add_member(tar, f"{sample.key}.{_suffix_of(sample.picture)}", sample.picture)
-            record = json.dumps({"texts": [asdict(t) for t in sample.texts]}, ensure_ascii=False)
+            several = len(sample.pictures) > 1
+            for number, picture in enumerate(sample.pictures):
+                place = f"{number}." if several else ""
+                _add_member(tar, f"{sample.key}.{place}{_suffix_of(picture)}", picture)
+            record = json.dumps(texts_to_json(sample), ensure_ascii=False)
             _add_member(tar, f"{sample.key}.json", record.encode())
             count += 1
     index = json.dumps(index_shard(partial))
@@ -53,7 +56,10 @@ def index_shard(path: Path) -> list[dict[str, Any]]:
         for member in tar:
             if not member.isfile():
                 continue
+            numbered = _NUMBERED.fullmatch(member.name)
             key, _, suffix = member.name.rpartition(".")
+            if numbered is not None:
+                key, suffix = numbered["key"], numbered["suffix"]
             entry = entries.setdefault(key, {"key": key, "members": {}})
             entry["members"][suffix.lower()] = [member.offset_data, member.size]
     return list(entries.values())
@@ -92,10 +98,11 @@ class ShardFolder:
         path, entry = self._find(number)
         return f"{path.name}:{entry['key']}"
 
-    def has_picture(self, number: int) -> bool:
-        """Whether a sample has a picture, by the index alone."""
+    def pictures_of(self, number: int) -> int:
+        """How many pictures a sample has, by the index alone; 0 if it has too many to be read."""
         _, entry = self._find(number)
-        return any(suffix != "json" for suffix in entry["members"])
+        pictures = sum(suffix != "json" for suffix in entry["members"])
+        return pictures if pictures <= MAX_PICTURES else 0
 
     def read(self, number: int) -> Sample:
         """Read one sample; raises BadSampleError when its members are not as the format says."""
@@ -103,13 +110,23 @@ class ShardFolder:
         members: dict[str, list[int]] = entry["members"]
         key = str(entry["key"])
         pictures = [suffix for suffix in members if suffix != "json"]
-        if len(pictures) > 1 or not set(pictures) <= set(PICTURE_SUFFIXES):
+        # By number: 2 before 10. What is not a number is refused below.
+        pictures.sort(key=lambda suffix: (len(suffix.partition(".")[0]), suffix))
+        places = [suffix.rpartition(".")[0] for suffix in pictures]
+        suffixes = {suffix.rpartition(".")[2] for suffix in pictures}
+        numbers = [str(number) for number in range(len(places))]
+        if not suffixes <= set(PICTURE_SUFFIXES) or places not in ([""], numbers):
             raise BadSampleError(
                 f"sample {path.name}:{key} has the members {pictures}; besides its JSON it may "
-                f"have one of {PICTURE_SUFFIXES}"
+                f"have one of {PICTURE_SUFFIXES}, or several, numbered from 0 on"
             )
-        picture = _read_member(path, key, members[pictures[0]]) if pictures else None
-        return Sample(key=key, picture=picture, texts=self.read_texts(number))
+        if len(pictures) > MAX_PICTURES:
+            raise BadSampleError(
+                f"sample {path.name}:{key} has {len(pictures)} pictures; the limit is "
+                f"{MAX_PICTURES}"
+            )
+        encoded = tuple(_read_member(path, key, members[suffix]) for suffix in pictures)
+        return Sample(key=key, pictures=encoded, texts=self.read_texts(number))
 
     def read_texts(self, number: int) -> tuple[Text, ...]:
         """Read the texts of one sample alone; raises BadSampleError."""
@@ -123,15 +140,7 @@ class ShardFolder:
             raise BadSampleError(
                 f"sample {path.name}:{key}: its JSON is broken: {error}"
             ) from error
-        return texts_from_json(key, parsed)
-
-    def readable_texts(self) -> Iterator[Text]:
-        """All texts of all samples in order; samples whose texts are bad are named and left out."""
-        for number in range(len(self)):
-            try:
-                yield from self.read_texts(number)
-            except BadSampleError as error:
-                print(f"skipped {error}", file=sys.stderr, flush=True)
+        return texts_from_json(key, parsed, self.pictures_of(number))
 
     def _find(self, number: int) -> tuple[Path, dict[str, Any]]:
         shard = bisect_right(self._ends, number)

@@ -59,8 +59,12 @@ class Tokenizer:
         The image symbol comes first, before the begin symbol, so that every token of a text that
         has an image sees it.
         """
-        image = [self.image] if with_image else []
-        return [*image, BEGIN, self.user, *self.encode(text), self.assistant]
+        return self.turn(text, images=int(with_image), first=True)
+
+    def turn(self, prompt: str, *, images: int, first: bool) -> list[int]:
+        """Tokens of a chat's turn up to where its answer begins."""
+        begin = [BEGIN] if first else []
+        return [*[self.image] * images, *begin, self.user, *self.encode(prompt), self.assistant]
 
     def _symbol(self, symbol: str, path: Path) -> int:
         token = self._pieces.piece_to_id(symbol)

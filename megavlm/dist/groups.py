@@ -61,6 +61,11 @@ def describe(parallel: MegatronSettings) -> str:
     )
 
 
+def copies_group() -> dist.ProcessGroup:
+    """This rank's counterparts in all copies of the model."""
+    return cast(Any, parallel_state.get_data_parallel_group())
+
+
 def is_first_model_rank() -> bool:
     """Whether this rank is the first of its copy of the model."""
     return dist.get_rank(_model_group()) == 0
@@ -82,6 +87,13 @@ def from_first_rank(text: str) -> str:
     return _from_first(text, None)
 
 
+def from_all_ranks(value: Plain) -> list[Plain]:
+    """What each rank has, in their order; collective. It travels pickled, as above."""
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
 def _from_first(value: Any, group: dist.ProcessGroup | None) -> Any:
     box = [value]
     dist.broadcast_object_list(box, group=group, group_src=0, device=device())
@@ -98,7 +110,7 @@ def sum_over_ranks(*values: Tensor | float) -> list[float]:
 def sum_over_copies(*counts: int) -> list[int]:
     """Add up each count over the copies of the model; collective."""
     totals = torch.tensor(counts, device=device())
-    dist.all_reduce(totals, group=parallel_state.get_data_parallel_group())
+    dist.all_reduce(totals, group=copies_group())
     return totals.tolist()
 
 
@@ -115,14 +127,18 @@ def process_groups(
     store: Store | None = None,
     backend: str | None = None,
 ) -> Iterator[None]:
-    """Run the body inside this run's process groups, and take them down again.
+    """Run the body inside `world_group` and `model_groups`."""
+    with world_group(store=store, backend=backend), model_groups(seed, parallel):
+        yield
 
-    `parallel` says how each copy of the model is divided over ranks. Tensor-parallel ranks are
-    neighbours, so that they share a host; the stages of a pipeline lie farthest apart.
+
+@contextmanager
+def world_group(*, store: Store | None = None, backend: str | None = None) -> Iterator[None]:
+    """Run the body inside the group of all of this run's ranks, and take it down again.
 
     The launcher's environment says who is who; without one the process is alone. The backend is
-    NCCL on GPUs and gloo on CPUs unless one is named. The groups are destroyed explicitly, because
-    gloo may abort a process that exits without doing so. After an error they are not under NCCL:
+    NCCL on GPUs and gloo on CPUs unless one is named. The group is destroyed explicitly, because
+    gloo may abort a process that exits without doing so. After an error it is not under NCCL:
     that would wait for the other ranks, which wait for this one, before the error could be told.
     """
     if torch.cuda.is_available():
@@ -137,22 +153,38 @@ def process_groups(
     backend = backend or ("nccl" if torch.cuda.is_available() else "gloo")
     dist.init_process_group(backend, store=store, rank=rank(), world_size=world_size())
     try:
-        parallel_state.initialize_model_parallel(
-            parallel.tensor_parallel,
-            parallel.pipeline_parallel,
-            parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
-            create_gloo_process_groups=False,
-        )
-        cpu.install()
-        tensor_parallel.model_parallel_cuda_manual_seed(seed)
         yield
     except BaseException:
         if backend != "nccl":
-            _destroy()
+            dist.destroy_process_group()
         raise
-    _destroy()
-
-
-def _destroy() -> None:
-    parallel_state.destroy_model_parallel()
     dist.destroy_process_group()
+
+
+@contextmanager
+def model_groups(seed: int, parallel: MegatronSettings) -> Iterator[None]:
+    """Run the body with the ranks grouped as `parallel` divides each copy of the model.
+
+    Tensor-parallel ranks are neighbours, so that they share a host; the stages of a pipeline lie
+    farthest apart. The groups are destroyed again, unless the body fails.
+    """
+    before = set(_all_groups())
+    parallel_state.initialize_model_parallel(
+        parallel.tensor_parallel,
+        parallel.pipeline_parallel,
+        parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
+        create_gloo_process_groups=False,
+    )
+    made = [group for group in _all_groups() if group not in before]
+    try:
+        cpu.install()
+        tensor_parallel.model_parallel_cuda_manual_seed(seed)
+        yield
+    finally:
+        parallel_state.destroy_model_parallel()
+    for group in made:
+        dist.destroy_process_group(group)
+
+
+def _all_groups() -> list[dist.ProcessGroup]:
+    return list(cast(Any, dist).distributed_c10d._world.pg_map)

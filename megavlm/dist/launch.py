@@ -6,6 +6,7 @@ import socket
 from collections.abc import Sequence
 from pathlib import Path
 
+from megavlm.config.plan import Plan
 from megavlm.config.run import RunSettings, data_parallel_ranks, samples_per_micro_batch
 from megavlm.config.sizes import divisors
 from megavlm.errors import LaunchError
@@ -45,16 +46,16 @@ def read_hostfile(path: Path) -> dict[str, int]:
     return slots_by_host
 
 
-def ranks_of(run: RunSettings, hostfile: Path) -> int:
+def ranks_of(plan: Plan, hostfile: Path) -> int:
     """Ranks that the hosts of a hostfile start, one for each slot.
 
     Raises LaunchError where tensor-parallel ranks, which are neighbours, would not share a host,
     and ConfigError where model or batch do not divide over the ranks.
     """
     slots_by_host = read_hostfile(hostfile)
-    check_hosts(run, slots_by_host)
     ranks = sum(slots_by_host.values())
-    samples_per_micro_batch(run.train, data_parallel_ranks(run, ranks))
+    plan.check(lambda run: check_hosts(run, slots_by_host))
+    plan.check(lambda run: samples_per_micro_batch(run.train, data_parallel_ranks(run, ranks)))
     return ranks
 
 

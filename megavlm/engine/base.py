@@ -1,16 +1,17 @@
 """What the training loop asks of an engine."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from itertools import islice
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from megavlm.checkpoint.shards import State
-from megavlm.data.packing import Batch
+from megavlm.config.objectives import Part
 from megavlm.dist import groups
-from megavlm.stages.captioning import loss_sum
+from megavlm.stages.base import Forward, Objective, weighted
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -20,33 +21,59 @@ class StepResult:
     """What one optimiser step did, the same on every rank."""
 
     loss: float
-    """Mean over the learned tokens of all micro-batches and ranks, in nats."""
+    """The objectives' losses, weighted and added up."""
+    losses: dict[str, float]
+    """Of each objective: the mean over the items of all micro-batches and ranks."""
     gradient_norm: float
     """Global, before clipping."""
-    learned_tokens: int
-    """Labels that counted, over all micro-batches and ranks."""
+    items: int
+    """What the losses are means over: learned tokens or pictures."""
 
 
-def evaluate_on_each_rank(model: nn.Module, batches: Iterable[Batch]) -> tuple[float, int]:
+def step_result(
+    objective: Objective, sums: Sequence[float], items: float, gradient_norm: float
+) -> StepResult:
+    """The result of a step, from each objective's loss, summed over all items."""
+    losses = means(objective, sums, items)
+    return StepResult(
+        loss=weighted(objective, losses.values()),
+        losses=losses,
+        gradient_norm=gradient_norm,
+        items=int(items),
+    )
+
+
+def means(objective: Objective, sums: Sequence[float], items: float) -> dict[str, float]:
+    """Losses by objective, from their sums over all items."""
+    return {name: s / max(1.0, items) for name, s in zip(objective.names, sums, strict=True)}
+
+
+def evaluate_on_each_rank(
+    objective: Objective, model: nn.Module, forward: Forward, batches: Iterable[Any]
+) -> dict[str, float]:
     """`Engine.evaluate` for a model that runs whole on every rank."""
     model.eval()
-    loss_total, learned = torch.zeros((), device=groups.device()), 0
-    for batch in batches:
-        loss_total += loss_sum(model, batch.to(groups.device()))
-        learned += int(batch.learned_bt.sum())
-    loss_sum_of_all, learned_of_all = groups.sum_over_ranks(loss_total, learned)
-    return loss_sum_of_all, int(learned_of_all)
+    sums, items = torch.zeros(len(objective.names), device=groups.device()), 0
+    remaining = iter(batches)
+    while group := list(islice(remaining, objective.held_out_together)):
+        items += sum(objective.items(batch) for batch in group)
+        for host_batch, prepared in zip(group, objective.prepare(forward, group), strict=True):
+            batch = host_batch.to(groups.device())
+            outputs = objective.outputs(forward, batch, prepared)
+            sums += objective.losses(outputs, batch, prepared).reported
+    *sums_of_all, items_of_all = groups.sum_over_ranks(*sums, items)
+    return means(objective, sums_of_all, items_of_all)
 
 
 class Engine(Protocol):
     """Runs one model over all ranks. Every method is collective."""
 
-    def step(self, micro_batches: Sequence[Batch], learning_rate: float) -> StepResult:
+    def step(self, micro_batches: Sequence[Any], learning_rate: float) -> StepResult:
         """Accumulate this rank's micro-batches, then update the weights once."""
         ...
 
-    def evaluate(self, batches: Iterable[Batch]) -> tuple[float, int]:
-        """Summed loss and learned tokens over all batches and ranks, without a gradient."""
+    def evaluate(self, batches: Iterable[Any]) -> dict[str, float]:
+        """Each objective's mean loss over all batches and ranks, without a gradient."""
         ...
 
     def state(self) -> State:
@@ -58,8 +85,11 @@ class Engine(Protocol):
         """
         ...
 
-    def load_state(self, fill: Callable[[State], None], steps_done: int) -> None:
-        """Have `fill` write into what `state` returns, in place, and go on from there."""
+    def load_state(self, fill: Callable[[State], None], steps_done: Mapping[Part, int]) -> None:
+        """Have `fill` write into what `state` returns, in place, and go on from there.
+
+        steps_done: steps that the optimiser has taken of each trained part, 0 where none is named.
+        """
         ...
 
     def close(self) -> None:

@@ -5,7 +5,7 @@ layer's weights are gathered, in the run's precision, while the layer runs.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -20,14 +20,14 @@ from torch.utils.checkpoint import checkpoint
 
 from megavlm.checkpoint.shards import MOMENTS, Shards, State
 from megavlm.config.engines import Fsdp2Settings
+from megavlm.config.objectives import Part
 from megavlm.config.run import RunSettings
-from megavlm.data.packing import Batch
 from megavlm.dist import groups
-from megavlm.engine.base import DTYPES, StepResult, evaluate_on_each_rank
-from megavlm.engine.optim import adamw
+from megavlm.engine.base import DTYPES, StepResult, evaluate_on_each_rank, step_result
+from megavlm.engine.optim import adamw, set_learning_rate
 from megavlm.model.initial import initial_values
-from megavlm.model.vlm import VisionLanguageModel
-from megavlm.stages.captioning import loss_sum
+from megavlm.stages.base import Objective
+from megavlm.stages.start import objective_of
 
 
 class Fsdp2Engine:
@@ -37,45 +37,47 @@ class Fsdp2Engine:
         self._device = device
         self._clip_norm = run.optimizer.clip_norm
         self._replicas = dist.get_world_size() // _shard_ranks(run.fsdp2)
-        self._model = _sharded_model(run, _mesh(run.fsdp2, device))
+        self._objective = objective_of(run)
+        self._model = _sharded_model(run, self._objective, _mesh(run.fsdp2, device))
         self._fill_with_initial_values(run)
         self._trained = [p for _, p in self._parameters() if p.requires_grad]
-        self._optimizer = adamw(self._model, run.optimizer)
+        self._optimizer = adamw(self._parameters(), self._model.ledger(), run)
         for group in self._optimizer.param_groups:
             group["foreach"] = True  # by default AdamW would loop over DTensors one by one
         self._create_optimizer_states()
 
-    def step(self, micro_batches: Sequence[Batch], learning_rate: float) -> StepResult:
+    def step(self, micro_batches: Sequence[Any], learning_rate: float) -> StepResult:
+        objective = self._objective
         self._model.train()
-        loss_total, learned = torch.zeros((), device=self._device), 0
-        for number, batch in enumerate(micro_batches, start=1):
+        items = sum(objective.items(batch) for batch in micro_batches)
+        reported = torch.zeros(len(objective.names), device=self._device)
+        ready = objective.prepare(self._model, micro_batches)
+        for number, (host_batch, prepared) in enumerate(zip(micro_batches, ready, strict=True), 1):
+            batch = host_batch.to(self._device)
             # Shards are reduced after every micro-batch, their replicas once.
             self._model.set_requires_all_reduce(number == len(micro_batches))
-            loss = loss_sum(self._model, batch.to(self._device))
-            loss.backward()
-            loss_total += loss.detach()
-            learned += int(batch.learned_bt.sum())
+            outputs = objective.outputs(self._model, batch, prepared)
+            losses = objective.losses(outputs, batch, prepared)
+            losses.backward.backward()
+            reported += losses.reported
         gradients = [_local(parameter.grad) for parameter in self._trained]
         squared_norm = get_total_norm(gradients).double().square() / self._replicas
-        totals = groups.sum_over_ranks(loss_total, learned, squared_norm)
-        # The gradients are of the summed loss; we want those of the mean over learned tokens.
-        tokens = max(1.0, totals[1])
-        gradient_norm = math.sqrt(totals[2]) / tokens
-        scale = self._clip_factor(gradient_norm) / tokens
+        *sums, items_of_all, squared = groups.sum_over_ranks(*reported, items, squared_norm)
+        # The gradients are of the summed loss; we want those of the mean over the items.
+        divisor = max(1.0, items_of_all)
+        gradient_norm = math.sqrt(squared) / divisor
+        scale = self._clip_factor(gradient_norm) / divisor
         torch._foreach_mul_(gradients, scale)  # pyright: ignore[reportPrivateImportUsage]
-        for group in self._optimizer.param_groups:
-            group["lr"] = learning_rate
+        set_learning_rate(self._optimizer, learning_rate)
         self._optimizer.step()
         self._optimizer.zero_grad()
-        return StepResult(
-            loss=totals[0] / tokens, gradient_norm=gradient_norm, learned_tokens=int(totals[1])
-        )
+        return step_result(objective, sums, items_of_all, gradient_norm)
 
     @torch.no_grad()
-    def evaluate(self, batches: Iterable[Batch]) -> tuple[float, int]:
-        sums = evaluate_on_each_rank(self._model, batches)
+    def evaluate(self, batches: Iterable[Any]) -> dict[str, float]:
+        losses = evaluate_on_each_rank(self._objective, self._model, self._model, batches)
         self._model.reshard()  # the root waits for a backward pass that does not come
-        return sums
+        return losses
 
     def state(self) -> State:
         state: dict[str, Shards] = {}
@@ -86,10 +88,11 @@ class Fsdp2Engine:
         return state
 
     @torch.no_grad()
-    def load_state(self, fill: Callable[[State], None], steps_done: int) -> None:
+    def load_state(self, fill: Callable[[State], None], steps_done: Mapping[Part, int]) -> None:
         fill(self.state())
-        for parameter in self._trained:
-            self._optimizer.state[parameter]["step"].fill_(steps_done)
+        for group in self._optimizer.param_groups:
+            for parameter in group["params"]:
+                self._optimizer.state[parameter]["step"].fill_(steps_done.get(group["part"], 0))
 
     def close(self) -> None:
         pass
@@ -134,19 +137,15 @@ def _mesh(settings: Fsdp2Settings, device: torch.device) -> DeviceMesh:
     return init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
 
 
-def _sharded_model(run: RunSettings, mesh: DeviceMesh) -> Any:
-    """The model on the meta device, in shards: a VisionLanguageModel that is an FSDPModule too."""
+def _sharded_model(run: RunSettings, objective: Objective, mesh: DeviceMesh) -> Any:
+    """The stage's model on the meta device, in shards: an FSDPModule, too."""
     train = run.train
     with torch.device("meta"):
-        model = VisionLanguageModel(
-            run.model,
+        root: Any = objective.build(
             dtype=torch.float32,
             recompute="none" if train.recompute == "full" else train.recompute,
-            frozen=train.frozen,
         )
-    root: Any = model
-    encoder_layers = list(root.encoder.block.layers)
-    layers = [*encoder_layers, *root.language.decoder.layers]
+    layers: list[Any] = list(root.layers())
     precision = MixedPrecisionPolicy(
         param_dtype=DTYPES[train.precision],
         reduce_dtype=torch.float32,
@@ -162,7 +161,9 @@ def _sharded_model(run: RunSettings, mesh: DeviceMesh) -> Any:
         # Sums, not averages: gloo has no other, and the step divides by the learned tokens.
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
-    first_trained = len(encoder_layers) if "encoder" in train.frozen else 0
+    # No gradient goes back through a frozen encoder but to the embedding of hidden patches.
+    skipped = "encoder" in train.frozen and "mim" not in run.objectives
+    first_trained = run.model.encoder.layers if skipped else 0
     ahead = run.fsdp2.prefetch_layers
     for forward, *later in _windows([root, *layers], ahead):
         forward.set_modules_to_forward_prefetch(later)

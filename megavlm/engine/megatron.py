@@ -4,7 +4,8 @@ megatron-core does the work: its layers (in `model/`), its schedules, its Distri
 and its distributed optimiser. This file puts them together, and takes states out and in.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import islice
 from typing import Any, cast
 
@@ -22,17 +23,17 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
 from megavlm.checkpoint.shards import MOMENTS, Shards, State, shards_of_range
+from megavlm.config.objectives import Part
 from megavlm.config.run import RunSettings
-from megavlm.data.packing import Batch
 from megavlm.dist import groups
-from megavlm.engine.base import DTYPES, StepResult
-from megavlm.engine.optim import decays
+from megavlm.engine.base import DTYPES, StepResult, means, step_result
+from megavlm.engine.optim import group_of, set_learning_rate
 from megavlm.model.initial import materialise
 from megavlm.model.params import Parameter
 from megavlm.model.pipeline import blank, joined_tokens, same_shapes
-from megavlm.model.vlm import VisionLanguageModel
 from megavlm.planner.cut import with_cut
-from megavlm.stages.captioning import loss_sum_of, token_losses
+from megavlm.stages.base import Objective
+from megavlm.stages.start import objective_of
 
 
 class MegatronEngine:
@@ -41,6 +42,7 @@ class MegatronEngine:
     def __init__(self, run: RunSettings, device: torch.device) -> None:
         self._run = run
         self._device = device
+        self._objective = objective_of(run)
         self._parallel = with_cut(run)
         virtual = self._parallel.virtual_pipeline
         stages = range(virtual) if virtual > 1 else [None]
@@ -51,43 +53,41 @@ class MegatronEngine:
         if run.megatron.overlap_communication:
             no_sync = [chunk.no_sync for chunk in self._chunks]
             self._config.no_sync_func = no_sync if virtual > 1 else no_sync[0]
-        self._optimizer: Any = self._build_optimizer()
-        self._create_optimizer_states()
         self._held: dict[str, tuple[Parameter, nn.Parameter]] = {}
         for model in self._models:
             ledger = model.ledger()
             for name, parameter in model.named_parameters():
                 self._held[ledger[name].name] = (ledger[name], parameter)
+        self._optimizer: Any = self._build_optimizer()
+        self._create_optimizer_states()
 
-    def step(self, micro_batches: Sequence[Batch], learning_rate: float) -> StepResult:
+    def step(self, micro_batches: Sequence[Any], learning_rate: float) -> StepResult:
         for chunk in self._chunks:
             chunk.train()
             chunk.zero_grad_buffer()
         self._optimizer.zero_grad()
+        set_learning_rate(self._optimizer, learning_rate)
         for group in self._optimizer.param_groups:
-            group["lr"] = learning_rate
             group["weight_decay"] = self._run.optimizer.weight_decay * group["wd_mult"]
-        loss_sum, learned = self._run_schedule(micro_batches, forward_only=False)
+        sums, items = self._run_schedule(micro_batches, forward_only=False)
         _, gradient_norm, _ = self._optimizer.step()
-        return StepResult(
-            loss=loss_sum / max(1, learned),
-            gradient_norm=float(gradient_norm),
-            learned_tokens=learned,
-        )
+        return step_result(self._objective, sums.tolist(), items, float(gradient_norm))
 
     @torch.no_grad()
-    def evaluate(self, batches: Iterable[Batch]) -> tuple[float, int]:
+    def evaluate(self, batches: Iterable[Any]) -> dict[str, float]:
         for chunk in self._chunks:
             chunk.eval()
-        remaining = iter(batches)
-        loss_sum, learned = 0.0, 0
+        stages = self._parallel.pipeline_parallel
         # As many at once as keep all stages busy; the interleaved schedule needs a full set.
-        while group := list(islice(remaining, self._parallel.pipeline_parallel)):
-            missing = self._parallel.pipeline_parallel - len(group)
-            group += [blank(group[0])] * missing
-            group_loss, group_learned = self._run_schedule(group, forward_only=True)
-            loss_sum, learned = loss_sum + group_loss, learned + group_learned
-        return loss_sum, learned
+        together = stages if stages > 1 else self._objective.held_out_together
+        remaining = iter(batches)
+        sums, items = torch.zeros(len(self._objective.names), dtype=torch.float64), 0
+        while group := list(islice(remaining, together)):
+            if stages > 1:
+                group += [blank(group[0])] * (together - len(group))
+            group_sums, group_items = self._run_schedule(group, forward_only=True)
+            sums, items = sums + group_sums, items + group_items
+        return means(self._objective, sums.tolist(), items)
 
     def state(self) -> State:
         state: dict[str, Shards] = {}
@@ -103,13 +103,14 @@ class MegatronEngine:
         return state
 
     @torch.no_grad()
-    def load_state(self, fill: Callable[[State], None], steps_done: int) -> None:
+    def load_state(self, fill: Callable[[State], None], steps_done: Mapping[Part, int]) -> None:
         fill(self.state())
-        for group in self._optimizer.param_groups:
-            group["step"] = steps_done  # where TransformerEngine's or Apex's Adam counts
         for optimizer in self._optimizers():
-            for state in optimizer.optimizer.state.values():
-                state["step"] = torch.tensor(float(steps_done))
+            for group in optimizer.optimizer.param_groups:
+                steps = steps_done.get(group["part"], 0)
+                group["step"] = steps  # where TransformerEngine's or Apex's Adam counts
+                for main in group["params"]:
+                    optimizer.optimizer.state[main]["step"] = torch.tensor(float(steps))
             optimizer._copy_main_params_to_model_params()
         for chunk in self._chunks:
             chunk.start_param_sync(force_sync=True)
@@ -117,21 +118,19 @@ class MegatronEngine:
     def close(self) -> None:
         pass
 
-    def _build(self, vp_stage: int | None) -> VisionLanguageModel:
+    def _build(self, vp_stage: int | None) -> Any:
         train = self._run.train
         with torch.device("meta"):
-            model = VisionLanguageModel(
-                self._run.model,
+            model: Any = self._objective.build(
                 dtype=DTYPES[train.precision],
                 recompute=train.recompute,
-                frozen=train.frozen,
                 parallel=self._parallel,
                 vp_stage=vp_stage,
             )
         materialise(model, self._run.seed, self._device)
         return model
 
-    def _data_parallel(self, model: VisionLanguageModel) -> DistributedDataParallel:
+    def _data_parallel(self, model: Any) -> DistributedDataParallel:
         overlap = self._run.megatron.overlap_communication
         settings = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
@@ -157,36 +156,54 @@ class MegatronEngine:
             use_distributed_optimizer=True,
             overlap_param_gather=self._run.megatron.overlap_communication,
         )
-        kept = ParamWithNamePredicate("kept", lambda p, name: not decays(name, p.ndim))
+        group_by_parameter = {
+            parameter: group_of(entry, self._run) for entry, parameter in self._held.values()
+        }
+        overrides: dict[ParamKey, ParamGroupOverride] = {}
+        for group in set(group_by_parameter.values()):
+            belongs = ParamWithNamePredicate(
+                str(group), lambda p, _, group=group: group_by_parameter[p] == group
+            )
+            override = {"wd_mult": float(group.decays), "scale": group.scale, "part": group.part}
+            overrides[ParamKey(with_name_predicate=belongs)] = cast(ParamGroupOverride, override)
         return get_megatron_optimizer(
             config,
             cast(Any, self._chunks),
-            config_overrides={
-                ParamKey(with_name_predicate=kept): cast(ParamGroupOverride, {"wd_mult": 0.0})
-            },
+            config_overrides=overrides,
             use_gloo_process_groups=False,
         )
 
-    def _run_schedule(self, batches: Sequence[Batch], *, forward_only: bool) -> tuple[float, int]:
-        """Forward, and backward, over micro-batches; summed loss and learned tokens of all."""
-        batches = same_shapes([batch.to(self._device) for batch in batches])
-        tokens_per_image = self._run.model.encoder.tokens
-        losses = get_forward_backward_func()(
-            forward_step_func=_forward_step,
-            data_iterator=[iter(batches) for _ in self._chunks],
+    def _run_schedule(self, batches: Sequence[Any], *, forward_only: bool) -> tuple[Tensor, int]:
+        """Forward, and backward, over micro-batches; summed losses by objective, and the items."""
+        items = sum(self._objective.items(batch) for batch in batches)
+        sent_tokens = 0
+        if self._parallel.pipeline_parallel > 1:
+            batches = same_shapes(batches)
+            tokens_per_image = self._run.model.encoder.tokens
+            sent_tokens = joined_tokens(batches[0], tokens_per_image, self._parallel)
+        prepared = self._objective.prepare(self._chunks[0], batches)
+        reported = get_forward_backward_func()(
+            forward_step_func=partial(_forward_step, self._objective),
+            data_iterator=[self._on_device(batches, prepared) for _ in self._chunks],
             model=cast(Any, self._chunks),
             num_microbatches=len(batches),
-            seq_length=joined_tokens(batches[0], tokens_per_image, self._parallel),
+            seq_length=sent_tokens,
             micro_batch_size=1,
             forward_only=forward_only,
         )
         # The last stage has the losses; its tensor-parallel ranks have the same ones.
-        mine: tuple[Tensor | float, float] = (0.0, 0)
-        if losses and _tensor_rank() == 0:
-            learned = sum(int(batch.learned_bt.sum()) for batch in batches)
-            mine = (torch.stack(losses).double().sum(), learned)
-        loss_of_all, learned_of_all = groups.sum_over_ranks(*mine)
-        return loss_of_all, int(learned_of_all)
+        mine: list[Any] = [0.0] * (len(self._objective.names) + 1)
+        if reported and _tensor_rank() == 0:
+            mine = [*torch.stack(reported).double().sum(0), items]
+        *sums, items_of_all = groups.sum_over_ranks(*mine)
+        return torch.tensor(sums, dtype=torch.float64), int(items_of_all)
+
+    def _on_device(
+        self, batches: Sequence[Any], prepared: Sequence[Any]
+    ) -> Iterator[tuple[Any, Any]]:
+        """Each micro-batch when its turn comes, and what it must know of the step."""
+        for batch, ready in zip(batches, prepared, strict=True):
+            yield batch.to(self._device), ready
 
     def _optimizers(self) -> Iterator[Any]:
         """megatron-core's optimisers that hold something."""
@@ -219,15 +236,18 @@ class MegatronEngine:
                     }
 
 
-def _forward_step(batches: Iterator[Batch], chunk: nn.Module) -> tuple[Tensor, Callable[..., Any]]:
+def _forward_step(
+    objective: Objective, batches: Iterator[tuple[Any, Any]], chunk: nn.Module
+) -> tuple[Any, Callable[..., Any]]:
     """One micro-batch through one chunk; the schedule calls the loss function on the last stage."""
-    batch = next(batches)
+    batch, prepared = next(batches)
 
-    def loss(losses_bt: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        loss_sum = loss_sum_of(losses_bt, batch)
-        return loss_sum, batch.learned_bt.sum().int(), loss_sum.detach().clone()
+    def loss(outputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        losses = objective.losses(outputs, batch, prepared)
+        items = torch.tensor(objective.items(batch), dtype=torch.int, device=losses.backward.device)
+        return losses.backward, items, losses.reported
 
-    return token_losses(chunk, batch), loss
+    return objective.outputs(chunk, batch, prepared), loss
 
 
 def _tensor_rank() -> int:

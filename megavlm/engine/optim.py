@@ -1,57 +1,78 @@
-"""AdamW's parameter groups, and the learning rate as a function of the step."""
+"""AdamW's parameter groups."""
 
-import math
-from typing import Any
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
-from megavlm.config.run import OptimizerSettings
-from megavlm.model.vlm import VisionLanguageModel
+from megavlm.config.objectives import Part
+from megavlm.config.run import RunSettings
+from megavlm.model.params import ENCODER, Parameter
+
+_ENCODER_LAYER = re.compile(r"encoder\.block\.layers\.(\d+)\.")
+
+
+class Group(NamedTuple):
+    """What the parameters of one group of the optimiser have in common."""
+
+    part: Part
+    """Parts differ in the steps that the optimiser has taken of them, too."""
+    scale: float
+    """Factor on the learning rate."""
+    decays: bool
+    """Whether weight decay applies."""
+
+
+def group_of(entry: Parameter, run: RunSettings) -> Group:
+    """The group of one parameter.
+
+    Matrices decay; norms, biases, gates, position embeddings and mask tokens do not.
+    """
+    decays = len(entry.shape) >= 2 and not entry.name.endswith("positions")
+    scale = run.optimizer.scales.get(entry.setting, 1.0)
+    if entry.part == ENCODER:
+        layers = run.model.encoder.layers
+        layer = _ENCODER_LAYER.match(entry.name)
+        if layer:
+            scale *= run.optimizer.encoder_layer_decay ** (layers - int(layer[1]))
+        elif not entry.name.startswith("encoder.block.final_layernorm."):
+            scale *= run.optimizer.encoder_layer_decay ** (layers + 1)
+    return Group(entry.setting, scale, decays)
 
 
 def adamw(
-    model: VisionLanguageModel,
-    settings: OptimizerSettings,
+    named_parameters: Iterable[tuple[str, Tensor]],
+    ledger: Mapping[str, Parameter],
+    run: RunSettings,
     implementation: type[torch.optim.Optimizer] = torch.optim.AdamW,
 ) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov and Hutter 2019); the learning rate is set before every step."""
+    """AdamW (Loshchilov and Hutter 2019) of all that is trained; see `set_learning_rate`."""
+    settings = run.optimizer
+    parameters_by_group: dict[Group, list[Tensor]] = {}
+    for name, parameter in named_parameters:
+        if parameter.requires_grad:
+            group = group_of(ledger[name], run)
+            parameters_by_group.setdefault(group, []).append(parameter)
     make: Any = implementation
     return make(
-        parameter_groups(model, settings.weight_decay),
+        [
+            {
+                "params": parameters,
+                "weight_decay": settings.weight_decay if group.decays else 0.0,
+                "part": group.part,
+                "scale": group.scale,
+            }
+            for group, parameters in parameters_by_group.items()
+        ],
         lr=settings.learning_rate,
         betas=(settings.beta1, settings.beta2),
         eps=settings.epsilon,
     )
 
 
-def decays(name: str, axes: int) -> bool:
-    """Matrices decay; norms, biases, gates and position embeddings do not."""
-    return axes >= 2 and not name.endswith("positions")
-
-
-def parameter_groups(model: VisionLanguageModel, weight_decay: float) -> list[dict[str, Any]]:
-    """Trained parameters, those that decay and those that do not."""
-    # ZeRO-3 flattens parameters; the ledger knows their shapes.
-    ledger = model.ledger()
-    decayed, kept = [], []
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            (decayed if decays(name, len(ledger[name].shape)) else kept).append(parameter)
-    groups = [
-        {"params": decayed, "weight_decay": weight_decay},
-        {"params": kept, "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
-
-
-def learning_rate_at(step: int, steps: int, settings: OptimizerSettings) -> float:
-    """Learning rate of step 0 <= step < steps: linear warm-up, then cosine decay to the minimum.
-
-    The peak is reached at the end of the warm-up, the minimum at the last step.
-    """
-    warmup_steps = math.ceil(steps * settings.warmup_fraction)
-    if step < warmup_steps:
-        return settings.learning_rate * (step + 1) / warmup_steps
-    progress = (step + 1 - warmup_steps) / max(1, steps - warmup_steps)
-    span = settings.learning_rate - settings.minimum_learning_rate
-    return settings.minimum_learning_rate + span * (1 + math.cos(math.pi * progress)) / 2
+def set_learning_rate(optimizer: Any, learning_rate: float) -> None:
+    """Set the learning rate of the next step, which each group scales."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate * group["scale"]

@@ -22,15 +22,14 @@ from torch.nn import functional
 
 from megavlm.checkpoint.shards import MOMENTS, Shards, State, shards_of_range
 from megavlm.config.deepspeed_json import deepspeed_config
+from megavlm.config.objectives import Part
 from megavlm.config.run import RunSettings
-from megavlm.data.packing import Batch
 from megavlm.dist import cpu, groups
-from megavlm.engine.base import DTYPES, StepResult, evaluate_on_each_rank
-from megavlm.engine.optim import adamw
+from megavlm.engine.base import DTYPES, StepResult, evaluate_on_each_rank, step_result
+from megavlm.engine.optim import adamw, set_learning_rate
 from megavlm.model.initial import initial_values
-from megavlm.model.vlm import VisionLanguageModel
 from megavlm.planner.zero3 import with_bucket_sizes
-from megavlm.stages.captioning import loss_sum
+from megavlm.stages.start import objective_of
 
 
 class Zero3Engine:
@@ -38,6 +37,7 @@ class Zero3Engine:
 
     def __init__(self, run: RunSettings, device: torch.device) -> None:
         self._device = device
+        self._objective = objective_of(run)
         cpu.use_gloo_for_deepspeed()
         config = deepspeed_config(with_bucket_sizes(run))
         os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed wants it of a process alone, too
@@ -47,11 +47,8 @@ class Zero3Engine:
             # Not the dtype: that would round the rotary frequencies.
             tensor_overrides=[DeepSpeedTensorOverride.device],
         ):
-            model = VisionLanguageModel(
-                run.model,
-                dtype=DTYPES[run.train.precision],
-                recompute=run.train.recompute,
-                frozen=run.train.frozen,
+            model: Any = self._objective.build(
+                dtype=DTYPES[run.train.precision], recompute=run.train.recompute
             )
         self._ledger = model.ledger()
         for name, parameter in model.named_parameters():
@@ -60,42 +57,42 @@ class Zero3Engine:
         self._engine: Any = deepspeed.initialize(
             model=model, optimizer=_optimizer(model, run), config=config, dist_init_required=False
         )[0]
-        self._create_optimizer_states(steps_done=0)
+        self._create_optimizer_states({})
         if run.zero3.quantized_weights:
             for parameter in model.parameters():
                 _quantize_only_matrices(parameter)
 
-    def step(self, micro_batches: Sequence[Batch], learning_rate: float) -> StepResult:
-        [learned] = groups.sum_over_ranks(sum(int(b.learned_bt.sum()) for b in micro_batches))
-        # DeepSpeed averages over micro-batches and ranks; we want the mean over learned tokens.
-        scale = len(micro_batches) * dist.get_world_size() / max(1.0, learned)
+    def step(self, micro_batches: Sequence[Any], learning_rate: float) -> StepResult:
+        objective = self._objective
+        [items] = groups.sum_over_ranks(sum(objective.items(batch) for batch in micro_batches))
+        # DeepSpeed averages over micro-batches and ranks; we want the mean over the items.
+        scale = len(micro_batches) * dist.get_world_size() / max(1.0, items)
         # It is taken from the fp32 sums: a scaled loss would round otherwise through all of bf16.
         self._engine.optimizer.override_loss_scale(1 / scale)
-        for group in self._engine.optimizer.param_groups:
-            group["lr"] = learning_rate
+        set_learning_rate(self._engine.optimizer, learning_rate)
         self._engine.train()
-        loss_total = torch.zeros((), device=self._device)
-        for batch in micro_batches:
-            loss = loss_sum(self._engine, batch.to(self._device))
-            loss_total += loss.detach()
-            self._engine.backward(loss * scale)
+        reported = torch.zeros(len(objective.names), device=self._device)
+        ready = objective.prepare(self._engine, micro_batches)
+        for host_batch, prepared in zip(micro_batches, ready, strict=True):
+            batch = host_batch.to(self._device)
+            outputs = objective.outputs(self._engine, batch, prepared)
+            losses = objective.losses(outputs, batch, prepared)
+            reported += losses.reported
+            self._engine.backward(losses.backward * scale)
             self._engine.step()
-        [loss_of_all] = groups.sum_over_ranks(loss_total)
-        return StepResult(
-            loss=loss_of_all / max(1.0, learned),
-            gradient_norm=float(self._engine.get_global_grad_norm()),
-            learned_tokens=int(learned),
-        )
+        sums = groups.sum_over_ranks(*reported)
+        gradient_norm = float(self._engine.get_global_grad_norm())
+        return step_result(objective, sums, items, gradient_norm)
 
     @torch.no_grad()
-    def evaluate(self, batches: Iterable[Batch]) -> tuple[float, int]:
-        return evaluate_on_each_rank(self._engine, batches)
+    def evaluate(self, batches: Iterable[Any]) -> dict[str, float]:
+        return evaluate_on_each_rank(self._objective, self._engine, self._engine, batches)
 
     def state(self) -> State:
         return self._shards(self._partitions())
 
     @torch.no_grad()
-    def load_state(self, fill: Callable[[State], None], steps_done: int) -> None:
+    def load_state(self, fill: Callable[[State], None], steps_done: Mapping[Part, int]) -> None:
         self._create_optimizer_states(steps_done)
         partitions = self._partitions()
         fill(self._shards(partitions))
@@ -138,7 +135,7 @@ class Zero3Engine:
                 shards[f"{kind}/{name}"] = shards_of_range(self._ledger[name], part, first)
         return shards
 
-    def _create_optimizer_states(self, steps_done: int) -> None:
+    def _create_optimizer_states(self, steps_done: Mapping[Part, int]) -> None:
         """Adam makes its state at its first step; make it now, so that it can be loaded."""
         zero = self._engine.optimizer
         counts_in_tensor = isinstance(zero.optimizer, torch.optim.AdamW)
@@ -146,22 +143,25 @@ class Zero3Engine:
             on_nvme = zero._swappable_optimizer_subgroup(number)
             if on_nvme:
                 zero._optimizer_states_and_gradient_swap_in(number)
+            group = zero.optimizer.param_groups[zero.sub_group_to_group_id[number]]
+            steps = steps_done.get(group["part"], 0)
             zero.optimizer.state[flat] = {
-                "step": torch.tensor(float(steps_done)) if counts_in_tensor else steps_done,
+                "step": torch.tensor(float(steps)) if counts_in_tensor else steps,
                 **{moment: torch.zeros_like(flat) for moment in MOMENTS},
             }
             if on_nvme:
                 zero._optimizer_states_and_gradient_swap_out(number)
 
 
-def _optimizer(model: VisionLanguageModel, run: RunSettings) -> torch.optim.Optimizer:
+def _optimizer(model: Any, run: RunSettings) -> torch.optim.Optimizer:
     """AdamW; DeepSpeed's vectorised one for states that wait in the memory of a host with GPUs.
 
     On hosts without GPUs torch's serves, which needs no compiler.
     """
-    if run.zero3.offload_optimizer == "none" or not torch.cuda.is_available():
-        return adamw(model, run.optimizer)
-    return adamw(model, run.optimizer, DeepSpeedCPUAdam)
+    in_host = run.zero3.offload_optimizer != "none" and torch.cuda.is_available()
+    implementation = DeepSpeedCPUAdam if in_host else torch.optim.AdamW
+    # ZeRO-3 flattens parameters; the ledger knows their shapes.
+    return adamw(model.named_parameters(), model.ledger(), run, implementation)
 
 
 def _quantize_only_matrices(parameter: Any) -> None:

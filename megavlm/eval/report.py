@@ -1,71 +1,206 @@
-"""One HTML page that shows a run: curves, scores and a contact sheet of held-out pictures."""
+"""One HTML page that shows a run: its plan, then each stage's curves, scores and pictures."""
 
 import base64
+import html
 import importlib.resources
 import io
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
+import matplotlib
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from megavlm.config.load import run_as_tree
-from megavlm.config.run import RunSettings
-from megavlm.data.shards import ShardFolder
-from megavlm.eval.run import EVALUATION_FILE, PREDICTIONS_FILE
-from megavlm.model.params import count_by_part
+from megavlm.config.load import plan_as_tree
+from megavlm.config.objectives import is_pretraining
+from megavlm.config.plan import Plan, Stage
+from megavlm.config.schedule import scheduled
+from megavlm.data.image import decode_picture
+from megavlm.data.sources import Sources
+from megavlm.eval.run import read_evaluation, read_predictions
+from megavlm.eval.scores import Score, baselines_of
+from megavlm.model.params import count_by_part, parameters_of
 from megavlm.train.metrics import read_metrics
 
 REPORT_FILE = "report.html"
 SHEET_PICTURES = 60
-SMOOTHING = 0.9  # of the drawn loss: exponential moving average
+RETRIEVED_TEXTS = 12
+THUMBNAIL_PIXELS = 160
+SMOOTHING = 0.9  # of the drawn curves: exponential moving average
+DRAWN_POINTS = 2_000  # of a curve; more cannot be told apart, and a page of millions cannot be read
+COLOURS = ("#1f4e8c", "#b45309", "#15803d", "#7e22ce", "#be123c", "#0e7490")
+DARK = "#1c2733"
+
+Line = dict[str, Any]
 
 
-def write_report(run: RunSettings) -> Path:
+def write_report(plan: Plan) -> Path:
     """Draw the page from what the run folder holds; parts that are not there yet are left out."""
-    metrics = read_metrics(run.run_folder)
+    run_folder = plan.first.run_folder
+    metrics = read_metrics(run_folder)
     steps = [m for m in metrics if "loss" in m]
-    template = jinja2.Environment(autoescape=True).from_string(
+    evaluation = read_evaluation(run_folder)
+    predictions = {stage.name: read_predictions(run_folder, stage.name) for stage in plan.stages}
+    environment = jinja2.Environment(autoescape=True)
+    template = environment.from_string(
         (importlib.resources.files("megavlm.eval") / "report.html.j2").read_text()
     )
-    evaluation = run.run_folder / EVALUATION_FILE
     page = template.render(
-        name=run.run_folder.name,
-        settings=json.dumps(run_as_tree(run), indent=2),
-        parameters=sum(count_by_part(run.model).values()),
-        steps=steps,
+        name=run_folder.name,
+        settings=json.dumps(plan_as_tree(plan), indent=2),
+        parameters=sum(count_by_part(parameters_of(plan.last)).values()),
+        steps=len(steps),
+        all_steps=plan.steps,
         samples=sum(m["samples"] for m in steps),
         skipped=sum(m["skipped_samples"] for m in steps),
-        heldout=[m for m in metrics if "heldout_loss" in m],
-        curves=_curves(steps) if steps else "",
-        scores=json.loads(evaluation.read_text())["scores"] if evaluation.is_file() else [],
-        sheet=_contact_sheet(run),
+        colours=COLOURS,
+        overview=_overview(plan, len(steps)),
+        stages=[
+            _stage(stage, metrics, evaluation.get(stage.name, {}), predictions[stage.name])
+            for stage in plan.stages
+        ],
+        sheet=_contact_sheet(plan, predictions),
     )
-    path = run.run_folder / REPORT_FILE
+    path = run_folder / REPORT_FILE
     path.write_text(page)
     return path
 
 
-def _curves(steps: Sequence[dict[str, Any]]) -> str:
-    """Loss, learning rate and throughput over the steps, as SVG."""
+def _stage(
+    stage: Stage, metrics: Sequence[Line], evaluation: Line, predictions: Sequence[Line]
+) -> dict[str, Any]:
+    """What the page shows of one stage."""
+    run = stage.run
+    mine = [m for m in metrics if m.get("stage") == stage.name]
+    steps = [m for m in mine if "loss" in m]
+    heldout = [m for m in mine if "heldout_loss" in m]
+    scores = [Score(**row) for row in evaluation.get("scores", [])]
+    return {
+        "name": stage.name,
+        "state": "done" if len(steps) == run.train.steps else "under way" if steps else "to come",
+        "objectives": run.objectives,
+        "planned_steps": run.train.steps,
+        "steps": len(steps),
+        "samples": sum(m["samples"] for m in steps),
+        "trained": [part.replace("_", " ") for part in run.trained_parts],
+        "frozen": [part.replace("_", " ") for part in run.train.frozen],
+        "optimizer": run.optimizer,
+        "heldout": _heldout_losses(heldout),
+        "curves": _curves(steps, heldout) if steps else "",
+        "evaluated_step": evaluation.get("step"),
+        "scores": scores,
+        "splits": {row.split for row in scores},
+        "baselines": baselines_of(scores),
+        "retrieved": _retrieved(stage, predictions) if is_pretraining(run.objectives) else [],
+    }
+
+
+def _heldout_losses(heldout: Sequence[Line]) -> list[dict[str, Any]]:
+    """Each held-out loss before the stage and after it, or so far."""
+    if len(heldout) < 2:
+        return []
+    names = [name for name in heldout[0] if name.startswith("heldout_loss")]
+    return [
+        {
+            "name": name.removeprefix("heldout_loss").lstrip("_"),
+            "before": heldout[0][name],
+            "after": heldout[-1][name],
+        }
+        for name in names
+    ]
+
+
+def _overview(plan: Plan, steps_done: int) -> str:
+    """The learning rate over all steps, planned and done, with the stages behind it, as SVG."""
+    figure = Figure(figsize=(11, 2), layout="constrained")
+    axes = figure.subplots()
+    for number, stage in enumerate(plan.stages):
+        colour = COLOURS[number % len(COLOURS)]
+        axes.axvspan(stage.first_step, stage.end_step, color=colour, alpha=0.12, linewidth=0)
+        axes.annotate(
+            stage.name,
+            ((stage.first_step + stage.end_step) / 2, 1),
+            xycoords=("data", "axes fraction"),
+            xytext=(0, 4),
+            textcoords="offset points",
+            ha="center",
+            color=colour,
+        )
+        own = _thinned(range(stage.first_step, stage.end_step))
+        rates = [scheduled(plan, stage, step) for step in own]
+        axes.plot([step + 1 for step in own], rates, color=DARK, linewidth=1.2)
+    if steps_done < plan.steps:
+        axes.axvline(steps_done, color=DARK, linewidth=1, linestyle="dotted")
+        axes.annotate(" now", (steps_done, 0.9), xycoords=("data", "axes fraction"), va="top")
+    axes.set_xlim(0, plan.steps)
+    axes.set_ylabel("learning rate")
+    _style(axes)
+    return _svg(figure, "Learning rate over all steps of " + ", ".join(s.name for s in plan.stages))
+
+
+def _curves(steps: Sequence[Line], heldout: Sequence[Line]) -> str:
+    """Losses, gradient norm and throughput over a stage's steps, as SVG."""
     figure = Figure(figsize=(11, 3), layout="constrained")
-    numbers = [m["step"] + 1 for m in steps]
-    panels = [("loss", "training loss, nats per token")]
-    panels += [("learning_rate", "learning rate"), ("samples_per_second", "samples per second")]
-    for axes, (name, title) in zip(figure.subplots(1, 3), panels, strict=True):
-        values = [m[name] for m in steps]
-        axes.plot(numbers, values, color="#9db4d0", linewidth=0.8)
-        if name == "loss":
-            axes.plot(numbers, _smoothed(values), color="#1f4e8c", linewidth=1.6)
+    losses = [name for name in steps[0] if name.startswith("loss_")] or ["loss"]
+    panels = [
+        (losses, "loss"),
+        (["gradient_norm"], "gradient norm"),
+        (["samples_per_second"], "samples per second"),
+    ]
+    all_axes: Iterable[Axes] = figure.subplots(1, 3)
+    for axes, (names, title) in zip(all_axes, panels, strict=True):
+        for name, colour in zip(names, COLOURS, strict=False):
+            label = name.removeprefix("loss_") if len(names) > 1 else "training"
+            values = [m[name] for m in steps]
+            points = _thinned(range(len(values)))
+            numbers = [steps[i]["step"] + 1 for i in points]
+            smooth = _smoothed(values)
+            raw = [values[i] for i in points]
+            axes.plot(numbers, raw, color=colour, linewidth=0.6, alpha=0.35)
+            axes.plot(numbers, [smooth[i] for i in points], color=colour, label=label)
+            if name in losses:
+                kept = [m for m in heldout if f"heldout_{name}" in m]
+                of_heldout = [m[f"heldout_{name}"] for m in kept]
+                held_out = "held out" if len(names) == 1 else f"{label}, held out"
+                axes.plot(
+                    [m["step"] for m in kept],
+                    of_heldout,
+                    color=colour,
+                    marker="o",
+                    linestyle="none",
+                    label=held_out,
+                )
+        if title == "loss":
+            axes.legend(fontsize=8, frameon=False)
         axes.set_title(title, fontsize=10)
-        axes.set_xlabel("step")
-        axes.set_ylim(bottom=0)
-        axes.spines[["top", "right"]].set_visible(False)
+        _style(axes)
+    first, last = (_smoothed([m["loss"] for m in steps])[i] for i in (0, -1))
+    return _svg(
+        figure,
+        f"Loss, from {first:.3f} to {last:.3f}, gradient norm and samples per second over "
+        f"{len(steps)} steps",
+    )
+
+
+def _style(axes: Axes) -> None:
+    axes.set_xlabel("step")
+    axes.set_ylim(bottom=0)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _svg(figure: Figure, description: str) -> str:
+    """The figure as an element of the page, with a description for those who do not see it."""
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg")
-    return buffer.getvalue()
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    element = buffer.getvalue()
+    element = element[element.index("<svg ") :]  # what comes before is for files of their own
+    element = re.sub(r'<g id="[^"]*"', "<g", element)  # the same in every figure
+    return element.replace("<svg ", f'<svg role="img" aria-label="{html.escape(description)}" ', 1)
 
 
 def _smoothed(values: Sequence[float]) -> list[float]:
@@ -75,22 +210,68 @@ def _smoothed(values: Sequence[float]) -> list[float]:
     return smooth
 
 
-def _contact_sheet(run: RunSettings) -> list[dict[str, Any]]:
-    """Held-out pictures, evenly spread, with the model's captions and answers beside the truth."""
-    predictions = run.run_folder / PREDICTIONS_FILE
-    if not predictions.is_file():
-        return []
-    by_sample: dict[int, list[dict[str, Any]]] = {}
-    for line in predictions.read_text().splitlines():
-        prediction = json.loads(line)
+def _thinned(numbers: range) -> list[int]:
+    """At most some thousands of them, evenly spread, the last one included."""
+    return [*numbers[:: max(1, len(numbers) // DRAWN_POINTS)], numbers[-1]]
+
+
+def _retrieved(stage: Stage, predictions: Sequence[Line]) -> list[dict[str, Any]]:
+    """Held-out texts, evenly spread, with the pictures that they find."""
+    sources = Sources([stage.run.data.heldout], stage.run.seed)
+    texts = {row["sample"]: row["text"] for row in predictions}
+    return [
+        {
+            "text": row["text"],
+            "best": [
+                {
+                    "picture": _thumbnail(sources, number, 0),
+                    "text": texts[number],
+                    "right": texts[number] == row["text"],
+                }
+                for number in row["best_samples"]
+            ],
+        }
+        for row in _spread(predictions, RETRIEVED_TEXTS)
+    ]
+
+
+def _contact_sheet(plan: Plan, predictions: dict[str, list[Line]]) -> dict[str, Any] | None:
+    """Held-out pictures, evenly spread, with what the last language stage says of them."""
+    written = [
+        stage
+        for stage in plan.stages
+        if predictions[stage.name] and not is_pretraining(stage.run.objectives)
+    ]
+    if not written:
+        return None
+    stage = written[-1]
+    by_picture: dict[tuple[int, int], list[dict[str, str]]] = {}
+    for prediction in predictions[stage.name]:
         if prediction["split"] == "heldout":
-            by_sample.setdefault(prediction["sample"], []).append(prediction)
-    folder = ShardFolder(run.data.heldout)
-    numbers = sorted(by_sample)
-    sheet: list[dict[str, Any]] = []
-    for number in numbers[:: max(1, len(numbers) // SHEET_PICTURES)][:SHEET_PICTURES]:
-        picture = folder.read(number).picture
-        assert picture is not None, "only pictures are evaluated"
-        encoded = base64.b64encode(picture).decode()
-        sheet.append({"picture": encoded, "predictions": by_sample[number]})
-    return sheet
+            [turn] = prediction["text"]["turns"]
+            said = {
+                "prompt": turn["prompt"],
+                "truth": turn["answer"],
+                "answer": prediction["answer"],
+            }
+            by_picture.setdefault((prediction["sample"], turn["pictures"][0]), []).append(said)
+    sources = Sources([stage.run.data.heldout], stage.run.seed)
+    cards = [
+        {"picture": _thumbnail(sources, *place), "predictions": by_picture[place]}
+        for place in _spread(sorted(by_picture), SHEET_PICTURES)
+    ]
+    return {"stage": stage.name, "cards": cards}
+
+
+def _spread(items: Sequence[Any], count: int) -> Sequence[Any]:
+    return items[:: max(1, len(items) // count)][:count]
+
+
+def _thumbnail(sources: Sources, sample: int, number: int) -> str:
+    """One picture of a held-out sample, small, as a URL that holds it."""
+    read = sources.read(sources.in_order(sample))
+    picture = decode_picture(read.pictures[number], read.key, THUMBNAIL_PIXELS)
+    picture.thumbnail((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS))
+    buffer = io.BytesIO()
+    picture.save(buffer, "JPEG", quality=90)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -1,206 +1,185 @@
-"""Evaluates a trained model on held-out pictures and questions."""
+"""Evaluates what a stage has learned, on held-out samples."""
 
 import json
-import sys
-from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
-from torch import Tensor
 
+from megavlm.checkpoint.folder import Folder
+from megavlm.checkpoint.storage import read_state
+from megavlm.config.data import SourceSettings
+from megavlm.config.engines import UNDIVIDED
+from megavlm.config.evaluation import Measure
+from megavlm.config.objectives import is_pretraining
+from megavlm.config.plan import Plan, Stage
 from megavlm.config.run import RunSettings
-from megavlm.data.image import decode_picture, fit_square, to_uint8_tensor
-from megavlm.data.samples import Text
-from megavlm.data.shards import ShardFolder
-from megavlm.dist.groups import process_groups
-from megavlm.errors import BadSampleError
-from megavlm.eval.caption import cider, exact_match
-from megavlm.eval.vqa import ANNOTATORS, majority_answers, vqa_accuracy
-from megavlm.infer.generate import Request, generate
-from megavlm.infer.load import load_trained
-from megavlm.train.metrics import read_metrics
+from megavlm.data.tokenizer import Tokenizer
+from megavlm.dist import groups
+from megavlm.eval.answers import Prediction, answered, find_prompts, score
+from megavlm.eval.probe import TRAINING_SAMPLES, linear_probe
+from megavlm.eval.retrieval import retrieval
+from megavlm.eval.samples import Split, tell
+from megavlm.eval.scores import Score, print_scores
+from megavlm.eval.vqa import count_answers, majority_answers
+from megavlm.infer.load import (
+    load_language,
+    load_pretraining,
+    newest,
+    untrained_pretraining,
+)
+from megavlm.train.start import last_checkpoint
 
 EVALUATION_FILE = "evaluation.json"
-PREDICTIONS_FILE = "predictions.jsonl"
-MAX_ANSWER_TOKENS = 48
-BATCH_SIZE = 64
-EVALUATED_TASKS = ("caption", "vqa")
+MAJORITY_SAMPLES = 100_000
+"""At most so many training samples, the first ones, say which answers are frequent."""
+
+_TASKS: dict[Measure, str] = {"captions": "caption", "vqa": "vqa"}
+
+Row = dict[str, Any]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Prediction:
-    """The model's answer to one held-out prompt."""
+def evaluate_stage(plan: Plan, stage: Stage) -> None:
+    """Evaluate a stage that is done, unless it has been already; collective, in `world_group`.
 
-    split: str
-    """`heldout` (pictures never seen) or `heldout_questions` (questions never asked)."""
-    sample: int
-    """Number of the sample in its split."""
-    text: Text
-    answer: str
-    answer_to_wrong_picture: str
-    """What the model says when it is shown another sample's picture."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Score:
-    """One row of the evaluation table; None where a baseline makes no sense."""
-
-    split: str
-    measure: str
-    items: int
-    model: float
-    wrong_picture: float
-    majority: float | None
+    Each rank holds the whole model, and does its share of the work. The first one writes and prints
+    what comes out.
+    """
+    run = stage.run
+    # One rank looks: the others may see an older file.
+    looks = groups.rank() == 0
+    done = looks and read_evaluation(run.run_folder).get(stage.name, {}).get("step")
+    if groups.from_all_ranks(done)[0] != stage.end_step and measures_of(stage):
+        with groups.model_groups(run.seed, UNDIVIDED):
+            _evaluate(stage, last_checkpoint(stage), show_progress=False)
 
 
-def evaluate(run: RunSettings) -> list[Score]:
-    """Caption and answer everything held out; print the table and write it to the run folder."""
-    majority = majority_answers(ShardFolder(run.data.train).readable_texts())
-    with process_groups(run.seed):
-        model, tokenizer = load_trained(run)
-        predictions: list[Prediction] = []
-        for split, folder in _splits(run).items():
-            samples, texts, pixels = _read_split(folder, run.model.encoder.image_pixels)
-            wrong = _wrong_pictures(samples, run.seed)
-            with Progress(console=Console(stderr=True)) as progress:
-                task = progress.add_task(f"evaluating {split}", total=2 * len(texts))
-                answers, wrong_answers = (
-                    generate(
-                        model,
-                        tokenizer,
-                        [
-                            Request(prompt=text.prompt, pixels=pixels[shown])
-                            for text, shown in zip(texts, pictures, strict=True)
-                        ],
-                        max_new_tokens=MAX_ANSWER_TOKENS,
-                        batch_size=BATCH_SIZE,
-                        on_progress=lambda done, task=task, bar=progress: bar.advance(task, done),
-                    )
-                    for pictures in (samples, wrong)
-                )
-            predictions += [
-                Prediction(
-                    split=split,
-                    sample=sample,
-                    text=text,
-                    answer=answer,
-                    answer_to_wrong_picture=wrong_answer,
-                )
-                for sample, text, answer, wrong_answer in zip(
-                    samples, texts, answers, wrong_answers, strict=True
-                )
-            ]
-    scores = score(predictions, majority)
-    _write(run.run_folder, predictions, scores)
-    print_scores(run.run_folder, scores)
-    return scores
+def evaluate(plan: Plan) -> None:
+    """Evaluate the newest checkpoint of a run anew, wherever in a stage it is.
+
+    Raises CheckpointError where there is none.
+    """
+    with groups.process_groups(plan.first.seed):
+        stage, checkpoint = newest(plan)
+        _evaluate(stage, checkpoint, show_progress=True)
 
 
-def score(predictions: Sequence[Prediction], majority: dict[str, str]) -> list[Score]:
-    """The evaluation table: captions by language, answers over all and by kind of question."""
-    groups: dict[tuple[str, str], list[Prediction]] = defaultdict(list)
-    for prediction in predictions:
-        if prediction.text.task == "vqa":
-            groups[prediction.split, "VQA accuracy"].append(prediction)
-        name = "VQA accuracy" if prediction.text.task == "vqa" else "caption"
-        groups[prediction.split, f"{name}, {prediction.text.kind}"].append(prediction)
-    rows: list[Score] = []
-    for (split, measure), members in groups.items():
-        truths = [p.text.answer for p in members]
-        answers = [p.answer for p in members]
-        wrong = [p.answer_to_wrong_picture for p in members]
-        common: dict[str, Any] = {"split": split, "items": len(members)}
-        if measure.startswith("VQA"):
-            blind = [majority.get(p.text.prompt, "") for p in members]
-            rows.append(
-                Score(
-                    **common,
-                    measure=measure,
-                    model=_mean_accuracy(answers, truths),
-                    wrong_picture=_mean_accuracy(wrong, truths),
-                    majority=_mean_accuracy(blind, truths),
-                )
-            )
-            continue
-        for kind, measured in (("exact match", exact_match), ("CIDEr", cider)):
-            rows.append(
-                Score(
-                    **common,
-                    measure=f"{measure}, {kind}",
-                    model=measured(answers, truths),
-                    wrong_picture=measured(wrong, truths),
-                    majority=None,
-                )
-            )
-    return rows
+def measures_of(stage: Stage) -> tuple[Measure, ...]:
+    """What is measured after a stage: what the settings name, as far as its model can do it."""
+    objectives = stage.run.objectives
+    possible: tuple[Measure, ...] = ("captions", "vqa")
+    if is_pretraining(objectives):
+        possible = ("retrieval", "probe") if "contrastive" in objectives else ("probe",)
+    return tuple(m for m in stage.run.evaluation.measures_of(objectives) if m in possible)
 
 
-def print_scores(run_folder: Path, scores: Sequence[Score]) -> None:
-    """Print the evaluation table, with the held-out loss before and after training."""
-    table = Table("split", "measure", "items", "model", "wrong picture", "majority answer")
-    for column in table.columns[2:]:
-        column.justify = "right"
-    for row in scores:
-        majority = "" if row.majority is None else f"{row.majority:.3f}"
-        figures = (str(row.items), f"{row.model:.3f}", f"{row.wrong_picture:.3f}", majority)
-        table.add_row(row.split, row.measure, *figures)
-    # Wide enough for the table where nothing says how wide the page is.
-    console = Console() if Console().is_terminal else Console(width=110)
-    losses = [m["heldout_loss"] for m in read_metrics(run_folder) if "heldout_loss" in m]
-    if len(losses) > 1:
-        console.print(f"held-out loss {losses[0]:.3f} before, {losses[-1]:.3f} after training")
-    console.print(table)
+def read_evaluation(run_folder: Path) -> dict[str, Any]:
+    """Step and scores of each stage, by its name; empty before the first evaluation."""
+    path = run_folder / EVALUATION_FILE
+    return json.loads(path.read_text()) if path.is_file() else {}
 
 
-def _splits(run: RunSettings) -> dict[str, ShardFolder]:
+def read_predictions(run_folder: Path, stage: str) -> list[Row]:
+    """What a stage's evaluation has written or found, an item a row; empty before it."""
+    path = _predictions_file(run_folder, stage)
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def _predictions_file(run_folder: Path, stage: str) -> Path:
+    return run_folder / f"predictions-{stage}.jsonl"
+
+
+def _evaluate(stage: Stage, checkpoint: Folder | None, *, show_progress: bool) -> None:
+    run, measures = stage.run, measures_of(stage)
+    tell(f"evaluating stage {stage.name}: {', '.join(measures) or 'nothing is to be measured'}")
+    if is_pretraining(run.objectives):
+        scores, rows = _pretraining(run, checkpoint, measures)
+    else:
+        scores, rows = _language(run, checkpoint, measures, show_progress=show_progress)
+    if groups.rank() == 0:
+        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        _write_atomically(_predictions_file(run.run_folder, stage.name), "".join(lines))
+        step = 0 if checkpoint is None else read_state(checkpoint)["step"]
+        found = read_evaluation(run.run_folder)
+        found[stage.name] = {"step": step, "scores": [asdict(row) for row in scores]}
+        # Last: it says that the stage is done.
+        _write_atomically(run.run_folder / EVALUATION_FILE, json.dumps(found, indent=1))
+        print_scores(f"stage {stage.name}, step {step}", scores)
+
+
+def _write_atomically(path: Path, content: str) -> None:
+    partial = path.with_suffix(".partial")
+    partial.write_text(content)
+    partial.rename(path)
+
+
+def _pretraining(
+    run: RunSettings, checkpoint: Folder | None, measures: Sequence[Measure]
+) -> tuple[list[Score], list[Row]]:
+    model, untrained = load_pretraining(run, checkpoint), untrained_pretraining(run)
+    scores: list[Score] = []
+    rows: list[Row] = []
+    if "retrieval" in measures:
+        heldout = Split("heldout", (run.data.heldout,), run, run.evaluation.samples)
+        tokenizer = Tokenizer(run.data.tokenizer)
+        scores, found = retrieval(model, untrained, heldout, tokenizer, run)
+        rows = [row._asdict() for row in found]
+    if "probe" in measures:
+        kind = run.evaluation.probe_kind
+        assert kind is not None, "without it no probe is measured"
+        # Labels are of whatever task.
+        train = Split("train", _all_tasks(run.data.train), run, TRAINING_SAMPLES)
+        heldout = Split("heldout", _all_tasks([run.data.heldout]), run, run.evaluation.samples)
+        scores = [*scores, *linear_probe(model, untrained, train, heldout, kind)]
+    return scores, rows
+
+
+def _language(
+    run: RunSettings,
+    checkpoint: Folder | None,
+    measures: Sequence[Measure],
+    *,
+    show_progress: bool,
+) -> tuple[list[Score], list[Row]]:
+    model, tokenizer = load_language(run, checkpoint), Tokenizer(run.data.tokenizer)
+    tasks = [_TASKS[measure] for measure in measures]
+    predictions: list[Prediction] = []
     splits = {"heldout": run.data.heldout, "heldout_questions": run.data.heldout_questions}
-    return {name: ShardFolder(path) for name, path in splits.items() if path is not None}
-
-
-def _read_split(folder: ShardFolder, side: int) -> tuple[list[int], list[Text], dict[int, Tensor]]:
-    """All prompts to evaluate, the sample of each, and the samples' pictures."""
-    samples: list[int] = []
-    texts: list[Text] = []
-    pixels: dict[int, Tensor] = {}
-    for number in range(len(folder)):
-        try:
-            sample = folder.read(number)
-            if sample.picture is None:
-                continue
-            picture = decode_picture(sample.picture, sample.key, side)
-        except BadSampleError as error:
-            print(f"skipped {folder.locate(number)}: {error}", file=sys.stderr)
+    for name, source in splits.items():
+        if source is None:
             continue
-        pixels[number] = to_uint8_tensor(fit_square(picture, side))
-        for text in sample.texts:
-            if text.task in EVALUATED_TASKS:
-                samples.append(number)
-                texts.append(text)
-    return samples, texts, pixels
+        split = Split(name, _all_tasks([source]), run, run.evaluation.samples)
+        prompts = find_prompts(split, tasks)
+        with _progress(f"evaluating {name}", len(prompts), show=show_progress) as advance:
+            predictions += answered(model, tokenizer, split, prompts, run.seed, advance)
+    majority: Mapping[str, str] = {}
+    if "vqa" in measures:
+        train = Split("train", _all_tasks(run.data.train), run, MAJORITY_SAMPLES)
+        counts = groups.from_all_ranks(count_answers(train.share_of_texts()))
+        majority = majority_answers(counts)
+    for measure, task in _TASKS.items():
+        if measure in measures and not any(p.text.task == task for p in predictions):
+            tell(f"no held-out picture has a text of task {task!r}; {measure} are not measured")
+    return score(predictions, majority), [asdict(p) for p in predictions]
 
 
-def _wrong_pictures(samples: Sequence[int], seed: int) -> list[int]:
-    """For each prompt, a sample other than its own: the samples' order shuffled, then rotated."""
-    order = np.random.default_rng(seed).permutation(sorted(set(samples)))
-    other = dict(zip(order.tolist(), np.roll(order, 1).tolist(), strict=True))
-    return [other[sample] for sample in samples]
+def _all_tasks(sources: Sequence[SourceSettings]) -> list[SourceSettings]:
+    """What is measured chooses among texts of all tasks, whatever is trained on."""
+    return [replace(source, tasks=()) for source in sources]
 
 
-def _mean_accuracy(answers: Sequence[str], truths: Sequence[str]) -> float:
-    """The data has one truth a question; all annotators are taken to agree on it."""
-    pairs = zip(answers, truths, strict=True)
-    return float(np.mean([vqa_accuracy(answer, [truth] * ANNOTATORS) for answer, truth in pairs]))
+@contextmanager
+def _progress(what: str, prompts: int, *, show: bool) -> Iterator[Callable[[int], None]]:
+    """A bar of the first rank's answers, two to each of its prompts.
 
-
-def _write(folder: Path, predictions: Sequence[Prediction], scores: Sequence[Score]) -> None:
-    with (folder / PREDICTIONS_FILE).open("w") as file:
-        for prediction in predictions:
-            file.write(json.dumps(asdict(prediction), ensure_ascii=False) + "\n")
-    content = {"scores": [asdict(row) for row in scores]}
-    (folder / EVALUATION_FILE).write_text(json.dumps(content, indent=1))
+    Not shown during training, which has a bar of its own.
+    """
+    share = len(range(0, prompts, groups.world_size()))
+    hide = not show or groups.rank() > 0
+    with Progress(console=Console(stderr=True), disable=hide) as progress:
+        task = progress.add_task(what, total=2 * share)
+        yield lambda done: progress.advance(task, done)

@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from megavlm.data.samples import Text
 
@@ -29,9 +29,23 @@ def normalise_answer(answer: str) -> str:
     return " ".join(_DIGITS.get(word, word) for word in words if word not in _ARTICLES)
 
 
-def majority_answers(texts: Iterable[Text]) -> dict[str, str]:
-    """The most frequent answer to each prompt: what a model that never looks should say."""
-    answers: dict[str, Counter[str]] = defaultdict(Counter)
+def count_answers(texts: Iterable[Text]) -> dict[str, Counter[str]]:
+    """How often each prompt has each answer."""
+    counts: dict[str, Counter[str]] = defaultdict(Counter)
     for text in texts:
-        answers[text.prompt][text.answer] += 1
-    return {prompt: counts.most_common(1)[0][0] for prompt, counts in answers.items()}
+        for turn in text.turns:
+            counts[turn.prompt][turn.answer] += 1
+    return dict(counts)
+
+
+def majority_answers(counted: Iterable[Mapping[str, Counter[str]]]) -> dict[str, str]:
+    """The most frequent answer to each prompt: what a model that never looks should say.
+
+    counted: as `count_answers` returns them, of any parts of the texts. Of answers that are as
+    frequent it is the first in the alphabet, however the texts were parted.
+    """
+    totals: dict[str, Counter[str]] = defaultdict(Counter)
+    for part in counted:
+        for prompt, counts in part.items():
+            totals[prompt].update(counts)
+    return {p: min(counts, key=lambda a: (-counts[a], a)) for p, counts in totals.items()}

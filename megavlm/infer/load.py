@@ -1,46 +1,104 @@
-"""A trained model, ready to generate."""
+"""A trained model, ready to be used on one device."""
 
 import torch
+from torch import nn
 
 from megavlm.checkpoint.folder import Folder
 from megavlm.checkpoint.shards import whole
 from megavlm.checkpoint.state import check_checkpoint, check_weights, checkpoint_root
 from megavlm.checkpoint.storage import read_state
-from megavlm.checkpoint.store import latest_checkpoint, load_weights
+from megavlm.checkpoint.store import latest_checkpoint, load_present
+from megavlm.config.objectives import is_pretraining
+from megavlm.config.plan import Plan, Stage
 from megavlm.config.run import RunSettings
 from megavlm.data.tokenizer import Tokenizer
 from megavlm.dist import groups
 from megavlm.errors import CheckpointError
-from megavlm.model.params import parameters
+from megavlm.model.initial import materialise
+from megavlm.model.params import parameters_of
+from megavlm.model.pretraining import PretrainingModel
 from megavlm.model.vlm import VisionLanguageModel
+from megavlm.stages.start import objective_of
 
 
-def load_trained(run: RunSettings) -> tuple[VisionLanguageModel, Tokenizer]:
-    """The model of a run's newest checkpoint, in evaluation mode, and its tokenizer.
+def load_trained(plan: Plan) -> tuple[VisionLanguageModel, Tokenizer]:
+    """The vision-language model of a run's newest checkpoint, and its tokenizer.
 
-    Before the first checkpoint, the model that the run starts from, if that is a whole one. bf16 on
-    a GPU, fp32 on the CPU. Call it inside `process_groups`. Raises CheckpointError when there is no
-    model or it does not fit the run file.
+    Before the first checkpoint, the model that the run starts from, if that is a whole one. Call it
+    inside `process_groups`. Raises CheckpointError when there is no model or it does not fit the
+    run file.
     """
-    tokenizer = Tokenizer(run.data.tokenizer)
-    checkpoint = latest_checkpoint(checkpoint_root(run))
-    folders = [Folder(place) for place in run.checkpoint.start_from]
-    if checkpoint is not None:
-        check_checkpoint(checkpoint, run, tokenizer)
-        folders = [checkpoint]
-    for folder in folders:
-        check_weights(folder, run.model, tokenizer)
+    stage, checkpoint = newest(plan)
+    check_language(stage)
+    return load_language(stage.run, checkpoint), Tokenizer(plan.first.data.tokenizer)
+
+
+def newest(plan: Plan) -> tuple[Stage, Folder | None]:
+    """The newest checkpoint of a run, if it has one, and the stage that it is in."""
+    checkpoint = latest_checkpoint(checkpoint_root(plan.first))
+    if checkpoint is None:
+        return plan.stages[0], None
+    return check_checkpoint(checkpoint, plan, Tokenizer(plan.first.data.tokenizer)), checkpoint
+
+
+def check_language(stage: Stage) -> None:
+    """Raise CheckpointError for a stage without a language model."""
+    if is_pretraining(stage.run.objectives):
+        raise CheckpointError(
+            f"stage {stage.name} of {stage.run.run_folder} trains no language model; train the "
+            "stages after it first"
+        )
+
+
+def load_language(run: RunSettings, checkpoint: Folder | None) -> VisionLanguageModel:
+    """The vision-language model of a stage's checkpoint, in evaluation mode."""
+    model = _loaded(run, checkpoint)
+    assert isinstance(model, VisionLanguageModel)
+    return model
+
+
+def load_pretraining(run: RunSettings, checkpoint: Folder | None) -> PretrainingModel:
+    """The encoder of a stage's checkpoint, with its heads, in evaluation mode."""
+    model = _loaded(run, checkpoint)
+    assert isinstance(model, PretrainingModel)
+    return model
+
+
+def untrained_pretraining(run: RunSettings) -> PretrainingModel:
+    """The encoder and its heads with their initial weights, in evaluation mode."""
+    with torch.device("meta"):
+        model = objective_of(run).build(dtype=_dtype(), recompute="none")
+    materialise(model, run.seed, groups.device())
+    return model.eval()
+
+
+def _loaded(run: RunSettings, checkpoint: Folder | None) -> nn.Module:
+    """A stage's model with the weights of a checkpoint: their moving average, where there is one.
+
+    Without a checkpoint, with those that the run starts from.
+    """
+    folders = [checkpoint] if checkpoint is not None else []
+    if checkpoint is None:
+        folders = [Folder(place) for place in run.checkpoint.start_from]
+        for folder in folders:
+            check_weights(folder, run.model, Tokenizer(run.data.tokenizer))
     saved = {name for folder in folders for name in read_state(folder)["tensors"]}
-    missing = {f"weights/{parameter.name}" for parameter in parameters(run.model)} - saved
+    missing = {f"weights/{parameter.name}" for parameter in parameters_of(run)} - saved
     if missing:
         start = f" and checkpoint.start_from lacks {min(missing)}" if folders else ""
         raise CheckpointError(
             f"{checkpoint_root(run)} holds no checkpoint{start}; train first with `megavlm train`"
         )
-    dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
     with groups.device():
-        model = VisionLanguageModel(run.model, dtype=dtype)
-    weights = {f"weights/{name}": whole(p.detach()) for name, p in model.named_parameters()}
+        model = objective_of(run).build(dtype=_dtype(), recompute="none")
+    held = {name: whole(p.detach()) for name, p in model.named_parameters()}
     for folder in folders:
-        load_weights(folder, weights)
-    return model.eval(), tokenizer
+        in_folder = read_state(folder)["tensors"]
+        kinds = {name: "ema" if f"ema/{name}" in in_folder else "weights" for name in held}
+        load_present(folder, {f"{kinds[name]}/{name}": held[name] for name in held})
+    return model.eval()
+
+
+def _dtype() -> torch.dtype:
+    """bf16 on a GPU, fp32 on the CPU."""
+    return torch.bfloat16 if torch.cuda.is_available() else torch.float32

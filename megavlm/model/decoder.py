@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel.mappings import reduce_from_tensor_model_parallel_region
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import (
@@ -13,12 +14,41 @@ from megatron.core.transformer.transformer_block import (
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+from torch import Tensor
 from torch.nn import functional
 
 from megavlm.config.engines import MegatronSettings
 from megavlm.config.sizes import DecoderSizes
 from megavlm.model.cross_attention import CrossAttentionLayer
 from megavlm.model.layers import Norm, layer_config, self_attention_layer_spec
+
+
+class Decoder(GPTModel):
+    """megatron-core's GPT; in training, each token's loss has the z-loss (PaLM, section 5)."""
+
+    z_loss: float = 0.0
+    """Weight of the squared logarithm of the softmax's denominator."""
+
+    def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
+        """Loss (b, t) fp32 of labels (b, t), from this rank's part of the logits (t, b, v)."""
+        if not (self.z_loss and self.training):
+            return super().compute_language_model_loss(labels, logits)
+        # Before the cross entropy, which overwrites fp32 logits.
+        label_logits_tb = _label_logits(logits, labels.t())
+        losses_bt = super().compute_language_model_loss(labels, logits)
+        log_partition_bt = losses_bt + label_logits_tb.t()
+        return losses_bt + self.z_loss * log_partition_bt.square()
+
+
+def _label_logits(logits_tbv: Tensor, labels_tb: Tensor) -> Tensor:
+    """Every label's logit, (t, b) fp32, from the tensor-parallel ranks' parts of the vocabulary."""
+    size = logits_tbv.shape[-1]
+    own_tb = labels_tb - parallel_state.get_tensor_model_parallel_rank() * size
+    elsewhere_tb = (own_tb < 0) | (own_tb >= size)
+    rows = torch.arange(own_tb.numel(), device=own_tb.device)
+    # By index, which does not keep the logits for the backward pass; they are overwritten.
+    picked = logits_tbv.flatten(0, 1)[rows, own_tb.clamp(0, size - 1).flatten()].view_as(own_tb)
+    return reduce_from_tensor_model_parallel_region(picked.float().masked_fill(elsewhere_tb, 0.0))
 
 
 def build_decoder(
@@ -28,7 +58,8 @@ def build_decoder(
     recompute: str,
     parallel: MegatronSettings,
     vp_stage: int | None,
-) -> GPTModel:
+    z_loss: float = 0.0,
+) -> Decoder:
     """RMSNorm, SwiGLU, rotary embeddings, grouped-query attention, no biases, untied head.
 
     Builds what this pipeline rank holds (of chunk `vp_stage`, if the schedule interleaves).
@@ -60,7 +91,7 @@ def build_decoder(
         deallocate_pipeline_outputs=not interleaved or torch.cuda.is_available(),
     )
     at: dict[str, Any] = {"ignore_virtual": False, "vp_stage": vp_stage}
-    return GPTModel(
+    decoder = Decoder(
         config,
         _block_spec(config, sizes, vp_stage),  # pyright: ignore[reportArgumentType]
         vocab_size=sizes.vocabulary,
@@ -73,6 +104,8 @@ def build_decoder(
         post_process=parallel_state.is_pipeline_last_stage(**at),
         vp_stage=vp_stage,
     )
+    decoder.z_loss = z_loss
+    return decoder
 
 
 def _layout(parallel: MegatronSettings) -> list[list[str]]:

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from megavlm.model.params import Parameter
-from megavlm.model.vlm import VisionLanguageModel
 
 
 def initial_values(parameter: Parameter, seed: int, device: torch.device) -> Tensor:
@@ -25,7 +24,7 @@ def initial_values(parameter: Parameter, seed: int, device: torch.device) -> Ten
 
 
 @torch.no_grad()
-def materialise(model: VisionLanguageModel, seed: int, device: torch.device) -> None:
+def materialise(model: Any, seed: int, device: torch.device) -> None:
     """Give a model that was built on the meta device its initial weights, on a device."""
     ledger = model.ledger()
     for prefix, module in model.named_modules():

@@ -5,23 +5,35 @@ checkpoints. Conversion, resharding and planning read this list instead of build
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from megavlm.config.sizes import DecoderSizes, EncoderSizes, ModelSizes
+from megavlm.config.objectives import ObjectiveName, Part, is_pretraining
+from megavlm.config.run import RunSettings
+from megavlm.config.sizes import DecoderSizes, EncoderSizes, ModelSizes, TextTowerSizes
 
 ENCODER = "image encoder"
 PROJECTOR = "projector"
 EMBEDDINGS = "embeddings and head"
 SELF_LAYERS = "self-attention layers"
 CROSS_LAYERS = "cross-attention layers"
-PARTS = (ENCODER, PROJECTOR, EMBEDDINGS, SELF_LAYERS, CROSS_LAYERS)
+TEXT_TOWER = "text tower"
+HEADS = "pre-training heads"
+PARTS = (ENCODER, PROJECTOR, EMBEDDINGS, SELF_LAYERS, CROSS_LAYERS, TEXT_TOWER, HEADS)
 
-PARTS_OF_FROZEN = {"encoder": (ENCODER,), "decoder": (EMBEDDINGS, SELF_LAYERS)}
-"""What each name in `train.frozen` stands for."""
+PART_OF: dict[str, Part] = {
+    ENCODER: "encoder",
+    PROJECTOR: "projector",
+    EMBEDDINGS: "decoder",
+    SELF_LAYERS: "decoder",
+    CROSS_LAYERS: "cross_attention",
+    TEXT_TOWER: "text_tower",
+    HEADS: "heads",
+}
+"""What the settings call each of PARTS."""
 
 
 class Parameter(NamedTuple):
@@ -37,6 +49,11 @@ class Parameter(NamedTuple):
     initial_std: float = 0.0
     part: str = ""
     """One of PARTS."""
+
+    @property
+    def setting(self) -> Part:
+        """What the settings call its part of the model."""
+        return PART_OF[self.part]
 
     @property
     def numel(self) -> int:
@@ -59,8 +76,39 @@ class Parameter(NamedTuple):
         return torch.cat(blocks, self.tensor_axis)
 
 
+def parameters_of(run: RunSettings) -> list[Parameter]:
+    """All parameters of the model that a stage trains."""
+    if is_pretraining(run.objectives):
+        return pretraining_parameters(run.model, run.objectives)
+    return parameters(run.model)
+
+
+def all_parameters(sizes: ModelSizes) -> list[Parameter]:
+    """All parameters that any stage has."""
+    objectives: list[ObjectiveName] = (
+        ["mim"] if sizes.text_tower is None else ["mim", "contrastive"]
+    )
+    pretraining = pretraining_parameters(sizes, objectives)
+    return [*parameters(sizes), *pretraining[len(encoder_parameters(sizes.encoder)) :]]
+
+
+def pretraining_parameters(
+    sizes: ModelSizes, objectives: Collection[ObjectiveName]
+) -> list[Parameter]:
+    """The encoder, and what its pre-training needs beside it."""
+    entries = encoder_parameters(sizes.encoder)
+    if "mim" in objectives:
+        entries += _of_part(HEADS, _mim_head(sizes.encoder))
+    if "contrastive" in objectives:
+        assert sizes.text_tower is not None, "the settings are checked for it"
+        vocabulary = sizes.decoder.vocabulary
+        entries += _of_part(TEXT_TOWER, _text_tower(sizes.text_tower, vocabulary))
+        entries += _of_part(HEADS, _contrastive_head(sizes.encoder, sizes.text_tower))
+    return entries
+
+
 def parameters(sizes: ModelSizes) -> list[Parameter]:
-    """All parameters of a model of these sizes."""
+    """All parameters of a vision-language model of these sizes."""
     encoder, decoder = sizes.encoder, sizes.decoder
     # Image states come out of a norm; the projector keeps their unit variance.
     projector_std = encoder.width**-0.5
@@ -98,12 +146,12 @@ def decoder_parameters(sizes: DecoderSizes) -> list[Parameter]:
     ]
 
 
-def count_by_part(sizes: ModelSizes) -> dict[str, int]:
-    """Number of parameters of each part of the model."""
+def count_by_part(entries: Iterable[Parameter]) -> dict[str, int]:
+    """Number of parameters of each part that there is, in the order of PARTS."""
     counts: dict[str, int] = dict.fromkeys(PARTS, 0)
-    for parameter in parameters(sizes):
+    for parameter in entries:
         counts[parameter.part] += parameter.numel
-    return counts
+    return {part: count for part, count in counts.items() if count}
 
 
 def _of_part(part: str, entries: Iterable[Parameter]) -> list[Parameter]:
@@ -156,6 +204,38 @@ def _encoder(sizes: EncoderSizes) -> Iterator[Parameter]:
         yield _normal(f"{layer}.mlp.linear_fc2.weight", (width, mlp_width), out_std, 1)
         yield Parameter(f"{layer}.mlp.linear_fc2.bias", (width,))
     yield from _layer_norm("encoder.block.final_layernorm", width)
+
+
+def _mim_head(sizes: EncoderSizes) -> Iterator[Parameter]:
+    pixels = 3 * sizes.patch_pixels**2
+    yield _normal("mim_head.mask_token.weight", (sizes.width,), _small_std(sizes.width))
+    yield _normal("mim_head.predict.weight", (pixels, sizes.width), _small_std(sizes.width))
+    yield Parameter("mim_head.predict.bias", (pixels,))
+
+
+def _text_tower(sizes: TextTowerSizes, vocabulary: int) -> Iterator[Parameter]:
+    width, mlp_width = sizes.width, sizes.mlp_width
+    std = _small_std(width)
+    out_std = std / math.sqrt(2 * sizes.layers)
+    yield _normal("text_tower.gpt.embedding.word_embeddings.weight", (vocabulary, width), std, 0)
+    for i in range(sizes.layers):
+        layer = f"text_tower.gpt.decoder.layers.{i}"
+        yield _scale(f"{layer}.input_layernorm.weight", width)
+        yield _normal(f"{layer}.self_attention.linear_qkv.weight", (3 * width, width), std, 0)
+        yield _normal(f"{layer}.self_attention.linear_proj.weight", (width, width), out_std, 1)
+        yield _scale(f"{layer}.pre_mlp_layernorm.weight", width)
+        yield _normal(f"{layer}.mlp.linear_fc1.weight", (2 * mlp_width, width), std, 0, 2)
+        yield _normal(f"{layer}.mlp.linear_fc2.weight", (width, mlp_width), out_std, 1)
+    yield _scale("text_tower.norm.weight", width)
+
+
+def _contrastive_head(encoder: EncoderSizes, tower: TextTowerSizes) -> Iterator[Parameter]:
+    features = tower.feature_width
+    for name, width in (("image", encoder.width), ("text", tower.width)):
+        yield _normal(f"contrastive_head.{name}.weight", (features, width), width**-0.5)
+    # As in SigLIP (Zhai et al. 2023, section 3.2); InfoNCE has no use for the bias.
+    yield Parameter("contrastive_head.log_scale", (1,), initial_mean=math.log(10))
+    yield Parameter("contrastive_head.bias", (1,), initial_mean=-10.0)
 
 
 def _decoder_layers(sizes: DecoderSizes, *, cross: bool) -> Iterator[Parameter]:

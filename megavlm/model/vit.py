@@ -5,6 +5,7 @@ Without further settings it is that of Llama 3.2 Vision; with them, of CLIP, Sig
 Letters in shapes: n images, t tokens, w width.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -87,11 +88,17 @@ class VisionTransformer(MegatronModule):
             ),
         )
 
-    def forward(self, pixels: Tensor) -> Tensor:
-        """pixels: uint8 (n, 3, side, side), or already normalised floats. Returns (t, n, w)."""
+    def forward(self, pixels: Tensor, hide: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """pixels: uint8 (n, 3, side, side), or already normalised floats. Returns (t, n, w).
+
+        hide: changes the embedded patches (patches, n, w) before anything else sees them, and
+        perhaps the number of images.
+        """
         if pixels.dtype == torch.uint8:
             pixels = normalise(pixels)
         x = self.patch(pixels.to(self.patch.weight.dtype)).flatten(2).permute(2, 0, 1)
+        if hide is not None:
+            x = hide(x)
         if self.sizes.class_token:
             x = torch.cat([self.class_token.expand(1, x.shape[1], -1), x])
         x = x + self.positions[:, None]

@@ -5,11 +5,10 @@ w width.
 """
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, cast
 
 import torch
-from megatron.core import parallel_state
 from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.tensor_parallel.mappings import scatter_to_sequence_parallel_region
 from megatron.core.transformer.enums import ModelType
@@ -20,8 +19,10 @@ from torch.nn import functional
 from megavlm.config.engines import UNDIVIDED, MegatronSettings
 from megavlm.config.sizes import ModelSizes
 from megavlm.model.decoder import build_decoder
-from megavlm.model.params import PARTS_OF_FROZEN, Parameter, parameters
+from megavlm.model.masks import causal_text_mask
+from megavlm.model.params import Parameter, parameters
 from megavlm.model.pipeline import join, padded, split
+from megavlm.model.shards import freeze, shard
 from megavlm.model.vit import VisionTransformer
 
 _LAYER = re.compile(r"(?<=^language\.decoder\.layers\.)\d+")
@@ -49,6 +50,7 @@ class VisionLanguageModel(MegatronModule):
         frozen: Collection[str] = (),
         parallel: MegatronSettings = UNDIVIDED,
         vp_stage: int | None = None,
+        z_loss: float = 0.0,
     ) -> None:
         """Build what this rank holds.
 
@@ -56,7 +58,7 @@ class VisionLanguageModel(MegatronModule):
         rank's chunks, if the schedule interleaves.
         """
         style: dict[str, Any] = {"dtype": dtype, "recompute": recompute, "parallel": parallel}
-        language = build_decoder(sizes.decoder, **style, vp_stage=vp_stage)
+        language = build_decoder(sizes.decoder, **style, vp_stage=vp_stage, z_loss=z_loss)
         super().__init__(language.config)
         self.sizes = sizes
         self.parallel = parallel
@@ -68,10 +70,7 @@ class VisionLanguageModel(MegatronModule):
             self.projector = nn.Linear(sizes.encoder.width, sizes.decoder.width, dtype=dtype)
         self.language = language
         self._received: Tensor | None = None
-        frozen_parts = {part for name in frozen for part in PARTS_OF_FROZEN[name]}
-        ledger = self.ledger()
-        for name, parameter in self.named_parameters():
-            parameter.requires_grad_(ledger[name].part not in frozen_parts)
+        freeze(self, frozen)
         self._encoder_is_trained = "encoder" not in frozen
 
     def ledger(self) -> dict[str, Parameter]:
@@ -88,8 +87,13 @@ class VisionLanguageModel(MegatronModule):
 
     def shard(self, entry: Parameter, whole: Tensor) -> Tensor:
         """This tensor-parallel rank's part of a whole parameter."""
-        rank = parallel_state.get_tensor_model_parallel_rank()
-        return entry.shard(whole, self.parallel.tensor_parallel, rank)
+        return shard(entry, whole, self.parallel)
+
+    def layers(self) -> Iterator[nn.Module]:
+        """The encoder's layers, if this stage has them, and the decoder's."""
+        if self.pre_process:
+            yield from self.encoder.block.layers
+        yield from self.language.decoder.layers
 
     def set_input_tensor(self, received: Sequence[Tensor | None]) -> None:
         """Take what the stage before has sent; megatron-core's schedules call this."""
@@ -197,11 +201,3 @@ class VisionLanguageModel(MegatronModule):
             },
             **kwargs,
         )
-
-
-def causal_text_mask(text_numbers_bt: Tensor) -> Tensor:
-    """Hide later tokens, and tokens of other texts: (b, 1, t, t) bool, True where hidden."""
-    length = text_numbers_bt.shape[1]
-    later = torch.ones(length, length, dtype=torch.bool, device=text_numbers_bt.device).triu(1)
-    other = text_numbers_bt[:, :, None] != text_numbers_bt[:, None, :]
-    return (other | later)[:, None]

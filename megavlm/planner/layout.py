@@ -9,7 +9,6 @@ from megavlm.model.params import (
     CROSS_LAYERS,
     EMBEDDINGS,
     ENCODER,
-    PARTS_OF_FROZEN,
     SELF_LAYERS,
     Parameter,
     parameters,
@@ -132,14 +131,13 @@ def layout_of(run: RunSettings) -> Layout:
 
 def _parameters_by_chunk(run: RunSettings, ends: list[int], tensor: int) -> list[tuple[int, int]]:
     """Parameters of every chunk on each tensor-parallel rank, and how many of them are trained."""
-    frozen = {part for name in run.train.frozen for part in PARTS_OF_FROZEN[name]}
     chunk_of_layer = [n for n, (start, end) in enumerate(pairwise(ends)) for _ in range(start, end)]
     counts = [[0, 0] for _ in range(len(ends) - 1)]
     for entry in parameters(run.model):
         numel = entry.numel if entry.tensor_axis is None else entry.numel // tensor
         count = counts[_chunk_of(entry, chunk_of_layer)]
         count[0] += numel
-        count[1] += 0 if entry.part in frozen else numel
+        count[1] += 0 if entry.setting in run.train.frozen else numel
     return [(count, trained) for count, trained in counts]
 
 

@@ -10,10 +10,23 @@ from matplotlib.transforms import ScaledTranslation
 
 from megavlm.config.run import RunSettings
 from megavlm.errors import ConfigError
-from megavlm.model.params import CROSS_LAYERS, EMBEDDINGS, ENCODER, SELF_LAYERS, count_by_part
+from megavlm.model.params import (
+    CROSS_LAYERS,
+    EMBEDDINGS,
+    ENCODER,
+    SELF_LAYERS,
+    count_by_part,
+    parameters_of,
+)
 from megavlm.planner.layout import Chunk, Layout, layout_of
 
 FORMATS = (".svg", ".png", ".pdf")
+PICTURE_STYLE: Any = {
+    "font.family": "sans-serif",
+    "font.size": 9,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "megavlm",  # the same settings give the same file
+}
 # Okabe and Ito 2008: told apart by colour-blind readers too.
 COLOURS = {
     ENCODER: "#E69F00",
@@ -31,25 +44,26 @@ def draw_layout(run: RunSettings, path: Path) -> None:
 
     Raises ConfigError for another format, another engine and a path that cannot be written.
     """
-    if path.suffix not in FORMATS:
-        raise ConfigError(f"--picture {path} must end in one of {', '.join(FORMATS)}")
     if run.engine != "megatron":
         raise ConfigError(f"engine={run.engine} has no stages to draw; set engine=megatron")
     layout = layout_of(run)
-    style: Any = {
-        "font.family": "sans-serif",
-        "font.size": 9,
-        "svg.fonttype": "none",
-        "svg.hashsalt": "megavlm",  # the same settings give the same file
-    }
-    with matplotlib.rc_context(style):
-        figure = _figure(layout, sum(count_by_part(run.model).values()))
-        metadata: dict[str, Any] = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            figure.savefig(path, dpi=150, metadata=metadata.get(path.suffix))
-        except OSError as error:
-            raise ConfigError(f"cannot write picture {path}: {error.strerror}") from error
+    with matplotlib.rc_context(PICTURE_STYLE):
+        save_picture(_figure(layout, sum(count_by_part(parameters_of(run)).values())), path)
+
+
+def save_picture(figure: Figure, path: Path) -> None:
+    """Write a figure, the same bytes each time.
+
+    Raises ConfigError for an unknown format and a path that cannot be written.
+    """
+    if path.suffix not in FORMATS:
+        raise ConfigError(f"--picture {path} must end in one of {', '.join(FORMATS)}")
+    metadata: dict[str, Any] = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=150, metadata=metadata.get(path.suffix))
+    except OSError as error:
+        raise ConfigError(f"cannot write picture {path}: {error.strerror}") from error
 
 
 def _figure(layout: Layout, count: int) -> Figure:

@@ -2,53 +2,201 @@
 
 import json
 import math
+from collections.abc import Iterable
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from megavlm.config.deepspeed_json import deepspeed_config
+from megavlm.config.objectives import Part, is_pretraining, parts_of
+from megavlm.config.plan import Plan, Stage
 from megavlm.config.run import RunSettings, data_parallel_ranks, samples_per_micro_batch
-from megavlm.model.params import count_by_part
+from megavlm.model.params import Parameter, all_parameters, count_by_part, parameters_of
 from megavlm.planner.cut import TOKENS_PER_TEXT
 from megavlm.planner.layout import Chunk, layout_of
 from megavlm.planner.zero3 import with_bucket_sizes
 
+COLOURS = ("blue", "yellow", "green", "magenta", "cyan", "red")
 
-def print_plan(run: RunSettings, ranks: int) -> None:
-    """Print parameters by part, the batch and the schedule; `ranks` 0 leaves the split open.
 
-    Raises ConfigError when the batch does not divide over the ranks.
+def print_plan(plan: Plan, ranks: int) -> None:
+    """Print the model's parameters, and of each stage what it learns and how.
+
+    `ranks` 0 leaves the split of the batch open. Raises ConfigError when it does not divide.
     """
-    counts = count_by_part(run.model)
+    console = Console()
+    console.print(_model(plan))
+    run = plan.last
+    console.print(
+        f"{run.model.decoder.self_layers} self-attention and {len(run.model.decoder.cross_layers)} "
+        f"cross-attention layers; {run.model.encoder.tokens} tokens per image",
+        highlight=False,
+    )
+    console.print(_stages(plan, ranks))
+    if len(plan.stages) > 1:
+        console.print(_strip(plan, console.width))
+    if run.engine == "megatron" and not is_pretraining(run.objectives):
+        print_layout(run, ranks, console)
+
+
+def _model(plan: Plan) -> Table:
+    """Parameters by part: of the model, and of what its pre-training has beside it."""
+    pretrains = any(is_pretraining(stage.run.objectives) for stage in plan.stages)
+    language = any(not is_pretraining(stage.run.objectives) for stage in plan.stages)
     table = Table("part", "parameters", title="Model")
     table.columns[1].justify = "right"
-    for part, count in counts.items():
+    entries = all_parameters(plan.first.model) if pretrains else parameters_of(plan.first)
+    for part, count in count_by_part(entries).items():
         table.add_row(part, f"{count:,}")
-    table.add_section()
-    table.add_row("all", f"{sum(counts.values()):,}")
-    console = Console()
-    console.print(table)
+    if language:
+        final = next(s.run for s in plan.stages if not is_pretraining(s.run.objectives))
+        table.add_section()
+        whole = "all" if not pretrains else "vision-language model"
+        table.add_row(whole, f"{sum(e.numel for e in parameters_of(final)):,}")
+    return table
 
-    train, decoder = run.train, run.model.decoder
-    warmup = math.ceil(train.steps * run.optimizer.warmup_fraction)
-    lines = [
-        f"{decoder.self_layers} self-attention and {len(decoder.cross_layers)} cross-attention "
-        f"layers; {run.model.encoder.tokens} tokens per image",
-        f"{train.steps:,} steps of {train.samples_per_step:,} samples "
-        f"= {train.steps * train.samples_per_step:,} samples",
-        f"learning rate up to {run.optimizer.learning_rate:g} over {warmup:,} steps, then cosine "
-        f"to {run.optimizer.minimum_learning_rate:g}",
-    ]
+
+def _stages(plan: Plan, ranks: int) -> Table:
+    """A column for each stage."""
+    several = len(plan.stages) > 1
+    table = Table("", *(stage.name for stage in plan.stages), title="Stages" if several else "Run")
+    columns = [_column(plan, stage, ranks) for stage in plan.stages]
+    if several:
+        for stage, column in zip(plan.stages, columns, strict=True):
+            column.update(_carried(plan, stage))
+    for name in columns[0]:
+        # As Text, since folders may have brackets, which rich takes for markup.
+        table.add_row(name, *(Text(column[name]) for column in columns))
+    return table
+
+
+def _column(plan: Plan, stage: Stage, ranks: int) -> dict[str, str]:
+    run, train, settings = stage.run, stage.run.train, stage.run.optimizer
+    several = len(run.objectives) > 1
+    names = (f"{weight:g} x {o}" if several else o for o, weight in run.objectives.items())
+    loss = f" ({run.contrastive.loss})" if "contrastive" in run.objectives else ""
+    steps = plan.steps if settings.schedule == "plan" else train.steps
+    batch = f"{train.samples_per_step:,} samples in {train.micro_batches} micro-batches"
     if ranks:
         copies = data_parallel_ranks(run, ranks)
-        lines.append(
+        batch = (
             f"{copies} copies of the model x {train.micro_batches} micro-batches "
             f"x {samples_per_micro_batch(train, copies)} samples"
         )
-    console.print("\n".join(lines), highlight=False, soft_wrap=True)
-    if run.engine == "megatron":
-        print_layout(run, ranks, console)
+    scales = [f"{part} x {scale:g}" for part, scale in settings.scales.items()]
+    if settings.encoder_layer_decay < 1:
+        scales.append(f"x {settings.encoder_layer_decay:g} for each encoder layer below the last")
+    extras = [f"recompute {train.recompute}", train.precision]
+    extras += [f"z-loss {train.z_loss:g}"] if train.z_loss else []
+    extras += [f"average of weights {train.ema_decay:g}"] if train.ema_decay else []
+    return {
+        "objectives": " + ".join(names) + loss,
+        "steps": f"{train.steps:,} ({stage.first_step:,} to {stage.end_step:,})",
+        "batch": batch,
+        "samples": f"{train.steps * train.samples_per_step:,}",
+        "data": "\n".join(_sources(run)),
+        "pictures": _pictures(run),
+        "trained": _parts(run, run.trained_parts),
+        "frozen": _parts(run, train.frozen) or "nothing",
+        "learning rate": f"up to {settings.learning_rate:g} over "
+        f"{math.ceil(steps * settings.warmup_fraction):,} steps, then cosine to "
+        f"{settings.minimum_learning_rate:g}"
+        + (" over the plan" if settings.schedule == "plan" and len(plan.stages) > 1 else "")
+        + "".join(f"\n{scale}" for scale in scales),
+        "further": ", ".join(extras),
+        "measured after": ", ".join(run.evaluation.measures_of(run.objectives)) or "nothing",
+    }
+
+
+def _sources(run: RunSettings) -> list[str]:
+    parts = sum(source.parts for source in run.data.train)
+    return [
+        (f"{source.parts / parts:.0%} " if len(run.data.train) > 1 else "")
+        + str(source.folder)
+        + (f": {', '.join(source.tasks)}" if source.tasks else "")
+        for source in run.data.train
+    ]
+
+
+def _pictures(run: RunSettings) -> str:
+    """How pictures are varied, in short."""
+    augment = run.data.augment
+    told = [f"{run.model.encoder.image_pixels} pixels"]
+    if augment.minimum_area < 1:
+        told.append(f"crops of {augment.minimum_area:.0%} and more")
+    if augment.operations:
+        colours = "" if augment.colour_operations else " without colours"
+        told.append(f"RandAugment({augment.operations}, {augment.magnitude}){colours}")
+    return ", ".join(told)
+
+
+def _parts(run: RunSettings, parts: tuple[Part, ...]) -> str:
+    entries: list[Parameter] = parameters_of(run)
+    counts: dict[Part, int] = {p: sum(e.numel for e in entries if e.setting == p) for p in parts}
+    return "\n".join(f"{words([part])} ({short_count(n)})" for part, n in counts.items())
+
+
+def _strip(plan: Plan, width: int) -> Text:
+    """The stages' steps as one line of blocks, each stage with at least one."""
+    blocks = max(0, width - sum(len(stage.name) + 2 for stage in plan.stages) - len(plan.stages))
+    strip = Text(no_wrap=True, overflow="ellipsis")
+    for number, stage in enumerate(plan.stages):
+        length = 1 + int(blocks * stage.run.train.steps / plan.steps)
+        strip.append(f"{stage.name} ")
+        strip.append("█" * length + " ", style=COLOURS[number % len(COLOURS)])
+    return strip
+
+
+def _carried(plan: Plan, stage: Stage) -> dict[str, str]:
+    """What a stage goes on with, and what is new in it.
+
+    Weights are the newest of any stage before; moments carry over for the parts that the stage
+    right before has trained, too.
+    """
+    number = plan.stages.index(stage)
+    before, run = plan.stages[:number], stage.run
+    seen = {entry.name for earlier in before for entry in parameters_of(earlier.run)}
+    right_before = parameters_of(before[-1].run) if before else []
+    trained = before[-1].run.trained_parts if before else ()
+    with_moments = {entry.name for entry in right_before if entry.setting in trained}
+    weights, moments = _by_whether_in(run, seen), _by_whether_in(run, with_moments)
+    # What start_from holds is not looked at before training.
+    origin = "start_from or initial" if run.checkpoint.start_from else "initial"
+    kept_moments: list[Part] = [part for part in moments[0] if part in run.trained_parts]
+    new_moments: list[Part] = [part for part in moments[1] if part in run.trained_parts]
+    return {
+        "goes on with": _told(("weights", weights[0]), ("moments", kept_moments)) or "nothing",
+        "new in it": _told((f"weights ({origin})", weights[1]), ("moments", new_moments))
+        or "nothing",
+    }
+
+
+def _by_whether_in(run: RunSettings, names: set[str]) -> tuple[list[Part], list[Part]]:
+    """Parts of which a parameter is among the names, and of which one is not."""
+    entries = parameters_of(run)
+    inside = {entry.setting for entry in entries if entry.name in names}
+    outside = {entry.setting for entry in entries if entry.name not in names}
+    parts = parts_of(run.objectives)
+    return [p for p in parts if p in inside], [p for p in parts if p in outside]
+
+
+def _told(*kinds: tuple[str, list[Part]]) -> str:
+    return "\n".join(f"{kind}: {words(parts)}" for kind, parts in kinds if parts)
+
+
+def words(parts: Iterable[Part]) -> str:
+    """Parts of the model in plain words."""
+    return ", ".join(part.replace("_", " ") for part in parts)
+
+
+def short_count(count: int) -> str:
+    """A number in three digits."""
+    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return str(count)
 
 
 def print_layout(run: RunSettings, ranks: int, console: Console) -> None:

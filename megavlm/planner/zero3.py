@@ -5,18 +5,18 @@ from collections import Counter
 from dataclasses import replace
 
 from megavlm.config.run import RunSettings
-from megavlm.model.params import parameters
+from megavlm.model.params import parameters_of
 
 SMALLEST_BUCKET = 5_000_000
 """Ten megabytes in bf16: a smaller message takes its latency's time, whatever its size."""
 
-_DECODER_LAYER = re.compile(r"language\.decoder\.layers\.\d+\.")
+_LAYER = re.compile(r".*\.layers\.\d+\.")
 
 
 def with_bucket_sizes(run: RunSettings) -> RunSettings:
     """The run with every size of ZeRO-3 that it leaves open chosen.
 
-    The unit is the largest decoder layer: most of the parameters lie in such layers, all alike.
+    The unit is the largest layer: most of the parameters lie in such layers, all alike.
 
     - prefetch_bucket, one layer: while a layer computes, the next one is gathered.
     - max_live_parameters, three units: the layer that computes, the one that is gathered, and one
@@ -27,10 +27,10 @@ def with_bucket_sizes(run: RunSettings) -> RunSettings:
     - reduce_bucket, one layer: a layer's gradients are reduced while the next one computes theirs.
       It is also a buffer that is always there.
     """
-    ledger = parameters(run.model)
+    ledger = parameters_of(run)
     layers: Counter[str] = Counter()
     for entry in ledger:
-        if layer := _DECODER_LAYER.match(entry.name):
+        if layer := _LAYER.match(entry.name):
             layers[layer[0]] += entry.numel
     layer = max(layers.values())
     largest = max(layer, *(entry.numel for entry in ledger))

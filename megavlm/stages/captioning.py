@@ -1,35 +1,14 @@
-"""Captioning: the language-model loss on answers, through cross-attention.
+"""Captioning: every text stands alone, and its answer is learned through cross-attention.
 
-Trains everything that `train.frozen` does not name.
+Trains the whole vision-language model, or, with `train.frozen: [encoder, decoder]`, only what joins
+a pre-trained encoder and decoder (Flamingo, Alayrac et al. 2022, section 3.1).
 """
 
-from torch import Tensor, nn
-
-from megavlm.data.packing import Batch
-
-
-def token_losses(model: nn.Module, batch: Batch) -> Tensor:
-    """Cross entropy of every label, (b, t), in nats; before the last pipeline stage, what it sends.
-
-    Padding and prompts take part, so that every batch runs every module.
-    """
-    return model(
-        batch.tokens_bt,
-        batch.labels_bt,
-        batch.text_numbers_bt,
-        batch.image_ranges_2bt,
-        batch.pixels,
-    )
+from megavlm.data.collate import texts_alone
+from megavlm.stages.language import LanguageObjective
 
 
-def loss_sum_of(losses_bt: Tensor, batch: Batch) -> Tensor:
-    """Sum over the learned tokens.
+class Captioning(LanguageObjective):
+    """Texts of pictures, each by itself."""
 
-    A sum, so that the caller can average over the tokens of all micro-batches and ranks.
-    """
-    return (losses_bt * batch.learned_bt).sum()
-
-
-def loss_sum(model: nn.Module, batch: Batch) -> Tensor:
-    """Sum of the cross entropy over the batch's learned tokens, in nats."""
-    return loss_sum_of(token_losses(model, batch), batch)
+    collate = staticmethod(texts_alone)

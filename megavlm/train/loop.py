@@ -7,74 +7,64 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from megavlm.checkpoint.folder import Folder
-from megavlm.checkpoint.state import changes, checkpoint_root, checkpoint_state
-from megavlm.checkpoint.storage import read_state
-from megavlm.checkpoint.store import (
-    CheckpointSaver,
-    claim,
-    latest_checkpoint,
-    load_checkpoint,
-    load_weights,
-)
+from megavlm.checkpoint.state import checkpoint_root, checkpoint_state
+from megavlm.checkpoint.storage import folder_name
+from megavlm.checkpoint.store import CheckpointSaver, claim
+from megavlm.config.objectives import Part
+from megavlm.config.plan import Plan, Stage
 from megavlm.config.run import RunSettings
+from megavlm.config.schedule import scheduled
 from megavlm.data.loader import MicroBatches, Share, load
-from megavlm.data.packing import Batch
-from megavlm.data.shards import ShardFolder
+from megavlm.data.sources import Sources
 from megavlm.data.tokenizer import Tokenizer
 from megavlm.dist import groups
 from megavlm.dist.launch import check_hosts
 from megavlm.engine.base import DTYPES, Engine, StepResult
-from megavlm.engine.optim import learning_rate_at
+from megavlm.engine.ema import Ema
 from megavlm.engine.start import start_engine
 from megavlm.errors import BadSampleError, DivergenceError, LaunchError
 from megavlm.ops import library
+from megavlm.stages.base import weighted
+from megavlm.stages.start import objective_of
 from megavlm.train.metrics import MetricsLog
-from megavlm.train.preflight import check_run
+from megavlm.train.preflight import check_plan
+from megavlm.train.start import Start, find_start, load_average, start_of, trained_names
 
 
-def train(run: RunSettings) -> None:
-    """Train until the last step, from the newest checkpoint if there is one."""
-    check_run(run, groups.world_size())
-    check_hosts(run, {socket.gethostname(): groups.local_world_size()})
+def train(
+    plan: Plan, after_stage: Callable[[Plan, Stage], None] = lambda plan, stage: None
+) -> None:
+    """Train every stage until its last step, from the newest checkpoint if there is one.
+
+    after_stage: called on all ranks after each stage, also when the run goes on at its end.
+    """
+    check_plan(plan, groups.world_size())
+    run = plan.first
+    plan.check(lambda run: check_hosts(run, {socket.gethostname(): groups.local_world_size()}))
     if run.engine == "zero3":
         run.zero3.check_device(has_gpu=torch.cuda.is_available())
     if not torch.cuda.is_available():
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // groups.local_world_size()))
     hold = _alone_in(run.run_folder) if groups.rank() == 0 else nullcontext()
-    with hold, groups.process_groups(run.seed, run.model_parallel):
-        engine = start_engine(run, groups.device())
-        _run_steps(run, engine, first_step=_resume(run, engine))
-        engine.close()
-
-
-def _resume(run: RunSettings, engine: Engine) -> int:
-    """Load the newest checkpoint, or what a new run starts from; returns the steps done."""
-    claim(checkpoint_root(run), run.run_folder)
-    # One rank looks: the others may see a newer listing, or an older one.
-    found = latest_checkpoint(checkpoint_root(run)) if groups.rank() == 0 else None
-    newest = groups.from_first_rank(str(found) if found else "")
-    if not newest:
-        for place in run.checkpoint.start_from:
-            engine.load_state(partial(load_weights, Folder(place)), steps_done=0)
-            _say(f"weights from {place}")
-        return 0
-    checkpoint = Folder(newest)
-    steps_done = read_state(checkpoint)["step"]
-    engine.load_state(partial(load_checkpoint, checkpoint), steps_done)
-    _say(f"resumed from {checkpoint}")
-    if run.checkpoint.start_from:
-        _say("the run has begun already, so checkpoint.start_from is not used")
-    for line in changes(checkpoint, run):
-        _say(line)
-    return steps_done
+    with hold, groups.world_group():
+        claim(checkpoint_root(run), run.run_folder)
+        start = find_start(plan)
+        for line in start.told:
+            _say(line)
+        log = MetricsLog(run.run_folder, start.steps_done, plan.steps, enabled=groups.rank() == 0)
+        with log:
+            for stage in plan.stages[plan.stages.index(start.stage) :]:
+                if start.steps_done < stage.end_step:
+                    with groups.model_groups(run.seed, stage.run.model_parallel):
+                        start = _train_stage(plan, stage, start, log)
+                after_stage(plan, stage)
 
 
 def _say(line: str) -> None:
@@ -82,55 +72,103 @@ def _say(line: str) -> None:
         print(line, flush=True)
 
 
-def _run_steps(run: RunSettings, engine: Engine, first_step: int) -> None:
+def _train_stage(plan: Plan, stage: Stage, start: Start, log: MetricsLog) -> Start:
+    """Train what is left of a stage; returns where the next one starts."""
+    run = stage.run
+    engine = start_engine(run, groups.device())
+    fill, optimizer_steps = start_of(plan, stage, start)
+    engine.load_state(fill, optimizer_steps)
+    ema = (
+        Ema(engine.state(), trained_names(run), run.train.ema_decay)
+        if run.train.ema_decay
+        else None
+    )
+    if ema is not None and start.steps_done > stage.first_step:
+        load_average(start, ema)
+    _run_steps(plan, stage, engine, ema, start.steps_done, optimizer_steps, log)
+    engine.close()
+    return Start(stage, stage.end_step, checkpoint_root(run) / folder_name(stage.end_step))
+
+
+def _run_steps(
+    plan: Plan,
+    stage: Stage,
+    engine: Engine,
+    ema: Ema | None,
+    first_step: int,
+    optimizer_steps: Mapping[Part, int],
+    log: MetricsLog,
+) -> None:
+    run, per_step = stage.run, stage.run.train.micro_batches
     tokenizer = Tokenizer(run.data.tokenizer)
     share = Share(groups.data_rank(), groups.data_ranks())
-    training = MicroBatches(ShardFolder(run.data.train), tokenizer, run, share, training=True)
-    heldout = MicroBatches(ShardFolder(run.data.heldout), tokenizer, run, share, training=False)
-    steps, per_step = run.train.steps, run.train.micro_batches
-    numbers = range(first_step * per_step, steps * per_step)
-    batches = load(training, numbers, run.data.workers) if groups.is_first_model_rank() else None
-    log = MetricsLog(
-        run.run_folder, first_step, steps, run.train.log_every, enabled=groups.rank() == 0
+    collate = objective_of(run).collate
+    sources = Sources(run.data.train, run.seed)
+    training = MicroBatches(sources, tokenizer, run, share, collate, training=True)
+    heldout = MicroBatches(
+        Sources((run.data.heldout,), run.seed), tokenizer, run, share, collate, training=False
     )
-    with log, CheckpointSaver(checkpoint_root(run), run.checkpoint) as saver:
-        log.say(f"engine {run.engine}, {groups.describe(run.model_parallel)}")
+    numbers = range((first_step - stage.first_step) * per_step, run.train.steps * per_step)
+    batches = load(training, numbers, run.data.workers) if groups.is_first_model_rank() else None
+    ends = [stage.end_step for stage in plan.stages]
+    with CheckpointSaver(checkpoint_root(run), run.checkpoint, keep=ends) as saver:
+        log.say(
+            f"stage {stage.name} ({', '.join(run.objectives)}): engine {run.engine}, "
+            f"{groups.describe(run.model_parallel)}"
+        )
         head_width = run.model.decoder.head_width
         kernels = library.description(groups.device(), DTYPES[run.train.precision], head_width)
         log.say(f"cross-attention and its norms run on {kernels}")
-        if first_step == 0:
-            _log_heldout_loss(engine, heldout, run, log, step=0)
-        for step in range(first_step, steps):
+        if first_step == stage.first_step:
+            _log_heldout_loss(engine, heldout, stage, log, first_step)
+        for step in range(first_step, stage.end_step):
             started = time.perf_counter()
             mine = None if batches is None else list(itertools.islice(batches, per_step))
             micro_batches = groups.from_first_model_rank(mine)
             data_seconds = time.perf_counter() - started
             counts = _count_samples(micro_batches, run)
-            learning_rate = learning_rate_at(step, steps, run.optimizer)
+            learning_rate = scheduled(plan, stage, step)
             result = engine.step(micro_batches, learning_rate)
             _check_finite(step, result)
+            if ema is not None:
+                ema.update()
             step_seconds = time.perf_counter() - started
             log.step(
                 {
                     "step": step,
+                    "stage": stage.name,
                     "loss": result.loss,
+                    **_by_objective("loss", result.losses),
                     "gradient_norm": result.gradient_norm,
                     "learning_rate": learning_rate,
-                    "learned_tokens": result.learned_tokens,
+                    "items": result.items,
                     **counts,
                     "step_seconds": step_seconds,
                     "data_seconds": data_seconds,
                     "samples_per_second": counts["samples"] / step_seconds,
-                }
+                },
+                say=(step + 1) % run.train.log_every == 0,
             )
             saver.check()
             done = step + 1
-            if done % run.checkpoint.every == 0 or done == steps:
+            if done == stage.end_step:
+                _log_heldout_loss(engine, heldout, stage, log, done)
+            if done % run.checkpoint.every == 0 or done == stage.end_step:
                 started = time.perf_counter()
-                state = checkpoint_state(run, tokenizer, done, training.folder)
-                saver.save(done, engine.state(), state)
-                log.record({"step": step, "checkpoint_seconds": time.perf_counter() - started})
-        _log_heldout_loss(engine, heldout, run, log, step=steps)
+                taken: dict[Part, int] = {
+                    part: n + done - first_step for part, n in optimizer_steps.items()
+                }
+                state = checkpoint_state(stage, tokenizer, done, sources, taken)
+                tensors = {**engine.state(), **(ema.state() if ema is not None else {})}
+                saver.save(done, tensors, state)
+                seconds = time.perf_counter() - started
+                log.record({"step": step, "stage": stage.name, "checkpoint_seconds": seconds})
+
+
+def _by_objective(name: str, losses: Mapping[str, float]) -> dict[str, float]:
+    """Each objective's loss, where several share a step."""
+    several = len(losses) > 1
+    return {f"{name}_{objective}": loss for objective, loss in losses.items() if several}
 
 
 def _check_finite(step: int, result: StepResult) -> None:
@@ -143,12 +181,13 @@ def _check_finite(step: int, result: StepResult) -> None:
         )
 
 
-def _count_samples(micro_batches: Sequence[Batch], run: RunSettings) -> dict[str, int]:
+def _count_samples(micro_batches: Sequence[Any], run: RunSettings) -> dict[str, int]:
     """Samples of a step over all ranks. Names the bad ones, and stops the run if it is told to."""
     skipped = [name for batch in micro_batches for name in _name_skipped(batch)]
-    samples, all_skipped, truncated = groups.sum_over_copies(
+    samples, all_skipped, without_text, truncated = groups.sum_over_copies(
         sum(batch.samples for batch in micro_batches),
         len(skipped),
+        sum(batch.without_text for batch in micro_batches),
         sum(batch.truncated_texts for batch in micro_batches),
     )
     if all_skipped and run.data.on_bad_sample == "stop":
@@ -156,16 +195,22 @@ def _count_samples(micro_batches: Sequence[Batch], run: RunSettings) -> dict[str
             f"stopped at {all_skipped} bad samples ({', '.join(skipped) or 'on other ranks'}); "
             "mend them or set data.on_bad_sample=skip"
         )
-    return {"samples": samples, "skipped_samples": all_skipped, "truncated_texts": truncated}
+    return {
+        "samples": samples,
+        "skipped_samples": all_skipped,
+        "samples_without_text": without_text,
+        "truncated_texts": truncated,
+    }
 
 
 def _log_heldout_loss(
-    engine: Engine, heldout: MicroBatches, run: RunSettings, log: MetricsLog, step: int
+    engine: Engine, heldout: MicroBatches, stage: Stage, log: MetricsLog, step: int
 ) -> None:
-    """Log the mean loss over the held-out samples, in nats per learned token."""
+    """Log the mean loss over the held-out samples."""
+    run = stage.run
     log.say("measuring the held-out loss")
 
-    def batches() -> Iterator[Batch]:
+    def batches() -> Iterator[Any]:
         numbers = range(heldout.count())
         loads = groups.is_first_model_rank()
         loaded = load(heldout, numbers, run.data.workers) if loads else itertools.repeat(None)
@@ -174,13 +219,17 @@ def _log_heldout_loss(
             _name_skipped(batch)
             yield batch
 
-    loss_sum, learned_tokens = engine.evaluate(batches())
-    loss = loss_sum / max(1, learned_tokens)
-    log.record({"step": step, "heldout_loss": loss})
+    losses = engine.evaluate(batches())
+    loss = weighted(objective_of(run), losses.values())
+    by_objective = _by_objective("heldout_loss", losses)
+    last = step == stage.end_step
+    log.record(
+        {"step": step, "stage": stage.name, "last": last, "heldout_loss": loss, **by_objective}
+    )
     log.say(f"step {step}  held-out loss {loss:.4f}")
 
 
-def _name_skipped(batch: Batch) -> tuple[str, ...]:
+def _name_skipped(batch: Any) -> tuple[str, ...]:
     """Tell which samples were bad, once for each copy of the model."""
     for name in batch.skipped if groups.is_first_model_rank() else ():
         print(f"rank {groups.rank()}: skipped {name}", file=sys.stderr, flush=True)

@@ -25,21 +25,18 @@ class MetricsLog:
     After a resume, lines from steps that will be done again are dropped.
     """
 
-    def __init__(
-        self, folder: Path, first_step: int, steps: int, log_every: int, *, enabled: bool
-    ) -> None:
+    def __init__(self, folder: Path, first_step: int, steps: int, *, enabled: bool) -> None:
         self._enabled = enabled
         if not enabled:
             return
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / METRICS_FILE
-        kept = [line for line in read_metrics(folder) if line["step"] < first_step]
+        kept = [line for line in read_metrics(folder) if _stays(line, first_step)]
         rewritten = path.with_suffix(".partial")
         rewritten.write_text("".join(json.dumps(line) + "\n" for line in kept))
         rewritten.rename(path)
         self._file = path.open("a", buffering=1)
         self._tensorboard = SummaryWriter(folder / "tensorboard", purge_step=first_step)
-        self._log_every = log_every
         self._console = Console(stderr=True)
         self._progress = Progress(
             TextColumn("training"),
@@ -69,14 +66,14 @@ class MetricsLog:
         self._file.close()
         self._tensorboard.close()
 
-    def step(self, values: dict[str, Any]) -> None:
-        """Record a finished training step; `values` holds at least step and loss."""
+    def step(self, values: dict[str, Any], *, say: bool) -> None:
+        """Record a finished training step, and print it if told to."""
         if not self._enabled:
             return
         self.record(values)
         done = values["step"] + 1
         self._progress.update(self._task, completed=done, loss=values["loss"])
-        if done % self._log_every == 0:
+        if say:
             self.say(
                 f"step {done}  loss {values['loss']:.4f}  "
                 f"gradient norm {values['gradient_norm']:.3f}  "
@@ -90,13 +87,18 @@ class MetricsLog:
             return
         self._file.write(json.dumps({**values, "unix_seconds": time.time()}) + "\n")
         for name, value in values.items():
-            if name != "step":
+            if isinstance(value, int | float) and name not in ("step", "last"):
                 self._tensorboard.add_scalar(name, value, values["step"])
 
     def say(self, message: str) -> None:
         """Print a line without disturbing the progress bar."""
         if self._enabled:
             self._console.print(message, highlight=False, soft_wrap=True)
+
+
+def _stays(line: dict[str, Any], first_step: int) -> bool:
+    """Whether a line is not measured again: the held-out loss at a step's end comes before it."""
+    return line["step"] < first_step or (line["step"] == first_step and line.get("last", False))
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

@@ -8,31 +8,24 @@ from megavlm.checkpoint.state import (
     check_weights,
     checkpoint_root,
 )
+from megavlm.checkpoint.storage import STATE_FILE, read_state
 from megavlm.checkpoint.store import latest_checkpoint
+from megavlm.config.plan import Plan, Stage
 from megavlm.config.run import RunSettings, data_parallel_ranks, samples_per_micro_batch
-from megavlm.data.shards import ShardFolder
+from megavlm.data.sources import Sources
 from megavlm.data.tokenizer import Tokenizer
-from megavlm.errors import ConfigError
+from megavlm.errors import CheckpointError, ConfigError
+from megavlm.train.start import last_checkpoint, stages_before
 
 
-def check_run(run: RunSettings, ranks: int) -> None:
+def check_plan(plan: Plan, ranks: int) -> None:
     """Raise the error that training on so many ranks would meet in sizes, data or checkpoint."""
-    samples_per_micro_batch(run.train, data_parallel_ranks(run, ranks))
-    training = ShardFolder(run.data.train)
-    ShardFolder(run.data.heldout)
-    if run.data.heldout_questions is not None:
-        ShardFolder(run.data.heldout_questions)
+    plan.check(lambda run: check_stage(run, ranks))
+    run = plan.first
     tokenizer = Tokenizer(run.data.tokenizer)
-    if tokenizer.vocabulary != run.model.decoder.vocabulary:
-        raise ConfigError(
-            f"model.decoder.vocabulary={run.model.decoder.vocabulary} must equal the "
-            f"{tokenizer.vocabulary} pieces of tokenizer {run.data.tokenizer}"
-        )
     checkpoint = latest_checkpoint(checkpoint_root(run))
     if checkpoint is not None:
-        check_checkpoint(checkpoint, run, tokenizer)
-        check_data_position(checkpoint, run, training)
-        check_moments(checkpoint, run)
+        _check_resume(plan, check_checkpoint(checkpoint, plan, tokenizer), checkpoint)
     for place in run.checkpoint.start_from if checkpoint is None else ():
         check_weights(Folder(place), run.model, tokenizer)
     try:
@@ -40,3 +33,31 @@ def check_run(run: RunSettings, ranks: int) -> None:
     except OSError as error:
         raise ConfigError(f"cannot create run_folder {run.run_folder}: {error.strerror}") from error
     checkpoint_root(run).check_writable()
+
+
+def check_stage(run: RunSettings, ranks: int) -> None:
+    """Raise ConfigError or DataError for what is wrong with one stage on so many ranks."""
+    samples_per_micro_batch(run.train, data_parallel_ranks(run, ranks))
+    Sources(run.data.train, run.seed)
+    for source in (run.data.heldout, run.data.heldout_questions):
+        if source is not None:
+            Sources((source,), run.seed)
+    tokenizer = Tokenizer(run.data.tokenizer)
+    if tokenizer.vocabulary != run.model.decoder.vocabulary:
+        raise ConfigError(
+            f"model.decoder.vocabulary={run.model.decoder.vocabulary} must equal the "
+            f"{tokenizer.vocabulary} pieces of tokenizer {run.data.tokenizer}"
+        )
+
+
+def _check_resume(plan: Plan, stage: Stage, checkpoint: Folder) -> None:
+    for earlier in stages_before(plan, stage):
+        last = last_checkpoint(earlier)
+        if not last.has(STATE_FILE):
+            raise CheckpointError(
+                f"the last checkpoint of stage {earlier.name}, {last}, is gone, and later stages "
+                "take weights from it; restore it or choose another run_folder"
+            )
+    if read_state(checkpoint)["step"] < stage.end_step:
+        check_data_position(checkpoint, stage.run, Sources(stage.run.data.train, stage.run.seed))
+        check_moments(checkpoint, stage.run)

@@ -31,6 +31,7 @@ from megavlm.train.loop import train
 from tests.checkpoint.test_store import SYNCHRONOUS, assert_loads, held, save
 from tests.object_store import count, object_store
 from tests.ranks import run_on_ranks
+from tests.runs import plan_of
 from tests.states import save_checkpoint
 
 BUCKET = "bucket"
@@ -326,9 +327,9 @@ def test_a_resumed_run_is_bit_identical(store, run_name, root, tiny_run):
         assert len(keys) == 3
         return {k: store.client.get_object(Bucket=BUCKET, Key=k)["Body"].read() for k in keys}
 
-    run_on_ranks(2, lambda _: train(run), groups=False)
+    run_on_ranks(2, lambda _: train(plan_of(run)), groups=False)
     unbroken = last()
     store.client.delete_object(Bucket=BUCKET, Key=f"{run_name}/step-00000003/state.json")
-    run_on_ranks(2, lambda _: train(run), groups=False)
+    run_on_ranks(2, lambda _: train(plan_of(run)), groups=False)
     assert last() == unbroken
     assert not (run.run_folder / "checkpoints").exists()

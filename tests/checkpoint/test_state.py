@@ -14,23 +14,26 @@ from megavlm.checkpoint.state import (
     checkpoint_state,
 )
 from megavlm.checkpoint.storage import folder_name, write_state
-from megavlm.data.shards import ShardFolder
+from megavlm.data.sources import Sources
 from megavlm.data.tokenizer import Tokenizer
 from megavlm.errors import CheckpointError, TokenizerError
-from megavlm.model.params import parameters
+from megavlm.model.params import parameters_of
 from tests.batches import OTHER_FORM
+from tests.runs import plan_of
 
 
-def written(run, step=4, without=(), **changed):
+def written(run, step=4, without=(), plan=None, **changed):
     """A checkpoint of a run, without its files."""
+    plan = plan or plan_of(run)
     folder = checkpoint_root(run) / folder_name(step)
     folder.create()
     tokenizer = Tokenizer(run.data.tokenizer)
-    state = checkpoint_state(run, tokenizer, step, ShardFolder(run.data.train))
+    training = Sources(run.data.train, run.seed)
+    state = checkpoint_state(plan.at(step), tokenizer, step, training, {"encoder": step})
     tensors = {
         f"{kind}/{p.name}": {"dtype": "F32", "shape": list(p.shape)}
         for kind in ("weights", "exp_avg", "exp_avg_sq")
-        for p in parameters(run.model)
+        for p in parameters_of(plan.at(step).run)
     }
     state = {"step": step, **state, "files": {}, "tensors": tensors, **changed}
     write_state(folder, {name: value for name, value in state.items() if name not in without})
@@ -41,29 +44,31 @@ def test_sizes_that_json_writes_otherwise_fit_the_checkpoint(tiny_run):
     run = replace(tiny_run, model=OTHER_FORM)
     tokenizer = Tokenizer(run.data.tokenizer)
     checkpoint = written(run)
-    check_checkpoint(checkpoint, run, tokenizer)
+    check_checkpoint(checkpoint, plan_of(run), tokenizer)
     elsewhere = replace(OTHER_FORM, decoder=replace(OTHER_FORM.decoder, cross_at=(1, 3, 4)))
     told = r"decoder.cross_layers=\(0, 3, 4\), the run file says"
     with pytest.raises(CheckpointError, match=told):
-        check_checkpoint(checkpoint, replace(run, model=elsewhere), tokenizer)
+        check_checkpoint(checkpoint, plan_of(replace(run, model=elsewhere)), tokenizer)
 
 
 def test_a_checkpoint_from_before_a_setting_has_its_default(tiny_run):
     tokenizer = Tokenizer(tiny_run.data.tokenizer)
-    training = ShardFolder(tiny_run.data.train)
-    settings = checkpoint_state(tiny_run, tokenizer, 0, training)["settings"]
+    checkpoint = written(tiny_run)
+    settings = json.loads(checkpoint.read("state.json"))["settings"]
     del settings["model"]["encoder"]["attention_bias"]
-    check_checkpoint(written(tiny_run, settings=settings), tiny_run, tokenizer)
+    del settings["model"]["text_tower"]
+    check_checkpoint(written(tiny_run, settings=settings), plan_of(tiny_run), tokenizer)
 
 
 def test_what_is_no_checkpoint_of_the_run_is_told(tiny_run, tmp_path):
     tokenizer = Tokenizer(tiny_run.data.tokenizer)
+    plan = plan_of(tiny_run)
     with pytest.raises(CheckpointError, match="holds a model, not the state of a run"):
-        check_checkpoint(written(tiny_run, without=("samples_seen",)), tiny_run, tokenizer)
+        check_checkpoint(written(tiny_run, without=("samples_seen",)), plan, tokenizer)
     with pytest.raises(CheckpointError, match="is of step 5; name its folder step-00000005"):
-        check_checkpoint(_misnamed(tiny_run), tiny_run, tokenizer)
+        check_checkpoint(_misnamed(tiny_run), plan, tokenizer)
     with pytest.raises(TokenizerError, match="another tokenizer"):
-        check_checkpoint(written(tiny_run, tokenizer_sha256="0" * 64), tiny_run, tokenizer)
+        check_checkpoint(written(tiny_run, tokenizer_sha256="0" * 64), plan, tokenizer)
     with pytest.raises(TokenizerError, match="another tokenizer"):
         check_weights(written(tiny_run, tokenizer_sha256="0" * 64), tiny_run.model, tokenizer)
     with pytest.raises(CheckpointError, match="is no checkpoint of ours"):
@@ -78,15 +83,47 @@ def _misnamed(run):
     return checkpoint_root(run) / folder_name(7)
 
 
-def test_other_samples_are_refused(tiny_run, tmp_path):
+def two_stages(run, first=6):
+    pretraining = replace(
+        run, objectives={"contrastive": 1.0}, train=replace(run.train, steps=first)
+    )
+    return plan_of(pretraining, run)
+
+
+def test_a_checkpoint_belongs_to_a_stage_of_the_plan(tiny_run):
+    tokenizer, plan = Tokenizer(tiny_run.data.tokenizer), two_stages(tiny_run)
+    for step, stage in ((4, "contrastive"), (6, "contrastive"), (7, "captioning")):
+        checkpoint = written(tiny_run, step, plan=plan)
+        assert check_checkpoint(checkpoint, plan, tokenizer).name == stage
+    told = r"in stage captioning when it began at step 6, now it would at 5; restore the lengths"
+    with pytest.raises(CheckpointError, match=told):
+        check_checkpoint(checkpoint, two_stages(tiny_run, first=5), tokenizer)
+    checkpoint = written(tiny_run, 4, plan=plan)
+    told = "stage contrastive, which the run file has not; its stages are captioning"
+    with pytest.raises(CheckpointError, match=told):
+        check_checkpoint(checkpoint, plan_of(tiny_run), tokenizer)
+    told = "is past the end of stage contrastive at step 3"
+    with pytest.raises(CheckpointError, match=told):
+        check_checkpoint(checkpoint, two_stages(tiny_run, first=3), tokenizer)
+
+
+def test_weights_of_pre_training_fit_a_new_run(tiny_run):
+    tokenizer = Tokenizer(tiny_run.data.tokenizer)
+    checkpoint = written(tiny_run, 4, plan=two_stages(tiny_run))
+    check_weights(checkpoint, tiny_run.model, tokenizer)
+
+
+def test_other_samples_are_refused(tiny_run):
     checkpoint = written(tiny_run)
-    training = ShardFolder(tiny_run.data.train)
+    training = Sources(tiny_run.data.train, 1)
     check_data_position(checkpoint, tiny_run, training)
-    training._entries[0], training._entries[1] = training._entries[1], training._entries[0][:-1]
+    [folder] = training.folders
+    folder._entries[0], folder._entries[1] = folder._entries[1], folder._entries[0][:-1]
     with pytest.raises(CheckpointError, match="trained with shards of SHA-256="):
         check_data_position(checkpoint, tiny_run, training)
+    again = Sources(tiny_run.data.train, 1)
     with pytest.raises(CheckpointError, match="trained with seed=1, now 2"):
-        check_data_position(checkpoint, replace(tiny_run, seed=2), ShardFolder(tiny_run.data.train))
+        check_data_position(checkpoint, replace(tiny_run, seed=2), again)
 
 
 def test_what_has_changed_is_told(tiny_run):

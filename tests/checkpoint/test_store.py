@@ -17,7 +17,7 @@ from megavlm.checkpoint.store import (
     latest_checkpoint,
     lazy_tensors,
     load_checkpoint,
-    load_weights,
+    load_present,
 )
 from megavlm.config.run import CheckpointSettings
 from megavlm.errors import CheckpointError
@@ -207,16 +207,23 @@ def test_another_model_is_told(tmp_path):
     fails_to_load(checkpoint, r"shape \[3, 5\]", {"weights/0": whole(torch.zeros(3, 6))})
 
 
-def test_weights_alone_can_be_loaded(tmp_path):
+def test_missing_moments_are_told_whatever_else_is_missing(tmp_path):
+    save(tmp_path, 2)
+    lacked = {f"{kind}/1": whole(torch.zeros(4, 5)) for kind in ("ema", "exp_avg", "weights")}
+    told = r"holds no states of the optimiser \(exp_avg/1, say\)"
+    fails_to_load(Folder(tmp_path / "step-00000002"), told, lacked)
+
+
+def test_what_a_checkpoint_has_can_be_loaded_alone(tmp_path):
     save(tmp_path, 2)
 
     def on_rank(rank):
         state = held(rank, 2, fill=7) | {"weights/new": whole(torch.full((2,), 7.0))}
-        load_weights(Folder(tmp_path / "step-00000002"), state)
+        load_present(Folder(tmp_path / "step-00000002"), state)
         expected = held(rank, 2, 2)
         for name, shards in state.items():
             for origin, box in shards.boxes.items():
-                kept = name in ("weights/new", "exp_avg/0")
+                kept = name == "weights/new"
                 assert torch.equal(
                     box, torch.full_like(box, 7) if kept else expected[name].boxes[origin]
                 )

@@ -3,11 +3,11 @@ from dataclasses import replace
 import pytest
 
 from megavlm.config.engines import Fsdp2Settings, MegatronSettings
-from megavlm.config.load import load_run
 from megavlm.config.presets import PRESETS
 from megavlm.config.run import RunSettings, data_parallel_ranks
+from megavlm.config.sizes import ModelSizes
 from megavlm.errors import ConfigError
-from tests.config.test_load import DEMO
+from tests.runs import RUN, load_run
 
 TINY = PRESETS["vlm-tiny"]  # 6 decoder layers, 4 heads, 2 key/value heads, 24 encoder tokens
 
@@ -53,7 +53,7 @@ TINY = PRESETS["vlm-tiny"]  # 6 decoder layers, 4 heads, 2 key/value heads, 24 e
 def test_megatron_settings_that_contradict_themselves(override, value, rule, remedy):
     # They are read, and refused, whatever the engine.
     with pytest.raises(ConfigError) as caught:
-        load_run(DEMO, [f"megatron.{override}"])
+        load_run(RUN, [f"megatron.{override}"])
     for part in (value, rule, remedy):
         assert part in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -108,10 +108,11 @@ def test_sequence_parallelism_splits_the_tokens():
     parallel = MegatronSettings(tensor_parallel=3, sequence_parallel=True)
     encoder = replace(TINY.encoder, width=48, heads=3, mlp_width=96)  # 24 tokens
     decoder = replace(TINY.decoder, width=54, heads=27, kv_heads=9, vocabulary=513)
-    parallel.check_model(replace(TINY, encoder=encoder, decoder=decoder), row_tokens=18)
+    sizes = ModelSizes(encoder=encoder, decoder=decoder)
+    parallel.check_model(sizes, row_tokens=18)
     encoder = replace(encoder, image_pixels=40)  # 32 tokens
     with pytest.raises(ConfigError, match=r"=3 does not divide tokens of an image in the encoder"):
-        parallel.check_model(replace(TINY, encoder=encoder, decoder=decoder), row_tokens=18)
+        parallel.check_model(replace(sizes, encoder=encoder), row_tokens=18)
 
 
 @pytest.mark.parametrize(
@@ -141,7 +142,7 @@ def test_every_chunk_has_its_layers(settings, says):
 def demo(*overrides: str) -> RunSettings:
     """A run of 64 samples in 2 micro-batches; 6 decoder layers."""
     batch = ["train.samples_per_step=64", "train.micro_batches=2"]
-    return load_run(DEMO, ["engine=megatron", *batch, *overrides])
+    return load_run(RUN, ["engine=megatron", *batch, *overrides])
 
 
 def test_a_run_checks_its_model_and_its_micro_batches():

@@ -3,23 +3,23 @@ from pathlib import Path
 import pytest
 import yaml
 
-from megavlm.config.load import load_run, run_as_tree
+from megavlm.config.load import load_plan, run_as_tree
 from megavlm.config.presets import PRESETS
 from megavlm.config.run import samples_per_micro_batch
 from megavlm.errors import ConfigError
+from tests.runs import RUN, load_run
 
 ROOT = Path(__file__).parents[2]
-DEMO = ROOT / "configs" / "demo.yaml"
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.stem)
 def test_every_shipped_run_file_loads(path):
-    assert load_run(path).train.steps > 0
+    assert load_plan(path).steps > 0
 
 
 def test_overrides_reach_every_level():
     overrides = ["train.steps=7", "model.decoder.self_layers=6", "optimizer.learning_rate=3e-5"]
-    run = load_run(DEMO, overrides)
+    run = load_run(RUN, overrides)
     assert run.train.steps == 7
     assert run.model.decoder.self_layers == 6
     assert run.model.encoder == PRESETS["vlm-demo"].encoder
@@ -28,13 +28,13 @@ def test_overrides_reach_every_level():
 
 def test_a_preset_may_have_its_cross_attention_elsewhere():
     changes = "model={preset: vlm-demo, decoder: {cross_every: null, cross_at: [0, 3, 4]}}"
-    decoder = load_run(DEMO, [changes]).model.decoder
+    decoder = load_run(RUN, [changes]).model.decoder
     assert decoder.cross_layers == (0, 3, 4)
     assert decoder.layers == 7
 
 
 def test_settings_survive_a_round_trip_through_plain_data(tmp_path):
-    run = load_run(DEMO)
+    run = load_run(RUN)
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(run_as_tree(run)))
     assert load_run(path) == run
@@ -72,7 +72,7 @@ def test_settings_survive_a_round_trip_through_plain_data(tmp_path):
 )
 def test_a_mistake_is_told_in_one_line(override, says):
     with pytest.raises(ConfigError) as caught:
-        load_run(DEMO, [override])
+        load_run(RUN, [override])
     assert says in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -96,7 +96,7 @@ def test_missing_file_and_missing_setting(tmp_path):
 
 
 def test_the_batch_must_divide_over_the_ranks():
-    train = load_run(DEMO, ["train.samples_per_step=64", "train.micro_batches=2"]).train
+    train = load_run(RUN, ["train.samples_per_step=64", "train.micro_batches=2"]).train
     assert samples_per_micro_batch(train, 2) * 2 * train.micro_batches == train.samples_per_step
     with pytest.raises(ConfigError, match=r"x data_parallel=3 = 6; try 60 or 66"):
         samples_per_micro_batch(train, 3)

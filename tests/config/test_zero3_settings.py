@@ -3,16 +3,15 @@ from dataclasses import replace
 import pytest
 
 from megavlm.config.deepspeed_json import deepspeed_config
-from megavlm.config.load import load_run
 from megavlm.config.run import data_parallel_ranks
 from megavlm.errors import ConfigError
 from megavlm.planner.zero3 import with_bucket_sizes
 from megavlm.train.loop import train
-from tests.config.test_load import DEMO
+from tests.runs import RUN, load_run, plan_of
 
 
 def zero3_json(*overrides):
-    return deepspeed_config(with_bucket_sizes(load_run(DEMO, overrides)))
+    return deepspeed_config(with_bucket_sizes(load_run(RUN, overrides)))
 
 
 @pytest.mark.parametrize(
@@ -32,13 +31,13 @@ def zero3_json(*overrides):
 )
 def test_settings_that_cannot_be(overrides, value, remedy):
     with pytest.raises(ConfigError) as caught:
-        load_run(DEMO, [f"zero3.{override}" for override in overrides])
+        load_run(RUN, [f"zero3.{override}" for override in overrides])
     assert value in str(caught.value)
     assert remedy in str(caught.value)
 
 
 def test_the_secondary_partition_divides_the_ranks():
-    run = load_run(DEMO, ["zero3.secondary_partition=8"])
+    run = load_run(RUN, ["zero3.secondary_partition=8"])
     assert data_parallel_ranks(run, 128) == 128
     with pytest.raises(ConfigError, match=r"secondary_partition=8 does not divide the 12 ranks"):
         data_parallel_ranks(run, 12)
@@ -51,7 +50,7 @@ def test_the_secondary_partition_divides_the_ranks():
 def test_quantised_messages_need_gpus(tiny_run, name):
     run = replace(tiny_run, zero3=replace(tiny_run.zero3, **{name: True}))
     with pytest.raises(ConfigError, match=f"zero3.{name}=true needs GPUs .* set it to false"):
-        train(run)  # before any process group starts
+        train(plan_of(run))  # before any process group starts
     run.zero3.check_device(has_gpu=True)
 
 
@@ -89,4 +88,4 @@ def test_deepspeed_knows_every_key(overrides):
 
 def test_sizes_must_be_chosen_first():
     with pytest.raises(AssertionError, match="must be chosen first"):
-        deepspeed_config(load_run(DEMO))
+        deepspeed_config(load_run(RUN))

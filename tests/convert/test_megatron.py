@@ -28,10 +28,9 @@ from megavlm.errors import CheckpointError, ConfigError
 from megavlm.model.params import parameters
 from megavlm.model.vlm import VisionLanguageModel
 from megavlm.planner.cut import with_cut
-from megavlm.stages.captioning import loss_sum
-from tests.batches import TINY, random_batch
-from tests.convert.memory import peak_bytes
+from tests.batches import TINY, loss_sum, random_batch
 from tests.convert.test_torch_files import OpensAFile, files_of_at_most
+from tests.memory import peak_bytes
 from tests.model.test_params import LAYOUTS
 from tests.parity.runs import CPU, settings
 from tests.parity.runs import LAYOUTS as RUN_LAYOUTS
@@ -137,14 +136,15 @@ def test_ranks_compute_the_loss_of_one_process(tmp_path, name):
         model = VisionLanguageModel(TINY, dtype=torch.float32).eval()
         model.load_state_dict({key.removeprefix("weights/"): w for key, w in weights.items()})
         with torch.no_grad():
-            return sum(float(loss_sum(model, batch)) for batch in batches)
+            loss = sum(float(loss_sum(model, batch)) for batch in batches)
+            return loss / sum(int(batch.learned_bt.sum()) for batch in batches)
 
     def on_rank(rank):
         engine = MegatronEngine(run, CPU)
         content = load(rank_file(tmp_path, rank, parallel))
         for i, model in enumerate(engine._models):
             model.load_state_dict(content[f"model{i}" if len(engine._models) > 1 else "model"])
-        return engine.evaluate(batches)[0]
+        return engine.evaluate(batches)["captioning"]
 
     expected = run_on_ranks(1, alone)[0]
     for loss in run_on_ranks(4, on_rank, parallel=parallel):

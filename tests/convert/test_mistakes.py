@@ -18,8 +18,8 @@ from megavlm.errors import CheckpointError
 from megavlm.model.params import encoder_parameters
 from tests.batches import TINY
 from tests.convert.commands import certificate, command, fails, random_native
-from tests.parity.runs import DEMO
 from tests.ranks import run_on_ranks
+from tests.runs import RUN
 
 
 def test_mistakes_are_told(tmp_path, capfd):
@@ -89,7 +89,7 @@ def test_a_full_disk_leaves_nothing(tmp_path, capfd):
     random_native(tmp_path / "ours")
     out = tmp_path / "out"
     arguments = ["convert", str(tmp_path / "ours"), "--to", "native", "--out", str(out)]
-    layout = ["--to", "megatron", "--run", str(DEMO), "model.preset=vlm-tiny"]
+    layout = ["--to", "megatron", "--run", str(RUN), "model.preset=vlm-tiny"]
     megatron = [*arguments, *layout, "engine=megatron", "data.row_tokens=16"]
 
     def with_full_disk(given):
@@ -165,7 +165,7 @@ def test_hostile_json_is_one_error(tmp_path, capfd, name, content):
     (source / "config.json").write_text(json.dumps(config))
     save_file({"a": torch.ones(1)}, source / "model.safetensors")
     (source / name).write_text(content)
-    fails(capfd, str(source), source, "--run", DEMO, "--out", out)
+    fails(capfd, str(source), source, "--run", RUN, "--out", out)
     assert not out.exists()
 
 
@@ -179,7 +179,7 @@ def test_errors_name_folder_and_what_is_supported(tmp_path, capfd):
     (source / "config.json").write_text('{"model_type": "mllama"}')
     fails(capfd, f"{source}: num_global_layers=8 must be 0", source, "--out", out)
     (source / "config.json").write_text('{"model_type": "llama", "hidden_act": "gelu"}')
-    fails(capfd, f"{source}: hidden_act=gelu must be", source, "--out", out, "--run", DEMO)
+    fails(capfd, f"{source}: hidden_act=gelu must be", source, "--out", out, "--run", RUN)
     encoder = tmp_path / "encoder"
     encoder.mkdir()
     tensors = {f"weights/{p.name}": torch.ones(p.shape) for p in encoder_parameters(TINY.encoder)}

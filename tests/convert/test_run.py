@@ -22,8 +22,7 @@ from transformers import (
 from megavlm.checkpoint.folder import Folder
 from megavlm.checkpoint.lazy import LazyTensor, in_memory
 from megavlm.checkpoint.storage import read_state
-from megavlm.checkpoint.store import load_checkpoint, load_weights
-from megavlm.config.load import load_run
+from megavlm.checkpoint.store import load_checkpoint, load_present
 from megavlm.config.run import CheckpointSettings
 from megavlm.convert import compare
 from megavlm.convert.certificate import Record
@@ -36,8 +35,9 @@ from tests.convert.commands import certificate, command, fails, native, random_n
 from tests.convert.hugging_face import assert_same
 from tests.convert.test_mllama import random_config, random_mllama
 from tests.model.weights import randomise
-from tests.parity.runs import CPU, DEMO, LAYOUTS, my_micro_batches
+from tests.parity.runs import CPU, LAYOUTS, my_micro_batches
 from tests.ranks import run_on_ranks
+from tests.runs import RUN, load_run
 from tests.states import save_checkpoint
 
 SAVING = CheckpointSettings(every=1, asynchronous=False)
@@ -66,15 +66,15 @@ def test_through_every_engine_and_back_bit_by_bit(theirs, tmp_path):
     assert command(theirs, "--out", tmp_path / "ours") == 0
     sizes = read_state(Folder(tmp_path / "ours"))["settings"]["model"]
     model = [f"model.{part}={json.dumps(of_part)}" for part, of_part in sizes.items()]
-    folder, load = Folder(tmp_path / "ours"), load_weights
+    folder, load = Folder(tmp_path / "ours"), load_present
     for number, name in enumerate(("TP2 x PP2", "ZeRO-3 x4", "FSDP2 hybrid 2x2"), start=1):
         layout = next(layout for layout in LAYOUTS if layout.name == name)
         overrides = ["train.precision=bf16", "train.micro_batches=1", "train.samples_per_step=8"]
-        run = load_run(DEMO, [*model, *layout.overrides, *overrides, "data.row_tokens=16"])
+        run = load_run(RUN, [*model, *layout.overrides, *overrides, "data.row_tokens=16"])
 
         def on_rank(_, run=run, folder=folder, load=load, number=number):
             engine = start_engine(run, CPU)
-            engine.load_state(partial(load, folder), steps_done=0)
+            engine.load_state(partial(load, folder), {})
             state = {"settings": {"model": sizes}, "tokenizer_sha256": None}
             saved = save_checkpoint(Folder(tmp_path), number, engine.state(), state, SAVING)
             engine.close()
@@ -188,17 +188,17 @@ def test_pretrained_parts_start_a_run(tmp_path, kind):
     assert command(tmp_path / "tower", "--out", tmp_path / "encoder") == 0
     encoder = read_state(Folder(tmp_path / "encoder"))["settings"]["model"]["encoder"]
     model = ["model.preset=vlm-tiny", f"model.encoder={json.dumps(encoder)}"]
-    arguments = (tmp_path / "llama", "--out", tmp_path / "decoder", "--run", DEMO, *model)
+    arguments = (tmp_path / "llama", "--out", tmp_path / "decoder", "--run", RUN, *model)
     assert command(*arguments) == 0
     for part in ("encoder", "decoder"):
         assert certificate(tmp_path / part)["comparison"]["worst_difference"] < 2e-5
     layout = next(layout for layout in LAYOUTS if layout.name == "TP2 x PP2")
-    run = load_run(DEMO, [*model, *layout.overrides, "data.row_tokens=16"])
+    run = load_run(RUN, [*model, *layout.overrides, "data.row_tokens=16"])
 
     def on_rank(_):
         engine = start_engine(run, CPU)
         for part in ("encoder", "decoder"):
-            engine.load_state(partial(load_weights, Folder(tmp_path / part)), steps_done=0)
+            engine.load_state(partial(load_present, Folder(tmp_path / part)), {})
         saved = save_checkpoint(Folder(tmp_path), 1, engine.state(), {}, SAVING)
         engine.step(my_micro_batches(0, encoder=run.model.encoder), 1e-3)
         engine.close()
@@ -247,9 +247,9 @@ def test_converted_shards_of_megatron(tmp_path):
     random_native(tmp_path / "ours", step=7)
     layout = ("model.preset=vlm-tiny", "engine=megatron", "data.row_tokens=16")
     division = ("megatron.tensor_parallel=2", "megatron.pipeline_parallel=2")
-    arguments = ("--to", "megatron", "--run", DEMO, *layout, *division)
+    arguments = ("--to", "megatron", "--run", RUN, *layout, *division)
     assert command(tmp_path / "ours", "--out", tmp_path / "shards", *arguments) == 0
-    assert command(tmp_path / "shards", "--out", tmp_path / "back", "--run", DEMO, *layout) == 0
+    assert command(tmp_path / "shards", "--out", tmp_path / "back", "--run", RUN, *layout) == 0
     assert_same(native(tmp_path / "back"), native(tmp_path / "ours"))
     assert read_state(Folder(tmp_path / "back"))["step"] == 7
     assert command("--verify", tmp_path / "back") == 0
@@ -299,7 +299,7 @@ def random_deepspeed(folder, sizes=TINY, steps=5):
 
 def test_converted_checkpoints_of_deepspeed(tmp_path, capfd):
     random_deepspeed(tmp_path / "theirs")
-    layout = ("--weights-only", "--run", DEMO, "model.preset=vlm-tiny")
+    layout = ("--weights-only", "--run", RUN, "model.preset=vlm-tiny")
     source = (tmp_path / "theirs", *layout)
     fails(
         capfd, "say which to read with --from universal or --from", *source, "--out", tmp_path / "x"
@@ -351,7 +351,7 @@ def test_what_is_left_out_is_told(tmp_path):
         assert left_out(*native_form, *option) == (moments, count)
     assert left_out(ours)[0] == moments
     assert left_out(ours, ours, "--to", "native") == (moments, count)
-    layout = ("--to", "megatron", "--run", DEMO, "model.preset=vlm-tiny", "engine=megatron")
+    layout = ("--to", "megatron", "--run", RUN, "model.preset=vlm-tiny", "engine=megatron")
     found, written = left_out(tmp_path / "with", *layout, "data.row_tokens=16")
     assert (found, written) == ({"beside/theirs", *moments}, count)
     found, written = left_out(tmp_path / "with", "--to", "llama")

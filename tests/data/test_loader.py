@@ -1,20 +1,24 @@
-from dataclasses import replace
+from collections import Counter
+from dataclasses import fields, replace
 
 import pytest
 import torch
 
+from megavlm.config.data import SourceSettings
+from megavlm.data.collate import chats, pairs, texts_alone
 from megavlm.data.loader import MicroBatches, Share, load
 from megavlm.data.packing import NO_TEXT
-from megavlm.data.shards import ShardFolder, write_shard
+from megavlm.data.shards import write_shard
+from megavlm.data.sources import Sources
 from megavlm.data.tokenizer import Tokenizer
-from tests.conftest import coloured_sample
+from tests.conftest import coloured_sample, picture
 
 
-def micro_batches(run, rank=0, ranks=1, training=True):
+def micro_batches(run, rank=0, ranks=1, training=True, collate=texts_alone):
     tokenizer = Tokenizer(run.data.tokenizer)
-    folder = run.data.train if training else run.data.heldout
+    sources = Sources(run.data.train if training else (run.data.heldout,), run.seed)
     share = Share(rank, ranks)
-    return MicroBatches(ShardFolder(folder), tokenizer, run, share, training=training)
+    return MicroBatches(sources, tokenizer, run, share, collate, training=training)
 
 
 def texts_of(batch, tokenizer):
@@ -102,16 +106,55 @@ def test_heldout_is_whole_on_ranks_that_do_not_divide_it(tiny_run):
 
 def test_a_truncated_picture_is_named_and_nothing_else_is_lost(tiny_run, tmp_path):
     samples = [coloured_sample(n) for n in range(8)]
-    assert samples[2].picture is not None
-    samples[2] = replace(samples[2], picture=samples[2].picture[:60])
+    samples[2] = replace(samples[2], pictures=(samples[2].pictures[0][:60],))
     write_shard(tmp_path / "000000.tar", samples)
-    run = replace(tiny_run, data=replace(tiny_run.data, train=tmp_path))
+    run = replace(tiny_run, data=replace(tiny_run.data, train=(SourceSettings(folder=tmp_path),)))
     data = micro_batches(run)
     batches = [data[n] for n in range(2)]
     assert sum(batch.samples for batch in batches) == 7
     [name] = [name for batch in batches for name in batch.skipped]
     assert name.startswith("000000.tar:000002: picture of 000002 cannot be used")
     assert "\n" not in name
+
+
+def test_a_sample_with_too_many_pictures_takes_no_slots(tiny_run, tmp_path):
+    samples = [coloured_sample(n) for n in range(8)]
+    samples[2] = replace(samples[2], pictures=(picture("red"),) * 65)
+    write_shard(tmp_path / "000000.tar", samples)
+    run = replace(tiny_run, data=replace(tiny_run.data, train=(SourceSettings(folder=tmp_path),)))
+    data = micro_batches(run)
+    batches = [data[n] for n in range(2)]
+    assert all(len(batch.pixels) <= 4 for batch in batches)
+    [name] = [name for batch in batches for name in batch.skipped]
+    assert "has 65 pictures; the limit is 64" in name
+
+
+@pytest.mark.parametrize("collate", [texts_alone, chats, pairs])
+def test_a_mixture_is_the_same_from_any_start_with_any_workers_and_ranks(
+    tiny_run, coloured_squares, collate
+):
+    mixture = (
+        SourceSettings(folder=coloured_squares / "train", parts=3),
+        SourceSettings(folder=coloured_squares / "heldout", tasks=("caption",)),
+    )
+    run = replace(tiny_run, data=replace(tiny_run.data, train=mixture))
+    if collate is pairs:
+        run = replace(run, objectives={"mim": 1.0})
+    whole = list(load(micro_batches(run, collate=collate), range(12), workers=0))
+    assert sum(batch.without_text for batch in whole) > 0
+    for start, workers in ((1, 0), (5, 1)):
+        resumed = load(micro_batches(run, collate=collate), range(start, 12), workers)
+        for a, b in zip(whole[start:], resumed, strict=True):
+            for name in (field.name for field in fields(a)):
+                ours, again = getattr(a, name), getattr(b, name)
+                same = torch.equal(ours, again) if isinstance(ours, torch.Tensor) else ours == again
+                assert same, name
+
+    def pictures(batches):
+        return Counter(p.numpy().tobytes() for batch in batches for p in batch.pixels if p.any())
+
+    parts = [micro_batches(run, rank, 2, collate=collate) for rank in range(2)]
+    assert pictures(part[n] for part in parts for n in range(12)) == pictures(whole)
 
 
 def test_long_texts_are_cut_and_counted(tiny_run):

@@ -2,11 +2,17 @@ import numpy as np
 import pytest
 import torch
 
-from megavlm.data.packing import NO_TEXT, PackedText, pack, python_text_places
+from megavlm.data.packing import NO_TEXT, PackedText, Span, pack, python_text_places
 from megavlm.data.tokenizer import BEGIN, END, PADDING
 
 IMAGE_TOKENS = 5
 ROW_TOKENS = 24
+
+
+def packed(tokens: list[int], answer_start: int, image: int | None) -> PackedText:
+    """One turn that shows one picture, or none."""
+    images = [] if image is None else [(0, Span(image, image + 1))]
+    return PackedText(tokens, [Span(answer_start, len(tokens))], images)
 
 
 def random_texts(seed: int) -> list[PackedText]:
@@ -16,7 +22,7 @@ def random_texts(seed: int) -> list[PackedText]:
         length = int(generator.integers(3, ROW_TOKENS + 2))
         tokens = [BEGIN, *generator.integers(10, 99, length - 2).tolist(), END]
         image = int(generator.integers(0, 4)) if generator.random() < 0.7 else None
-        texts.append(PackedText(tokens, int(generator.integers(1, length)), image))
+        texts.append(packed(tokens, int(generator.integers(1, length)), image))
     return texts
 
 
@@ -35,7 +41,7 @@ def test_no_token_is_lost_and_none_is_mixed_up(seed):
             assert high - low in (0, IMAGE_TOKENS)
             answer_start = len(tokens) + 1 - int(batch.learned_bt[row, place].sum())
             whole = [*tokens.tolist(), int(labels[-1])]
-            found.append(PackedText(whole, answer_start, image))
+            found.append(packed(whole, answer_start, image))
     assert sorted(map(repr, found)) == sorted(map(repr, texts))
     padding = batch.text_numbers_bt == NO_TEXT
     assert (batch.tokens_bt[padding] == PADDING).all()
@@ -44,7 +50,7 @@ def test_no_token_is_lost_and_none_is_mixed_up(seed):
 
 
 def test_texts_share_rows():
-    texts = [PackedText([BEGIN, *[9] * 10, END], 1, None)] * 4  # 11 tokens each go into a row
+    texts = [packed([BEGIN, *[9] * 10, END], 1, None)] * 4  # 11 tokens each go into a row
     batch = pack(texts, torch.zeros(1, 3, 8, 8), row_tokens=ROW_TOKENS, image_tokens=IMAGE_TOKENS)
     assert batch.tokens_bt.shape == (2, ROW_TOKENS)
 

@@ -5,7 +5,7 @@ import tarfile
 import pytest
 from PIL import Image
 
-from megavlm.data.samples import Sample, Text
+from megavlm.data.samples import Sample, Text, Turn, text
 from megavlm.data.shards import ShardFolder, index_shard, write_shard
 from megavlm.errors import BadSampleError, DataError
 
@@ -18,9 +18,10 @@ def picture(colour: str, kind: str = "PNG") -> bytes:
 
 def sample(number: int) -> Sample:
     kinds = ("PNG", "JPEG", "WEBP")
-    text = Text(prompt="Caption:", answer=f"絵 {number}", task="caption", kind="ja")
-    content = None if number % 4 == 3 else picture("red", kinds[number % 4])
-    return Sample(key=f"sample-{number}", picture=content, texts=(text,))
+    pictures = () if number % 4 == 3 else (picture("red", kinds[number % 4]),)
+    numbers = tuple(range(len(pictures)))
+    caption = text("Caption:", f"絵 {number}", task="caption", kind="ja", pictures=numbers)
+    return Sample(key=f"sample-{number}", pictures=pictures, texts=(caption,))
 
 
 @pytest.fixture
@@ -98,3 +99,89 @@ def test_a_huge_member_is_refused_unread(folder):
         file.truncate(2**30)  # sparse
     with pytest.raises(BadSampleError, match="the limit is"):
         ShardFolder(folder).read(0)
+
+
+def test_chats_over_several_pictures_come_back(tmp_path):
+    turns = (
+        Turn(prompt="Which are alike?", answer="both", pictures=(0, 1)),
+        Turn(prompt="And this?", answer="not", pictures=(2,)),
+        Turn(prompt="Why?", answer="its colour"),
+    )
+    pictures = tuple(picture(colour) for colour in ("red", "green", "blue"))
+    several = Sample(key="s", pictures=pictures, texts=(Text(turns=turns, task="chat"),))
+    one = sample(0)
+    write_shard(tmp_path / "0.tar", [several, one])
+    shards = ShardFolder(tmp_path)
+    assert [shards.read(n) for n in range(2)] == [several, one]
+    assert [shards.pictures_of(n) for n in range(2)] == [3, 1]
+    with tarfile.open(tmp_path / "0.tar") as tar:
+        assert tar.getnames() == ["s.0.png", "s.1.png", "s.2.png", "s.json", *_names(one)]
+
+
+def test_pictures_are_ordered_by_number(tmp_path):
+    pictures = tuple(picture("red", kind) for kind in ("PNG", "JPEG", "WEBP") * 4)
+    numbers = tuple(range(len(pictures)))
+    several = Sample(key="s", pictures=pictures, texts=(text("p", "a", "t", pictures=numbers),))
+    write_shard(tmp_path / "0.tar", [several])
+    index = tmp_path / "0.index.json"
+    [entry] = json.loads(index.read_text())
+    index.write_text(json.dumps([entry | {"members": dict(sorted(entry["members"].items()))}]))
+    assert ShardFolder(tmp_path).read(0) == several
+
+
+def test_members_of_a_foreign_index_are_a_bad_sample(folder):
+    index = folder / "000000.index.json"
+    entries = json.loads(index.read_text())
+    extent = entries[0]["members"].pop("png")
+    entries[0]["members"] |= {"left.png": extent, "right.png": extent}
+    index.write_text(json.dumps(entries))
+    with pytest.raises(BadSampleError, match=r"has the members \['left\.png', 'right\.png'\]"):
+        ShardFolder(folder).read(0)
+
+
+def _names(one):
+    return [f"{one.key}.png", f"{one.key}.json"]
+
+
+@pytest.mark.parametrize(
+    ("names", "says"),
+    [
+        (("s.0.png", "s.2.png"), "numbered from 0 on"),
+        (("s.png", "s.jpg"), "numbered from 0 on"),
+        (("s.png", "s.0.png"), "numbered from 0 on"),
+        (("s.0.gif", "s.1.png"), "numbered from 0 on"),
+        (tuple(f"s.{n}.png" for n in range(65)), "has 65 pictures; the limit is 64"),
+    ],
+)
+def test_pictures_that_are_not_numbered_right_are_a_bad_sample(tmp_path, names, says):
+    _write_tar(tmp_path, {name: picture("red") for name in names} | {"s.json": b"{}"})
+    with pytest.raises(BadSampleError, match=says):
+        ShardFolder(tmp_path).read(0)
+
+
+@pytest.mark.parametrize(
+    "turns",
+    [
+        '[{"prompt": "p", "answer": "a", "pictures": [1]}]',
+        '[{"prompt": "p", "answer": "a", "pictures": [0, 0]}]',
+        '[{"prompt": "p", "answer": "a", "pictures": ["0"]}]',
+        '[{"prompt": "p", "answer": "a", "pictures": true}]',
+        '[{"prompt": "p"}]',
+        "[]",
+        '{"prompt": "p"}',
+    ],
+)
+def test_broken_turns_are_a_bad_sample(tmp_path, turns):
+    record = f'{{"texts": [{{"turns": {turns}, "task": "chat"}}]}}'
+    _write_tar(tmp_path, {"s.png": picture("red"), "s.json": record.encode()})
+    with pytest.raises(BadSampleError, match="sample s: its JSON must hold a list `texts`"):
+        ShardFolder(tmp_path).read(0)
+
+
+def _write_tar(folder, members):
+    with tarfile.open(folder / "0.tar", "w") as tar:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    (folder / "0.index.json").write_text(json.dumps(index_shard(folder / "0.tar")))

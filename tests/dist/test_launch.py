@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from megavlm.config.load import load_run
+from megavlm.config.load import load_plan
 from megavlm.dist.launch import launch_command, ranks_of, read_hostfile
 from megavlm.errors import LaunchError
 
@@ -48,21 +48,21 @@ def test_missing_hostfile(tmp_path):
 
 def test_tensor_parallel_ranks_share_a_host(tmp_path):
     tensor_4 = ["megatron.tensor_parallel=4", "train.samples_per_step=1536"]
-    run = load_run(CONFIGS / "vlm-30b.yaml", ["engine=megatron", *tensor_4])
-    assert ranks_of(run, write(tmp_path, "a slots=4\nb slots=8\n")) == 12
+    plan = load_plan(CONFIGS / "vlm-30b.yaml", ["engine=megatron", *tensor_4])
+    assert ranks_of(plan, write(tmp_path, "a slots=4\nb slots=8\n")) == 12
     path = write(tmp_path, "a slots=8\nb slots=6\nc slots=10\n")
     with pytest.raises(LaunchError) as caught:
-        ranks_of(run, path)
+        ranks_of(plan, path)
     assert str(caught.value) == (
         "host b has slots=6, not a multiple of megatron.tensor_parallel=4, whose ranks "
         "must share a host; change its slots, or try megatron.tensor_parallel in [1, 2]"
     )
     # ZeRO-3 splits no matrix, but gathers from a secondary partition all the time.
-    run = load_run(CONFIGS / "vlm-30b.yaml", ["zero3.secondary_partition=1", *tensor_4])
-    assert ranks_of(run, path) == 24
-    run = load_run(CONFIGS / "vlm-30b.yaml", ["zero3.secondary_partition=4", *tensor_4])
+    plan = load_plan(CONFIGS / "vlm-30b.yaml", ["zero3.secondary_partition=1", *tensor_4])
+    assert ranks_of(plan, path) == 24
+    plan = load_plan(CONFIGS / "vlm-30b.yaml", ["zero3.secondary_partition=4", *tensor_4])
     with pytest.raises(LaunchError, match=r"host b has slots=6, .* zero3.secondary_partition=4"):
-        ranks_of(run, path)
+        ranks_of(plan, path)
 
 
 def test_command_line(tmp_path):

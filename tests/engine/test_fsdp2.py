@@ -147,7 +147,7 @@ def test_evaluation_leaves_no_stale_weights():
         start_loss = engine.evaluate(batches)
         engine.step(batches, 1e-2)
         trained_loss = engine.evaluate(batches)
-        engine.load_state(fill_from(start_tensors.__getitem__), 0)
+        engine.load_state(fill_from(start_tensors.__getitem__), {})
         return start_loss, trained_loss, engine.evaluate(batches)
 
     start_loss, trained_loss, reloaded_loss = run_on_ranks(2, on_rank)[0]

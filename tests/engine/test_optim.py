@@ -1,48 +1,49 @@
-import math
+from dataclasses import replace
 
-import pytest
 import torch
 
-from megavlm.config.presets import PRESETS
-from megavlm.config.run import OptimizerSettings
-from megavlm.engine.optim import learning_rate_at, parameter_groups
-from megavlm.model.vlm import VisionLanguageModel
+from megavlm.engine.optim import adamw
+from megavlm.stages.start import objective_of
 from tests.ranks import alone
 
-SETTINGS = OptimizerSettings(learning_rate=1e-3, minimum_learning_rate=1e-6)
 
-
-def test_linear_warm_up_over_the_first_five_percent():
-    rates = [learning_rate_at(step, 1000, SETTINGS) for step in range(50)]
-    assert rates == pytest.approx([1e-3 * (step + 1) / 50 for step in range(50)])
-
-
-def test_cosine_to_the_minimum():
-    rates = [learning_rate_at(step, 1000, SETTINGS) for step in range(49, 1000)]
-    assert max(rates) == rates[0] == 1e-3
-    assert rates == sorted(rates, reverse=True)
-    assert rates[-1] == pytest.approx(1e-6)
-    half = learning_rate_at(49 + 475, 1000, SETTINGS)
-    assert half == pytest.approx((1e-3 + 1e-6) / 2)
-
-
-@pytest.mark.parametrize("steps", [1, 2, 3, 19, 21])
-def test_short_runs_end_at_the_minimum_or_the_peak(steps):
-    rates = [learning_rate_at(step, steps, SETTINGS) for step in range(steps)]
-    assert all(0 < rate <= 1e-3 and math.isfinite(rate) for rate in rates)
-    assert rates[-1] == pytest.approx(1e-6 if steps > 1 else 1e-3)
-
-
-def test_only_matrices_decay():
+def groups_of(run):
+    """The optimiser's groups of a run's model, as names; and the names of all its parameters."""
     with alone(), torch.device("meta"):
-        model = VisionLanguageModel(PRESETS["vlm-tiny"], dtype=torch.float32)
-    model.projector.weight.requires_grad_(False)
-    decayed, kept = parameter_groups(model, weight_decay=0.1)
+        model = objective_of(run).build(dtype=torch.float32, recompute="none")
+        optimizer = adamw(model.named_parameters(), model.ledger(), run)
     names = {id(p): name for name, p in model.named_parameters()}
-    decayed_names = {names[id(p)] for p in decayed["params"]}
-    kept_names = {names[id(p)] for p in kept["params"]}
-    assert (decayed["weight_decay"], kept["weight_decay"]) == (0.1, 0.0)
-    assert decayed_names | kept_names | {"projector.weight"} == set(names.values())
-    assert all(name.endswith("weight") for name in decayed_names)
-    for part in ("norm", "bias", "gate", "positions", "class_token"):
-        assert not any(part in name for name in decayed_names), part
+    groups = [(g, {names[id(p)] for p in g["params"]}) for g in optimizer.param_groups]
+    return groups, set(names.values())
+
+
+def test_only_matrices_decay(tiny_run):
+    run = replace(tiny_run, train=replace(tiny_run.train, frozen=("projector",)))
+    groups, names = groups_of(run)
+    decayed = set().union(*(members for group, members in groups if group["weight_decay"]))
+    kept = set().union(*(members for group, members in groups if not group["weight_decay"]))
+    assert {group["weight_decay"] for group, _ in groups} == {0.0, 0.1}
+    assert decayed | kept | {"projector.weight", "projector.bias"} == names
+    assert all(name.endswith("weight") for name in decayed)
+    for part in ("norm", "bias", "gate", "positions", "class_token", "mask_token", "scale"):
+        assert not any(part in name for name in decayed), part
+
+
+def test_learning_rates_by_part_and_by_encoder_layer(tiny_run):
+    """Layer decay as in BEiT: embeddings are layer 0, the last norm is above all layers."""
+    settings = replace(tiny_run.optimizer, scales={"decoder": 0.5, "encoder": 0.1})
+    run = replace(tiny_run, optimizer=replace(settings, encoder_layer_decay=0.5))
+    scales = {name: group["scale"] for group, members in groups_of(run)[0] for name in members}
+    expected = {
+        "encoder.positions": 0.1 * 0.5**3,
+        "encoder.patch.weight": 0.1 * 0.5**3,
+        "encoder.norm_pre.bias": 0.1 * 0.5**3,
+        "encoder.block.layers.0.mlp.linear_fc1.bias": 0.1 * 0.5**2,
+        "encoder.block.layers.1.mlp.linear_fc1.weight": 0.1 * 0.5,
+        "encoder.block.final_layernorm.weight": 0.1,
+        "projector.weight": 1.0,
+        "language.embedding.word_embeddings.weight": 0.5,
+        "language.decoder.layers.0.mlp.linear_fc1.weight": 0.5,
+        "language.decoder.layers.2.attention_gate": 1.0,
+    }
+    assert {name: scales[name] for name in expected} == expected

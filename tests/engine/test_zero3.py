@@ -12,7 +12,7 @@ from megavlm.checkpoint.folder import Folder
 from megavlm.checkpoint.storage import folder_name
 from megavlm.engine.zero3 import Zero3Engine
 from megavlm.model.initial import initial_values
-from megavlm.model.params import PARTS_OF_FROZEN, parameters
+from megavlm.model.params import parameters
 from tests.batches import TINY
 from tests.parity.runs import CPU, LAYOUTS, my_micro_batches, run_steps, settings
 from tests.ranks import run_on_ranks
@@ -131,7 +131,7 @@ def test_the_model_is_never_whole_and_starts_from_the_ledger(layout, precision, 
 
 @pytest.mark.parametrize("part", ["encoder", "decoder"])
 def test_frozen_parts_cost_no_state_and_no_traffic(part):
-    frozen = {e.name for e in LEDGER if e.part in PARTS_OF_FROZEN[part]}
+    frozen = {e.name for e in LEDGER if e.setting == part}
     run = settings(LAYOUT[X2], STEPS, f"train.frozen=[{part}]")
 
     def on_rank(_):
@@ -154,7 +154,7 @@ def test_frozen_parts_cost_no_state_and_no_traffic(part):
         ]
         tensors = whole_tensors(engine)
         # Frozen weights are loaded, too: they come from elsewhere.
-        engine.load_state(fill_from(lambda key: tensors[key] + 1), 1)
+        engine.load_state(fill_from(lambda key: tensors[key] + 1), {})
         changed = whole_tensors(engine)
         engine.close()
         return sum(reduced) / run.train.micro_batches, sizes, tensors, changed

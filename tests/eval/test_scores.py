@@ -1,9 +1,10 @@
 import pytest
 
-from megavlm.data.samples import Text
+from megavlm.data.samples import Text, Turn, text
+from megavlm.eval.answers import Picture, Prediction, score, wrong_pictures
 from megavlm.eval.caption import cider, exact_match
-from megavlm.eval.run import Prediction, score
-from megavlm.eval.vqa import majority_answers, normalise_answer, vqa_accuracy
+from megavlm.eval.scores import Score, baselines_of, print_scores
+from megavlm.eval.vqa import count_answers, majority_answers, normalise_answer, vqa_accuracy
 
 
 def test_exact_match():
@@ -34,18 +35,29 @@ def test_answers_are_normalised():
 
 
 def test_majority_answers():
-    texts = [
-        Text(prompt=prompt, answer=answer, task="vqa")
-        for prompt, answer in [("p", "yes"), ("p", "no"), ("p", "yes"), ("q", "red")]
-    ]
-    assert majority_answers(texts) == {"p": "yes", "q": "red"}
+    said = [("p", "yes"), ("p", "no"), ("q", "red"), ("p", "no"), ("p", "yes"), ("r", "1")]
+    texts = [text(prompt, answer, task="vqa") for prompt, answer in said]
+    chat = Text(turns=(Turn(prompt="a", answer="b"), Turn(prompt="r", answer="2")), task="chat")
+    expected = {"p": "no", "q": "red", "r": "1", "a": "b"}  # of equals, the alphabet's first
+    # The same however ranks have shared the texts.
+    for parts in ([texts, [chat]], [[chat, *texts[::2]], texts[1::2]], [[*texts[::-1], chat]]):
+        assert majority_answers(count_answers(part) for part in parts) == expected
+
+
+def test_a_wrong_picture_is_of_another_sample():
+    pictures = [Picture(sample, number) for sample in (3, 8, 20, 21) for number in (1, 0, 1)]
+    wrong = wrong_pictures(pictures, seed=1)
+    assert wrong.keys() == set(pictures)
+    assert all(wrong[picture].sample != picture.sample for picture in pictures)
+    assert set(wrong.values()) == {Picture(sample, 0) for sample in (3, 8, 20, 21)}
+    assert wrong == wrong_pictures(pictures[::-1], seed=1)
 
 
 def test_the_score_table():
     def prediction(task, kind, truth, answer, wrong):
-        text = Text(prompt=kind, answer=truth, task=task, kind=kind)
+        asked = text(kind, truth, task=task, kind=kind)
         return Prediction(
-            split="heldout", sample=0, text=text, answer=answer, answer_to_wrong_picture=wrong
+            split="heldout", sample=0, text=asked, answer=answer, answer_to_wrong_picture=wrong
         )
 
     predictions = [
@@ -57,10 +69,27 @@ def test_the_score_table():
     ]
     rows = {row.measure: row for row in score(predictions, {"colour": "red", "yes/no": "yes"})}
     exact = rows["caption, en, exact match"]
-    assert (exact.model, exact.wrong_picture, exact.majority) == (0.5, 0.5, None)
+    assert (exact.model, exact.baselines) == (0.5, {"wrong picture": 0.5})
     colour = rows["VQA accuracy, colour"]
-    assert (colour.items, colour.model, colour.wrong_picture, colour.majority) == (2, 1, 0.5, 0.5)
+    assert (colour.items, colour.model) == (2, 1)
+    assert colour.baselines == {"wrong picture": 0.5, "majority answer": 0.5}
     overall = rows["VQA accuracy"]
     assert overall.model == pytest.approx(2 / 3)
-    assert overall.wrong_picture == pytest.approx(1 / 3)
-    assert overall.majority == pytest.approx(2 / 3)
+    assert overall.baselines == pytest.approx({"wrong picture": 1 / 3, "majority answer": 2 / 3})
+
+
+def test_the_columns_are_the_union_of_the_baselines(capsys):
+    def row(measure, **baselines):
+        named = {name.replace("_", " "): value for name, value in baselines.items()}
+        return Score(split="heldout", measure=measure, items=7, model=0.5, baselines=named)
+
+    scores = [row("first", chance=0.125), row("second", wrong_picture=0.25, chance=0.375)]
+    assert baselines_of(scores) == ["chance", "wrong picture"]
+    print_scores("a title", scores)
+    printed = capsys.readouterr().out
+    lines = [line.split("│")[1:-1] for line in printed.splitlines() if "heldout" in line]
+    assert [[cell.strip() for cell in line] for line in lines] == [
+        ["heldout", "first", "7", "0.500", "0.125", ""],
+        ["heldout", "second", "7", "0.500", "0.375", "0.250"],
+    ]
+    assert "a title" in printed

@@ -101,6 +101,19 @@ def test_a_missing_or_broken_picture(capsys, tiny_run_file, tmp_path):
     assert str(broken) in error_of(capsys, "generate", tiny_run_file, "--picture", broken)
 
 
+def test_the_tokenizer_reads_the_texts_of_all_tasks(coloured_squares, tiny_run_file, tmp_path):
+    train = coloured_squares / "train"
+    models = []
+    for source in (str(train), f"{{folder: {train}, tasks: [caption]}}"):
+        path = tmp_path / f"{len(models)}.model"
+        overrides = [f"data.train={source}", f"data.tokenizer={path}"]
+        assert (
+            main(["tokenizer", str(tiny_run_file), *overrides, "model.decoder.vocabulary=320"]) == 0
+        )
+        models.append(path.read_bytes())
+    assert models[0] == models[1]
+
+
 def trained(run_file, *overrides, ranks=2):
     """Train in forked ranks, as the launcher would start them; returns the exit codes."""
     command = ["train", str(run_file), *overrides]
@@ -127,8 +140,9 @@ def test_a_run_from_training_to_report(capsys, tiny_run, tiny_run_file):
         ]
 
     assert run_on_ranks(1, evaluate_and_report, groups=False) == [[0, 0, 0]]
-    scores = json.loads((tiny_run.run_folder / "evaluation.json").read_text())["scores"]
-    assert {row["measure"] for row in scores} >= {"VQA accuracy", "caption, en, exact match"}
+    evaluation = json.loads((tiny_run.run_folder / "evaluation.json").read_text())
+    measures = {row["measure"] for row in evaluation["training"]["scores"]}
+    assert measures == {"caption, en, exact match", "caption, en, CIDEr"}
     page = (tiny_run.run_folder / "report.html").read_text()
     assert "<svg" in page and page.count('class="card"') == 8
 
@@ -141,10 +155,11 @@ def test_a_run_from_training_to_report(capsys, tiny_run, tiny_run_file):
     )
     says = error_of(capsys, "train", tiny_run_file, "model.encoder.layers=3")
     assert "has model.encoder.layers=2, the run file says 3" in says
-    says = error_of(capsys, "train", tiny_run_file, "train.samples_per_step=16")
+    longer = ["train.steps=9", "train.samples_per_step=16"]
+    says = error_of(capsys, "train", tiny_run_file, *longer)
     assert "trained with train.samples_per_step=8, now 16" in says
     says = error_of(capsys, "train", tiny_run_file, "train.steps=5")
-    assert "step-00000006 is past train.steps=5" in says
+    assert "step-00000006 is past the end of stage training at step 5; raise its train" in says
     # gloo must not start in this process; see tests/ranks.py.
     other_model = ["eval", str(tiny_run_file), "model.encoder.layers=3"]
     assert run_on_ranks(1, lambda _: main(other_model), groups=False) == [2]
@@ -176,7 +191,7 @@ def test_every_engine_sees_the_same_samples_and_learns_the_same(tiny_run, tiny_r
         first, *others = [[m[name] for m in metrics if name in m] for metrics in curves]
         for other in others:
             assert other == pytest.approx(first, rel=5e-6), name  # worst measured 5e-7
-    for name in ("samples", "learned_tokens", "skipped_samples", "truncated_texts"):
+    for name in ("samples", "items", "skipped_samples", "truncated_texts"):
         first, *others = [[m[name] for m in metrics if name in m] for metrics in curves]
         assert others == [first] * 3, name
 
@@ -197,7 +212,7 @@ def test_stopping_and_resuming_changes_nothing(tiny_run, tiny_run_file):
 
 def test_bad_samples_are_skipped_or_stop_the_run(capfd, tiny_run, tiny_run_file, tmp_path):
     damaged = tmp_path / "damaged"
-    shutil.copytree(tiny_run.data.train, damaged)
+    shutil.copytree(tiny_run.data.train[0].folder, damaged)
     shard = damaged / "000001.tar"
     content = bytearray(shard.read_bytes())
     entry = json.loads((damaged / "000001.index.json").read_text())[1]

@@ -9,8 +9,7 @@ from megavlm.data.packing import NO_TEXT, Batch
 from megavlm.model.initial import materialise
 from megavlm.model.pipeline import blank, join, joined_tokens, padded, same_shapes, split
 from megavlm.model.vlm import VisionLanguageModel
-from megavlm.stages.captioning import loss_sum
-from tests.batches import ROW_TOKENS, TINY, random_batch
+from tests.batches import ROW_TOKENS, TINY, loss_sum, random_batch
 from tests.ranks import alone
 
 # Padding changes the order in which kernels add. Worst measured: 5e-7 of the largest gradient.

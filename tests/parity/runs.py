@@ -4,7 +4,6 @@ import json
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import cast
 
 import torch
@@ -13,23 +12,22 @@ from torch.nn.utils import clip_grad_norm_
 
 from megavlm.checkpoint.folder import Folder
 from megavlm.checkpoint.store import load_checkpoint
-from megavlm.config.load import load_run
 from megavlm.config.run import CheckpointSettings, RunSettings
+from megavlm.config.schedule import learning_rate_at
 from megavlm.config.sizes import EncoderSizes, ModelSizes
 from megavlm.data.packing import Batch
 from megavlm.dist import groups
 from megavlm.engine.base import DTYPES
-from megavlm.engine.optim import adamw, learning_rate_at
+from megavlm.engine.optim import adamw, set_learning_rate
 from megavlm.engine.start import start_engine
 from megavlm.model.initial import materialise
 from megavlm.model.params import PARTS, parameters
 from megavlm.model.vlm import VisionLanguageModel
-from megavlm.stages.captioning import loss_sum
-from tests.batches import ROW_TOKENS, TINY, random_batch
+from tests.batches import ROW_TOKENS, TINY, loss_sum, random_batch
 from tests.ranks import run_on_ranks
+from tests.runs import RUN, load_run
 from tests.states import save_checkpoint, whole_tensors
 
-DEMO = Path(__file__).parents[2] / "configs" / "demo.yaml"
 MICRO_BATCHES = 4  # of a step, over all copies of the model
 SAMPLES = 3
 CPU = torch.device("cpu")
@@ -114,9 +112,9 @@ def settings(
         *(layout.overrides if layout else ()),
         *overrides,
     ]
-    run = load_run(DEMO, common)
+    run = load_run(RUN, common)
     copies = layout.ranks // run.model_parallel.model_ranks if layout else 1
-    return load_run(DEMO, [*common, f"train.micro_batches={MICRO_BATCHES // copies}"])
+    return load_run(RUN, [*common, f"train.micro_batches={MICRO_BATCHES // copies}"])
 
 
 def micro_batches(step: int, mix: str, encoder: EncoderSizes) -> list[Batch]:
@@ -151,7 +149,8 @@ def run_steps(
     def on_rank(_: int) -> tuple[list[tuple[float, float]], dict[str, Tensor]]:
         engine = start_engine(run, CPU)
         if resume is not None:
-            engine.load_state(partial(load_checkpoint, resume), steps.start)
+            taken = dict.fromkeys(run.trained_parts, steps.start)
+            engine.load_state(partial(load_checkpoint, resume), taken)
         results = []
         for step in steps:
             if save is not None and step == saved_at:
@@ -208,7 +207,7 @@ def _train_plainly(run: RunSettings, mix: str) -> Outcome:
     pairs = list(zip(model.parameters(), masters.parameters(), strict=True))
     for parameter, master in pairs:
         master.data.copy_(parameter.data)
-    optimizer = adamw(masters, run.optimizer)
+    optimizer = adamw(masters.named_parameters(), masters.ledger(), run)
     losses, norms, gradients = [], [], {}
     for step in range(train.steps):
         batches = micro_batches(step, mix, run.model.encoder)
@@ -225,8 +224,7 @@ def _train_plainly(run: RunSettings, mix: str) -> Outcome:
                     master.grad = gradient if master.grad is None else master.grad + gradient
                     parameter.grad = None
         norm = clip_grad_norm_(masters.parameters(), run.optimizer.clip_norm)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate_at(step, train.steps, run.optimizer)
+        set_learning_rate(optimizer, learning_rate_at(step, train.steps, run.optimizer))
         if step == 0:
             gradients = {
                 name: p.grad.clone() for name, p in masters.named_parameters() if p.grad is not None

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from megavlm.config.engines import MegatronSettings
-from megavlm.config.load import load_run
 from megavlm.planner.cut import balanced_cut, flops_per_image, with_cut
+from tests.runs import load_run
 
 RUN = Path(__file__).parents[2] / "configs" / "vlm-30b.yaml"
 LAYERS = 72

@@ -4,15 +4,22 @@ import pytest
 import torch
 
 from megavlm.config.engines import MegatronSettings
-from megavlm.config.load import load_run
 from megavlm.model.cross_attention import CrossAttentionLayer
-from megavlm.model.params import CROSS_LAYERS, EMBEDDINGS, ENCODER, SELF_LAYERS, count_by_part
+from megavlm.model.params import (
+    CROSS_LAYERS,
+    EMBEDDINGS,
+    ENCODER,
+    SELF_LAYERS,
+    count_by_part,
+    parameters,
+)
 from megavlm.model.vlm import VisionLanguageModel
 from megavlm.planner.cut import with_cut
 from megavlm.planner.layout import layout_of
 from tests.batches import OTHER_FORM, TINY
 from tests.planner.test_cut import RUN
 from tests.ranks import as_rank
+from tests.runs import load_run
 
 OVERRIDES = ["model.preset=vlm-tiny", "engine=megatron"]
 
@@ -70,7 +77,7 @@ def test_the_layout_of_vlm_30b():
     assert parts[3][-2:] == [CROSS_LAYERS, EMBEDDINGS]
     assert sum(chunk.cost for chunk in layout.chunks) == pytest.approx(1)
     assert sum(chunk.parameters for chunk in layout.chunks) == sum(
-        count_by_part(vlm_30b().model).values()
+        count_by_part(parameters(vlm_30b().model)).values()
     )
 
 
@@ -91,13 +98,13 @@ def test_the_bubble():
 
 
 def test_states_of_a_rank():
-    whole = sum(count_by_part(vlm_30b().model).values())
+    whole = sum(count_by_part(parameters(vlm_30b().model)).values())
     # bf16: 2 of weights, 4 of gradients, 12 of master weights and moments.
     assert layout_of(vlm_30b()).state_bytes(0, copies=1) == 18 * whole
     assert layout_of(vlm_30b()).state_bytes(0, copies=4) == (2 + 4 + 12 / 4) * whole
     # fp32: the weights are their own masters.
     assert layout_of(vlm_30b("train.precision=fp32")).state_bytes(0, copies=2) == 12 * whole
-    encoder = count_by_part(vlm_30b().model)[ENCODER]
+    encoder = count_by_part(parameters(vlm_30b().model))[ENCODER]
     frozen = layout_of(vlm_30b("train.frozen=[encoder]"))
     assert frozen.state_bytes(0, copies=1) == 18 * whole - 16 * encoder
 

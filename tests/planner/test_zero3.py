@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from megavlm.config.load import load_run
+from megavlm.config.load import load_plan
 from megavlm.model.params import SELF_LAYERS, parameters
 from megavlm.planner.zero3 import SMALLEST_BUCKET, with_bucket_sizes
 
@@ -10,7 +10,7 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 def planned(name, *overrides):
-    return with_bucket_sizes(load_run(CONFIGS / f"{name}.yaml", overrides))
+    return with_bucket_sizes(load_plan(CONFIGS / f"{name}.yaml", overrides).last)
 
 
 def test_the_reference_run_gathers_a_layer_ahead_and_keeps_every_vector():

@@ -147,7 +147,7 @@ def test_built_shards_read_back(built):
         keys[split] = {sample.key for sample in samples}
         assert summary["pictures"][split] == len(keys[split]) == len(samples)
         for sample in samples:
-            picture = Image.open(io.BytesIO(sample.picture))
+            picture = Image.open(io.BytesIO(sample.pictures[0]))
             assert picture.size == (136, 136)
             assert picture.convert("L").getextrema()[0] < 250  # not blank
             if split != "heldout_questions":

@@ -14,7 +14,7 @@ def test_two_runs_cannot_share_a_folder(tmp_path):
 
 
 def test_weights_that_are_no_numbers_are_never_saved():
-    numbers = {"loss": 1.0, "gradient_norm": 1.0, "learned_tokens": 3}
+    numbers = {"loss": 1.0, "gradient_norm": 1.0, "items": 3, "losses": {}}
     _check_finite(7, StepResult(**numbers))
     for name in ("loss", "gradient_norm"):
         for value in (float("nan"), float("inf")):

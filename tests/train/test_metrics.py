@@ -4,10 +4,12 @@ from megavlm.train.metrics import METRICS_FILE, MetricsLog, read_metrics
 
 
 def log_steps(folder, first_step, steps, enabled=True):
-    with MetricsLog(folder, first_step, steps=10, log_every=2, enabled=enabled) as log:
+    with MetricsLog(folder, first_step, steps=10, enabled=enabled) as log:
         for step in steps:
             values = {"step": step, "loss": 1.0 / (step + 1), "gradient_norm": 1.0}
-            log.step({**values, "learning_rate": 1e-3, "samples_per_second": 8.0})
+            log.step(
+                {**values, "learning_rate": 1e-3, "samples_per_second": 8.0}, say=step % 2 == 1
+            )
 
 
 def test_steps_that_are_done_again_are_logged_once(tmp_path):

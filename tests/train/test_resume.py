@@ -13,12 +13,13 @@ from megavlm.data.shards import ShardFolder
 from megavlm.train.loop import train
 from megavlm.train.metrics import read_metrics
 from tests.ranks import run_on_ranks
+from tests.runs import plan_of
 
 MEGATRON = MegatronSettings(tensor_parallel=2, pipeline_parallel=2)
 LAYOUTS = {"zero3": 2, "fsdp2": 2, "megatron": 4}
 
 
-def trained(run, ranks):
+def trained(plan, ranks):
     """Train; returns the numbers of the samples that each rank read for training, in order."""
 
     def on_rank(_):
@@ -26,12 +27,12 @@ def trained(run, ranks):
         original = ShardFolder.read
 
         def recorded(folder, number):
-            if folder.paths[0].parent == run.data.train:
+            if folder.paths[0].parent == plan.last.data.train[0].folder:
                 read.append(number)
             return original(folder, number)
 
         ShardFolder.read = recorded
-        train(run)
+        train(plan)
         return read
 
     return run_on_ranks(ranks, on_rank, groups=False)
@@ -61,11 +62,11 @@ def test_a_resumed_run_is_bit_identical(tiny_run, tmp_path, engine, precision):
         train=replace(tiny_run.train, precision=precision),
         checkpoint=replace(tiny_run.checkpoint, keep_every=1),
     )
-    whole = trained(run, ranks)
+    whole = trained(plan_of(run), ranks)
     unbroken, unbroken_losses = saved(run, 6), losses(run)
     for step in (4, 6):  # a step at which a checkpoint lies, and one between two
         (run.run_folder / "checkpoints" / folder_name(step) / "state.json").unlink()
-    resumed = trained(run, ranks)
+    resumed = trained(plan_of(run), ranks)
     assert losses(run) == unbroken_losses
     tensors = saved(run, 6)
     assert tensors.keys() == unbroken.keys()
@@ -84,7 +85,7 @@ def test_every_sample_once_whatever_the_number_of_ranks(tiny_run):
     plan = [(1, 1, "zero3"), (2, 2, "fsdp2"), (3, 4, "megatron"), (4, 4, "zero3"), (5, 1, "fsdp2")]
     for steps, ranks, engine in plan:
         part = replace(run, engine=engine, train=replace(run.train, steps=steps))
-        seen += [number for read in trained(part, ranks) for number in read]
+        seen += [number for read in trained(plan_of(part), ranks) for number in read]
     assert sorted(seen) == list(range(40))
 
 
@@ -93,7 +94,7 @@ def test_the_curve_goes_on_over_every_engine(tiny_run):
     """ZeRO-3 x4 -> TP2 x PP2 -> FSDP2 x2 -> one process, moments and all, as one process alone."""
     run = replace(tiny_run, checkpoint=replace(tiny_run.checkpoint, every=1, keep_every=1))
     alone = replace(run, run_folder=run.run_folder / "alone")
-    trained(alone, 1)
+    trained(plan_of(alone), 1)
     checkpoints = run.run_folder / "checkpoints"
     for first, ranks, engine in (
         (0, 4, "zero3"),
@@ -104,7 +105,7 @@ def test_the_curve_goes_on_over_every_engine(tiny_run):
         for later in range(first + 1, 7):
             (checkpoints / folder_name(later) / "state.json").unlink(missing_ok=True)
         megatron = MEGATRON if engine == "megatron" else MegatronSettings()
-        trained(replace(run, engine=engine, megatron=megatron), ranks)
+        trained(plan_of(replace(run, engine=engine, megatron=megatron)), ranks)
     worst = 0.0
     for (step, *actual), (other_step, *expected) in zip(losses(run), losses(alone), strict=True):
         assert step == other_step

@@ -11,14 +11,15 @@ STATUS = Path("/proc/self/status")
 
 def peak_bytes(function: Callable[[], object]) -> int:
     """Bytes by which a forked process's memory grows at most while the function runs."""
+    return run_on_ranks(1, lambda _: growth_bytes(function), groups=False)[0]
 
-    def on_rank(_: int) -> int:
-        Path("/proc/self/clear_refs").write_text("5")  # sets the peak to what is taken now
-        before = _kilobytes("VmHWM")
-        function()
-        return 1024 * (_kilobytes("VmHWM") - before)
 
-    return run_on_ranks(1, on_rank, groups=False)[0]
+def growth_bytes(function: Callable[[], object]) -> int:
+    """Bytes by which this process's memory grows at most while the function runs."""
+    Path("/proc/self/clear_refs").write_text("5")  # sets the peak to what is taken now
+    before = _kilobytes("VmHWM")
+    function()
+    return 1024 * (_kilobytes("VmHWM") - before)
 
 
 def _kilobytes(name: str) -> int:

@@ -1,0 +1,45 @@
+"""What is measured when a stage is done."""
+
+from collections.abc import Iterable
+from typing import Literal
+
+from pydantic.dataclasses import dataclass
+
+from megavlm.config.objectives import ObjectiveName
+from megavlm.config.sizes import STRICT
+from megavlm.errors import ConfigError
+
+Measure = Literal["retrieval", "probe", "captions", "vqa"]
+
+_MEASURES: dict[ObjectiveName, tuple[Measure, ...]] = {
+    "mim": ("probe",),
+    "contrastive": ("retrieval", "probe"),
+    "captioning": ("captions",),
+    "instruction": ("captions", "vqa"),
+}
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class EvaluationSettings:
+    """How a stage is evaluated on the held-out samples."""
+
+    measures: tuple[Measure, ...] | None = None
+    """retrieval: pictures by captions and back; probe: a linear classifier on the encoder; captions
+    and vqa: what the model writes. None: those that the stage's objectives are for."""
+    probe_kind: str | None = None
+    """Kind of texts whose answers are the classes of the linear probe; None: no probe."""
+    samples: int | None = None
+    """At most so many held-out samples, the first ones; None: all."""
+
+    def __post_init__(self) -> None:
+        if self.samples is not None and self.samples < 1:
+            raise ConfigError(f"evaluation.samples={self.samples} must be at least 1")
+
+    def measures_of(self, objectives: Iterable[ObjectiveName]) -> tuple[Measure, ...]:
+        """What is measured after a stage with these objectives."""
+        chosen: list[Measure] = list(self.measures or ())
+        if self.measures is None:
+            chosen = [measure for name in objectives for measure in _MEASURES[name]]
+        if self.probe_kind is None:
+            chosen = [measure for measure in chosen if measure != "probe"]
+        return tuple(dict.fromkeys(chosen))

@@ -1,0 +1,60 @@
+"""The plan of a run: its stages, one after the other."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from megavlm.config.run import RunSettings
+from megavlm.errors import MegavlmError
+
+
+class Stage(NamedTuple):
+    """One stage of a run, with the settings that hold while it lasts."""
+
+    name: str
+    run: RunSettings
+    first_step: int
+    """Steps of all stages before it. Steps are counted over the whole run."""
+
+    @property
+    def end_step(self) -> int:
+        """Steps done when it is done."""
+        return self.first_step + self.run.train.steps
+
+
+class Plan(NamedTuple):
+    """A run from its first step to its last."""
+
+    stages: tuple[Stage, ...]
+
+    @property
+    def first(self) -> RunSettings:
+        """The settings of the first stage; all have its folder, seed, model and engine."""
+        return self.stages[0].run
+
+    @property
+    def last(self) -> RunSettings:
+        """The settings of the last stage."""
+        return self.stages[-1].run
+
+    @property
+    def steps(self) -> int:
+        """Steps of all stages."""
+        return self.stages[-1].end_step
+
+    def check(self, check: Callable[[RunSettings], object]) -> None:
+        """Check every stage; an error says in which of several it arose."""
+        for stage in self.stages:
+            try:
+                check(stage.run)
+            except MegavlmError as error:
+                if len(self.stages) == 1:
+                    raise
+                raise type(error)(f"stages.{stage.name}: {error}") from error
+
+    def at(self, steps_done: int) -> Stage:
+        """The stage that the last of so many steps belongs to; the first one before any."""
+        return next(stage for stage in self.stages if steps_done <= stage.end_step)
+
+    def named(self, name: str) -> Stage | None:
+        """The stage of this name, if there is one."""
+        return next((stage for stage in self.stages if stage.name == name), None)

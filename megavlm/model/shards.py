@@ -1,0 +1,41 @@
+"""What every model of a stage does with its ledger of parameters."""
+
+from collections.abc import Collection, Iterator
+from typing import Any, Protocol
+
+from megatron.core import parallel_state
+from torch import Tensor, nn
+
+from megavlm.config.engines import MegatronSettings
+from megavlm.model.params import Parameter
+
+
+class Model(Protocol):
+    """A model that a stage trains: a torch module, too."""
+
+    encoder: Any
+
+    def ledger(self) -> dict[str, Parameter]:
+        """The ledger's entry for every parameter that this rank holds, by its name here."""
+        ...
+
+    def shard(self, entry: Parameter, whole: Tensor) -> Tensor:
+        """This tensor-parallel rank's part of a whole parameter."""
+        ...
+
+    def layers(self) -> Iterator[nn.Module]:
+        """Its transformer layers in the order of the forward pass, the encoder's first."""
+        ...
+
+
+def shard(entry: Parameter, whole: Tensor, parallel: MegatronSettings) -> Tensor:
+    """This tensor-parallel rank's part of a whole parameter."""
+    rank = parallel_state.get_tensor_model_parallel_rank()
+    return entry.shard(whole, parallel.tensor_parallel, rank)
+
+
+def freeze(model: Any, frozen: Collection[str]) -> None:
+    """Have gradients for all but these parts of a model, as in `train.frozen`."""
+    ledger = model.ledger()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(ledger[name].setting not in frozen)

@@ -1,0 +1,111 @@
+"""Where a run starts from: its newest checkpoint, or what was trained before a stage."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import NamedTuple
+
+from megavlm.checkpoint.folder import Folder
+from megavlm.checkpoint.shards import MOMENTS, State
+from megavlm.checkpoint.state import changes, checkpoint_root
+from megavlm.checkpoint.storage import folder_name, read_state
+from megavlm.checkpoint.store import latest_checkpoint, load_checkpoint, load_present
+from megavlm.config.objectives import Part
+from megavlm.config.plan import Plan, Stage
+from megavlm.config.run import RunSettings
+from megavlm.dist import groups
+from megavlm.engine.ema import Ema
+from megavlm.model.params import parameters_of
+
+
+class Start(NamedTuple):
+    """Where a run goes on."""
+
+    stage: Stage
+    steps_done: int
+    checkpoint: Folder | None
+    """Of that step; None before the first one."""
+    told: tuple[str, ...] = ()
+    """What the user is told of it."""
+
+
+def find_start(plan: Plan) -> Start:
+    """The newest checkpoint of a run, which `check_plan` has looked at; collective."""
+    root = checkpoint_root(plan.first)
+    # One rank looks: the others may see a newer listing, or an older one.
+    found = latest_checkpoint(root) if groups.rank() == 0 else None
+    newest = groups.from_first_rank(str(found) if found else "")
+    places = plan.first.checkpoint.start_from
+    if not newest:
+        return Start(plan.stages[0], 0, None, tuple(f"weights from {place}" for place in places))
+    checkpoint = Folder(newest)
+    state = read_state(checkpoint)
+    stage = plan.named(state["stage"])
+    assert stage is not None, "check_plan has seen that it is there"
+    told = [f"resumed from {checkpoint}, in stage {stage.name}"]
+    if places:
+        told.append("the run has begun already, so checkpoint.start_from is not used")
+    if state["step"] < stage.end_step:
+        told += changes(checkpoint, stage.run)
+    elif state["step"] == plan.steps:
+        told.append(f"all {plan.steps} steps are done; raise train.steps to go on")
+    return Start(stage, state["step"], checkpoint, tuple(told))
+
+
+def start_of(
+    plan: Plan, stage: Stage, start: Start
+) -> tuple[Callable[[State], None], dict[Part, int]]:
+    """What fills an engine before a stage goes on, and the optimiser's steps of each trained part.
+
+    In the middle of a stage that is its checkpoint. A stage begins with the newest weights of the
+    stages before it, with those of `checkpoint.start_from` where they have none, and with initial
+    ones where nothing has any. Moments, and the steps that they have seen, carry over for parts
+    that the stage right before it has trained whole; they start fresh for the rest.
+    """
+    trained = stage.run.trained_parts
+    if start.checkpoint is not None and start.steps_done > stage.first_step:
+        steps = read_state(start.checkpoint)["optimizer_steps"]
+        fill = partial(load_checkpoint, start.checkpoint)
+        return fill, {part: steps.get(part, 0) for part in trained}
+    before = stages_before(plan, stage)
+    places = [Folder(place) for place in stage.run.checkpoint.start_from]
+    places += [last_checkpoint(earlier) for earlier in before]
+    steps_before: Mapping[Part, int] = {}
+    if before:
+        known = trained_names(before[-1].run)
+        new = {e.setting for e in parameters_of(stage.run) if e.name not in known}
+        steps = read_state(places[-1])["optimizer_steps"]
+        steps_before = {part: steps[part] for part in trained if part not in new}
+    carried = {e.name for e in parameters_of(stage.run) if e.setting in steps_before}
+
+    def fill_from_before(state: State) -> None:
+        weights = {name: held for name, held in state.items() if name.startswith("weights/")}
+        moments = {f"{moment}/{name}" for moment in MOMENTS for name in carried}
+        taken = {name: held for name, held in state.items() if name in moments}
+        for place in places:
+            is_last = place == places[-1]
+            load_present(place, {**weights, **taken} if is_last else weights)
+
+    return fill_from_before, {part: steps_before.get(part, 0) for part in trained}
+
+
+def stages_before(plan: Plan, stage: Stage) -> tuple[Stage, ...]:
+    """The stages that come before one."""
+    return tuple(earlier for earlier in plan.stages if earlier.end_step <= stage.first_step)
+
+
+def last_checkpoint(stage: Stage) -> Folder:
+    """Where a stage leaves its last checkpoint, which stays."""
+    return checkpoint_root(stage.run) / folder_name(stage.end_step)
+
+
+def load_average(start: Start, ema: Ema) -> None:
+    """Go on with the moving average of a checkpoint; without one, it starts now."""
+    assert start.checkpoint is not None
+    saved = read_state(start.checkpoint)["tensors"]
+    if all(name in saved for name in ema.state()):
+        load_checkpoint(start.checkpoint, ema.state())
+
+
+def trained_names(run: RunSettings) -> set[str]:
+    """Names of the parameters that a stage trains."""
+    return {entry.name for entry in parameters_of(run) if entry.setting in run.trained_parts}

@@ -1,0 +1,168 @@
+"""The page of a run, from files as a run leaves them."""
+
+import json
+from dataclasses import asdict, replace
+from html.parser import HTMLParser
+
+import pytest
+
+from megavlm.eval.report import write_report
+from megavlm.eval.run import EVALUATION_FILE
+from megavlm.eval.scores import Score
+from megavlm.train.metrics import METRICS_FILE
+from tests.runs import plan_of
+
+
+class Page(HTMLParser):
+    """Tags with their attributes, and the text of each kind of tag."""
+
+    def __init__(self, content):
+        super().__init__()
+        self.tags, self.texts, self._open = [], {}, ""
+        self.feed(content)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        self._open = tag
+
+    def handle_data(self, data):
+        if data.strip():
+            self.texts.setdefault(self._open, []).append(data.strip())
+
+    def all(self, tag, **attributes):
+        wanted = {name.rstrip("_"): value for name, value in attributes.items()}
+        return [a for t, a in self.tags if t == tag and wanted.items() <= a.items()]
+
+
+@pytest.fixture
+def plan(tiny_run):
+    run = replace(tiny_run, train=replace(tiny_run.train, steps=5))
+    tiny_run.run_folder.mkdir(parents=True)
+    return plan_of(
+        replace(run, objectives={"mim": 0.5, "contrastive": 1.0}),
+        replace(run, train=replace(run.train, frozen=("encoder",))),
+        replace(run, objectives={"instruction": 1.0}),
+    )
+
+
+def write_metrics(plan, steps):
+    """Lines as training has written them up to a step."""
+    lines = []
+    for stage in plan.stages:
+        common = {"stage": stage.name}
+        both = {"_mim": 0.7, "_contrastive": 2.5} if "mim" in stage.run.objectives else {}
+        for step in range(stage.first_step, min(steps, stage.end_step)):
+            losses = {f"loss{name}": v for name, v in {"": 3.0, **both}.items()}
+            losses |= {"gradient_norm": 1.0, "learning_rate": 1e-3, "samples_per_second": 9.0}
+            lines.append({**common, "step": step, "samples": 8, "skipped_samples": 1, **losses})
+        for step in (stage.first_step, stage.end_step):
+            if step <= steps and stage.first_step < steps:
+                losses = {f"heldout_loss{n}": v - step / 10 for n, v in {"": 3.0, **both}.items()}
+                lines.append({**common, "step": step, "last": step > stage.first_step, **losses})
+    path = plan.first.run_folder / METRICS_FILE
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def write_evaluation(plan, stage, scores, rows):
+    folder = plan.first.run_folder
+    path = folder / EVALUATION_FILE
+    found = json.loads(path.read_text()) if path.is_file() else {}
+    found[stage.name] = {"step": stage.end_step, "scores": [asdict(score) for score in scores]}
+    path.write_text(json.dumps(found))
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (folder / f"predictions-{stage.name}.jsonl").write_text(lines)
+
+
+def answer_of(sample, answer, truth="a red square", split="heldout"):
+    turn = {"prompt": "Caption:", "answer": truth, "pictures": [0]}
+    text = {"turns": [turn], "task": "caption", "kind": "en"}
+    return {"split": split, "sample": sample, "text": text, "answer": answer}
+
+
+def page_of(plan):
+    path = write_report(plan)
+    assert path == plan.first.run_folder / "report.html"
+    page = Page(path.read_text())
+    # It stands by itself, and says in words what it shows.
+    assert all(a["src"].startswith("data:image/jpeg;base64,") for a in page.all("img"))
+    assert all(a["alt"] for a in page.all("img"))
+    assert all(a["aria-label"] for a in page.all("svg", role="img"))
+    assert len(page.all("svg", role="img")) == len(page.all("svg"))
+    assert not page.all("link") and not page.all("script")
+    named = [a["id"] for _, a in page.tags if "id" in a]
+    assert len(set(named)) == len(named)
+    return page
+
+
+def test_a_run_that_has_not_begun(plan):
+    page = page_of(plan)
+    names = ["mim_contrastive", "captioning", "instruction"]
+    assert [t for t in page.texts["b"] if t in names] == names
+    assert page.texts["span"][:3] == ["to come"] * 3
+    assert "encoder" in page.texts["dd"]  # frozen in the second stage
+    assert not page.all("table") and not page.all("h2") and len(page.all("svg")) == 1
+
+
+def test_a_run_in_its_second_stage(plan):
+    write_metrics(plan, steps=7)
+    page = page_of(plan)
+    assert page.texts["span"][:3] == ["done", "under way", "to come"]
+    assert page.texts["h2"] == ["Stage mim_contrastive", "Stage captioning"]
+    assert "7 of 15 steps" in " ".join(page.texts["p"][0].split())
+    assert "7 bad samples" in page.texts["p"][0]
+    assert len(page.all("svg")) == 3
+    # Held out, before the first stage and after it, each objective by itself.
+    assert len(page.all("table")) == 1
+    assert [t for t in page.texts["th"] if t in ("weighted sum", "mim", "contrastive")] == [
+        "weighted sum",
+        "mim",
+        "contrastive",
+    ]
+    numbers = page.texts["td"] + page.texts["b"][3:]
+    assert sorted(numbers) == ["0.200", "0.700", "2.000", "2.500", "2.500", "3.000"]
+
+
+def test_scores_and_pictures(plan):
+    write_metrics(plan, steps=15)
+    pretraining, captioning, instruction = plan.stages
+    recall = Score(
+        split="heldout",
+        measure="text to picture, recall@1",
+        items=1234,
+        model=0.75,
+        baselines={"chance": 0.125, "untrained": 0.25},
+    )
+    found = {0: "a <b>red</b> square", 1: "a green square", 8: "a <b>red</b> square"}
+    rows = [
+        {"split": "heldout", "sample": sample, "text": text, "best_samples": [8, 1]}
+        for sample, text in found.items()
+    ]
+    write_evaluation(plan, pretraining, [recall], rows)
+    caption = Score(split="heldout", measure="caption, en, CIDEr", items=3, model=5.5)
+    write_evaluation(plan, captioning, [caption], [answer_of(0, "shown in no sheet")])
+    rows = [
+        answer_of(0, "a red square "),
+        answer_of(1, "<i>nothing</i>", truth="a green square"),
+        answer_of(0, "not of this split", split="heldout_questions"),
+    ]
+    write_evaluation(plan, instruction, [caption], rows)
+    page = page_of(plan)
+    content = (plan.first.run_folder / "report.html").read_text()
+
+    columns = [a for a in page.all("th", scope="col")]
+    assert {"chance", "untrained"} <= set(page.texts["th"]) and columns
+    assert {"1,234", "0.125", "0.250"} <= set(page.texts["td"]) and "0.750" in page.texts["b"]
+
+    shown = [(a["alt"], a.get("class")) for a in page.all("img") if ":" in a["alt"]]
+    red = ("right: a <b>red</b> square", "right")
+    # Samples 0 and 8 have the same caption, so either finds the other rightly.
+    wrong_red, green = ("wrong: a <b>red</b> square", None), "a green square"
+    right_green, wrong_green = (f"right: {green}", "right"), (f"wrong: {green}", None)
+    assert shown == [red, wrong_green, wrong_red, right_green, red, wrong_green]
+
+    assert "Held-out pictures, as stage instruction sees them" in page.texts["h2"]
+    assert len(page.all("li", class_="card")) == 2
+    assert page.texts["span"].count("right:") == page.texts["span"].count("wrong:") == 1
+    assert "(a green square)" in page.texts["span"]
+    assert "shown in no sheet" not in content and "not of this split" not in content
+    assert "<i>nothing</i>" not in content  # what a model says is never markup
