@@ -33,7 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except MegavlmError as error:
         rank = os.environ.get("RANK")
         where = f" (rank {rank})" if rank else ""
-        print(f"megavlm: error{where}: {error}", file=sys.stderr, flush=True)
+        # In one write, so that lines of several ranks do not run into each other.
+        print(f"megavlm: error{where}: {error}\n", end="", file=sys.stderr, flush=True)
         return USER_ERROR
     except KeyboardInterrupt:
         if os.environ.get("RANK", "0") == "0":

@@ -39,16 +39,20 @@ OTHER_FORM = ModelSizes(
 ROW_TOKENS = 16
 
 
-def loss_sum(model: nn.Module, batch: Batch) -> Tensor:
-    """Summed cross entropy of a batch's learned tokens, in nats."""
-    losses_bt = model(
+def label_losses(model: nn.Module, batch: Batch) -> Tensor:
+    """Cross entropy of every label of a batch, (b, t), in nats."""
+    return model(
         batch.tokens_bt,
         batch.labels_bt,
         batch.text_numbers_bt,
         batch.image_ranges_2bt,
         batch.pixels,
     )
-    return (losses_bt * batch.learned_bt).sum()
+
+
+def loss_sum(model: nn.Module, batch: Batch) -> Tensor:
+    """Summed cross entropy of a batch's learned tokens, in nats."""
+    return (label_losses(model, batch) * batch.learned_bt).sum()
 
 
 def random_batch(

@@ -137,8 +137,7 @@ def load_checkpoint(folder: Folder, shards: State) -> None:
 
 def _require_same(folder: Folder, digest: str) -> None:
     """Raise CheckpointError, on all ranks, unless they see the same; collective."""
-    seen: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(seen, (str(folder), digest))
+    seen = groups.from_all_ranks((str(folder), digest))
     if len(set(seen)) > 1:
         raise CheckpointError(
             f"ranks see different checkpoints: {sorted({place for place, _ in seen})}; have all "
@@ -329,9 +328,7 @@ def _on_all_ranks(step: Callable[[], Value]) -> Value:
         value = step()
     except Exception as failed:
         error = str(failed) if isinstance(failed, CheckpointError) else repr(failed)
-    errors: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(errors, error)
-    for told in filter(None, errors):
+    for told in filter(None, groups.from_all_ranks(error)):
         raise CheckpointError(told)
     return cast(Value, value)
 

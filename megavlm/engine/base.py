@@ -1,6 +1,6 @@
 """What the training loop asks of an engine."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Protocol
@@ -11,7 +11,7 @@ from torch import nn
 from megavlm.checkpoint.shards import State
 from megavlm.config.objectives import Part
 from megavlm.dist import groups
-from megavlm.stages.base import Forward, Objective, weighted
+from megavlm.stages.base import Forward, Losses, Objective, weighted
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -48,6 +48,15 @@ def means(objective: Objective, sums: Sequence[float], items: float) -> dict[str
     return {name: s / max(1.0, items) for name, s in zip(objective.names, sums, strict=True)}
 
 
+def losses_of(
+    objective: Objective, forward: Forward, batches: Sequence[Any], device: torch.device
+) -> Iterator[Losses]:
+    """Run the micro-batches of a step one after the other; collective."""
+    for host_batch, prepared in zip(batches, objective.prepare(forward, batches), strict=True):
+        batch = host_batch.to(device)
+        yield objective.losses(objective.outputs(forward, batch, prepared), batch, prepared)
+
+
 def evaluate_on_each_rank(
     objective: Objective, model: nn.Module, forward: Forward, batches: Iterable[Any]
 ) -> dict[str, float]:
@@ -57,10 +66,8 @@ def evaluate_on_each_rank(
     remaining = iter(batches)
     while group := list(islice(remaining, objective.held_out_together)):
         items += sum(objective.items(batch) for batch in group)
-        for host_batch, prepared in zip(group, objective.prepare(forward, group), strict=True):
-            batch = host_batch.to(groups.device())
-            outputs = objective.outputs(forward, batch, prepared)
-            sums += objective.losses(outputs, batch, prepared).reported
+        for losses in losses_of(objective, forward, group, groups.device()):
+            sums += losses.reported
     *sums_of_all, items_of_all = groups.sum_over_ranks(*sums, items)
     return means(objective, sums_of_all, items_of_all)
 

@@ -23,7 +23,7 @@ from megavlm.config.engines import Fsdp2Settings
 from megavlm.config.objectives import Part
 from megavlm.config.run import RunSettings
 from megavlm.dist import groups
-from megavlm.engine.base import DTYPES, StepResult, evaluate_on_each_rank, step_result
+from megavlm.engine.base import DTYPES, StepResult, evaluate_on_each_rank, losses_of, step_result
 from megavlm.engine.optim import adamw, set_learning_rate
 from megavlm.model.initial import initial_values
 from megavlm.stages.base import Objective
@@ -51,13 +51,10 @@ class Fsdp2Engine:
         self._model.train()
         items = sum(objective.items(batch) for batch in micro_batches)
         reported = torch.zeros(len(objective.names), device=self._device)
-        ready = objective.prepare(self._model, micro_batches)
-        for number, (host_batch, prepared) in enumerate(zip(micro_batches, ready, strict=True), 1):
-            batch = host_batch.to(self._device)
+        all_losses = losses_of(objective, self._model, micro_batches, self._device)
+        for number, losses in enumerate(all_losses, start=1):
             # Shards are reduced after every micro-batch, their replicas once.
             self._model.set_requires_all_reduce(number == len(micro_batches))
-            outputs = objective.outputs(self._model, batch, prepared)
-            losses = objective.losses(outputs, batch, prepared)
             losses.backward.backward()
             reported += losses.reported
         gradients = [_local(parameter.grad) for parameter in self._trained]

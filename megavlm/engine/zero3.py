@@ -25,7 +25,7 @@ from megavlm.config.deepspeed_json import deepspeed_config
 from megavlm.config.objectives import Part
 from megavlm.config.run import RunSettings
 from megavlm.dist import cpu, groups
-from megavlm.engine.base import DTYPES, StepResult, evaluate_on_each_rank, step_result
+from megavlm.engine.base import DTYPES, StepResult, evaluate_on_each_rank, losses_of, step_result
 from megavlm.engine.optim import adamw, set_learning_rate
 from megavlm.model.initial import initial_values
 from megavlm.planner.zero3 import with_bucket_sizes
@@ -72,11 +72,7 @@ class Zero3Engine:
         set_learning_rate(self._engine.optimizer, learning_rate)
         self._engine.train()
         reported = torch.zeros(len(objective.names), device=self._device)
-        ready = objective.prepare(self._engine, micro_batches)
-        for host_batch, prepared in zip(micro_batches, ready, strict=True):
-            batch = host_batch.to(self._device)
-            outputs = objective.outputs(self._engine, batch, prepared)
-            losses = objective.losses(outputs, batch, prepared)
+        for losses in losses_of(objective, self._engine, micro_batches, self._device):
             reported += losses.reported
             self._engine.backward(losses.backward * scale)
             self._engine.step()

@@ -24,6 +24,7 @@ from megavlm.data.sources import Sources
 from megavlm.eval.run import read_evaluation, read_predictions
 from megavlm.eval.scores import Score, baselines_of
 from megavlm.model.params import count_by_part, parameters_of
+from megavlm.planner.report import words
 from megavlm.train.metrics import read_metrics
 
 REPORT_FILE = "report.html"
@@ -86,8 +87,8 @@ def _stage(
         "planned_steps": run.train.steps,
         "steps": len(steps),
         "samples": sum(m["samples"] for m in steps),
-        "trained": [part.replace("_", " ") for part in run.trained_parts],
-        "frozen": [part.replace("_", " ") for part in run.train.frozen],
+        "trained": words(run.trained_parts),
+        "frozen": words(run.train.frozen),
         "optimizer": run.optimizer,
         "heldout": _heldout_losses(heldout),
         "curves": _curves(steps, heldout) if steps else "",

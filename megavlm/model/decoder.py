@@ -15,12 +15,11 @@ from megatron.core.transformer.transformer_block import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor
-from torch.nn import functional
 
 from megavlm.config.engines import MegatronSettings
 from megavlm.config.sizes import DecoderSizes
 from megavlm.model.cross_attention import CrossAttentionLayer
-from megavlm.model.layers import Norm, layer_config, self_attention_layer_spec
+from megavlm.model.layers import LANGUAGE_STYLE, Norm, layer_config, self_attention_layer_spec
 
 
 class Decoder(GPTModel):
@@ -76,10 +75,7 @@ def build_decoder(
         kv_heads=sizes.kv_heads,
         mlp_width=sizes.mlp_width,
         norm_epsilon=sizes.norm_epsilon,
-        normalization="RMSNorm",
-        gated_linear_unit=True,
-        activation_func=functional.silu,
-        add_bias_linear=False,
+        **LANGUAGE_STYLE,
         qk_layernorm=True,  # sums the gradients of q_layernorm and k_layernorm over heads' ranks
         pipeline_model_parallel_size=parallel.pipeline_parallel,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if interleaved else None,

@@ -21,6 +21,14 @@ from torch.nn import functional
 from megavlm.config.engines import MegatronSettings
 from megavlm.ops.norm import gated_norm
 
+LANGUAGE_STYLE: dict[str, Any] = {
+    "normalization": "RMSNorm",
+    "gated_linear_unit": True,
+    "activation_func": functional.silu,
+    "add_bias_linear": False,
+}
+"""Of every model that reads text, for `layer_config`: RMSNorm, SwiGLU, no biases."""
+
 
 class Norm(nn.Module):
     """RMSNorm or LayerNorm, and its epsilon, as the configuration says.

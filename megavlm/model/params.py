@@ -83,6 +83,16 @@ def parameters_of(run: RunSettings) -> list[Parameter]:
     return parameters(run.model)
 
 
+def carried_parts(before: RunSettings, run: RunSettings) -> tuple[Part, ...]:
+    """Parts whose moments go on from the stage right before: it has trained them whole.
+
+    AdamW counts its steps by part, so a part with a new parameter starts afresh.
+    """
+    trained = {e.name for e in parameters_of(before) if e.setting in before.trained_parts}
+    new = {entry.setting for entry in parameters_of(run) if entry.name not in trained}
+    return tuple(part for part in run.trained_parts if part not in new)
+
+
 def all_parameters(sizes: ModelSizes) -> list[Parameter]:
     """All parameters that any stage has."""
     objectives: list[ObjectiveName] = (
@@ -220,12 +230,9 @@ def _text_tower(sizes: TextTowerSizes, vocabulary: int) -> Iterator[Parameter]:
     yield _normal("text_tower.gpt.embedding.word_embeddings.weight", (vocabulary, width), std, 0)
     for i in range(sizes.layers):
         layer = f"text_tower.gpt.decoder.layers.{i}"
-        yield _scale(f"{layer}.input_layernorm.weight", width)
-        yield _normal(f"{layer}.self_attention.linear_qkv.weight", (3 * width, width), std, 0)
-        yield _normal(f"{layer}.self_attention.linear_proj.weight", (width, width), out_std, 1)
-        yield _scale(f"{layer}.pre_mlp_layernorm.weight", width)
-        yield _normal(f"{layer}.mlp.linear_fc1.weight", (2 * mlp_width, width), std, 0, 2)
-        yield _normal(f"{layer}.mlp.linear_fc2.weight", (width, mlp_width), out_std, 1)
+        attention = f"{layer}.self_attention"
+        yield from _self(layer, attention, width, width)
+        yield from _out_and_mlp(layer, attention, width, mlp_width, out_std)
     yield _scale("text_tower.norm.weight", width)
 
 
@@ -248,15 +255,25 @@ def _decoder_layers(sizes: DecoderSizes, *, cross: bool) -> Iterator[Parameter]:
             continue
         layer = f"language.decoder.layers.{i}"
         attention = f"{layer}.{'cross_attention' if cross else 'self_attention'}"
-        yield from _cross(layer, attention, sizes) if cross else _self(layer, attention, sizes)
-        yield _normal(f"{attention}.linear_proj.weight", (width, width), out_std, 1)
-        # The gate and the up projection of SwiGLU lie one after the other; each is split.
-        yield _normal(f"{layer}.mlp.linear_fc1.weight", (2 * mlp_width, width), std, 0, 2)
-        yield _normal(f"{layer}.mlp.linear_fc2.weight", (width, mlp_width), out_std, 1)
+        kv_width = sizes.kv_heads * sizes.head_width
+        if cross:
+            yield from _cross(layer, attention, sizes)
+        else:
+            yield from _self(layer, attention, width, kv_width)
+        yield from _out_and_mlp(layer, attention, width, mlp_width, out_std)
 
 
-def _self(layer: str, attention: str, sizes: DecoderSizes) -> Iterator[Parameter]:
-    width, kv_width = sizes.width, sizes.kv_heads * sizes.head_width
+def _out_and_mlp(
+    layer: str, attention: str, width: int, mlp_width: int, out_std: float
+) -> Iterator[Parameter]:
+    yield _normal(f"{attention}.linear_proj.weight", (width, width), out_std, 1)
+    # The gate and the up projection of SwiGLU lie one after the other; each is split.
+    fc1 = (2 * mlp_width, width)
+    yield _normal(f"{layer}.mlp.linear_fc1.weight", fc1, _small_std(width), 0, 2)
+    yield _normal(f"{layer}.mlp.linear_fc2.weight", (width, mlp_width), out_std, 1)
+
+
+def _self(layer: str, attention: str, width: int, kv_width: int) -> Iterator[Parameter]:
     yield _scale(f"{layer}.input_layernorm.weight", width)
     qkv = (width + 2 * kv_width, width)
     yield _normal(f"{attention}.linear_qkv.weight", qkv, _small_std(width), 0)

@@ -15,12 +15,11 @@ from megatron.core.transformer.enums import AttnMaskType, ModelType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from torch import Tensor, nn
-from torch.nn import functional
 
 from megavlm.config.engines import UNDIVIDED, MegatronSettings
 from megavlm.config.objectives import ObjectiveName
 from megavlm.config.sizes import ModelSizes, TextTowerSizes
-from megavlm.model.layers import Norm, layer_config, self_attention_layer_spec
+from megavlm.model.layers import LANGUAGE_STYLE, Norm, layer_config, self_attention_layer_spec
 from megavlm.model.masks import causal_text_mask
 from megavlm.model.params import Parameter, pretraining_parameters
 from megavlm.model.shards import freeze, shard
@@ -196,10 +195,7 @@ class TextTower(MegatronModule):
             kv_heads=sizes.heads,
             mlp_width=sizes.mlp_width,
             norm_epsilon=1e-5,
-            normalization="RMSNorm",
-            gated_linear_unit=True,
-            activation_func=functional.silu,
-            add_bias_linear=False,
+            **LANGUAGE_STYLE,
         )
         super().__init__(config)
         layer = self_attention_layer_spec(AttnMaskType.causal, attention_bias=False)

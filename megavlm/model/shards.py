@@ -1,31 +1,13 @@
 """What every model of a stage does with its ledger of parameters."""
 
-from collections.abc import Collection, Iterator
-from typing import Any, Protocol
+from collections.abc import Collection
+from typing import Any
 
 from megatron.core import parallel_state
-from torch import Tensor, nn
+from torch import Tensor
 
 from megavlm.config.engines import MegatronSettings
 from megavlm.model.params import Parameter
-
-
-class Model(Protocol):
-    """A model that a stage trains: a torch module, too."""
-
-    encoder: Any
-
-    def ledger(self) -> dict[str, Parameter]:
-        """The ledger's entry for every parameter that this rank holds, by its name here."""
-        ...
-
-    def shard(self, entry: Parameter, whole: Tensor) -> Tensor:
-        """This tensor-parallel rank's part of a whole parameter."""
-        ...
-
-    def layers(self) -> Iterator[nn.Module]:
-        """Its transformer layers in the order of the forward pass, the encoder's first."""
-        ...
 
 
 def shard(entry: Parameter, whole: Tensor, parallel: MegatronSettings) -> Tensor:

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -13,7 +13,13 @@ from megavlm.config.deepspeed_json import deepspeed_config
 from megavlm.config.objectives import Part, is_pretraining, parts_of
 from megavlm.config.plan import Plan, Stage
 from megavlm.config.run import RunSettings, data_parallel_ranks, samples_per_micro_batch
-from megavlm.model.params import Parameter, all_parameters, count_by_part, parameters_of
+from megavlm.model.params import (
+    Parameter,
+    all_parameters,
+    carried_parts,
+    count_by_part,
+    parameters_of,
+)
 from megavlm.planner.cut import TOKENS_PER_TEXT
 from megavlm.planner.layout import Chunk, layout_of
 from megavlm.planner.zero3 import with_bucket_sizes
@@ -152,20 +158,16 @@ def _strip(plan: Plan, width: int) -> Text:
 def _carried(plan: Plan, stage: Stage) -> dict[str, str]:
     """What a stage goes on with, and what is new in it.
 
-    Weights are the newest of any stage before; moments carry over for the parts that the stage
-    right before has trained, too.
+    Weights are the newest of any stage before; moments are those of the stage right before.
     """
     number = plan.stages.index(stage)
     before, run = plan.stages[:number], stage.run
     seen = {entry.name for earlier in before for entry in parameters_of(earlier.run)}
-    right_before = parameters_of(before[-1].run) if before else []
-    trained = before[-1].run.trained_parts if before else ()
-    with_moments = {entry.name for entry in right_before if entry.setting in trained}
-    weights, moments = _by_whether_in(run, seen), _by_whether_in(run, with_moments)
+    weights = _by_whether_in(run, seen)
+    kept_moments = carried_parts(before[-1].run, run) if before else ()
+    new_moments: list[Part] = [part for part in run.trained_parts if part not in kept_moments]
     # What start_from holds is not looked at before training.
     origin = "start_from or initial" if run.checkpoint.start_from else "initial"
-    kept_moments: list[Part] = [part for part in moments[0] if part in run.trained_parts]
-    new_moments: list[Part] = [part for part in moments[1] if part in run.trained_parts]
     return {
         "goes on with": _told(("weights", weights[0]), ("moments", kept_moments)) or "nothing",
         "new in it": _told((f"weights ({origin})", weights[1]), ("moments", new_moments))
@@ -182,7 +184,7 @@ def _by_whether_in(run: RunSettings, names: set[str]) -> tuple[list[Part], list[
     return [p for p in parts if p in inside], [p for p in parts if p in outside]
 
 
-def _told(*kinds: tuple[str, list[Part]]) -> str:
+def _told(*kinds: tuple[str, Sequence[Part]]) -> str:
     return "\n".join(f"{kind}: {words(parts)}" for kind, parts in kinds if parts)
 
 

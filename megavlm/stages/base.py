@@ -57,7 +57,10 @@ class Objective(Protocol):
         parallel: MegatronSettings = ...,
         vp_stage: int | None = None,
     ) -> Any:
-        """The model, or what this rank holds of it, a `Model`; weights are not initialised."""
+        """The model, or what this rank holds of it; weights are not initialised.
+
+        A module with `encoder`, `ledger`, `shard` and `layers`, as VisionLanguageModel has them.
+        """
         ...
 
     def items(self, batch: Any) -> int:

@@ -31,7 +31,7 @@ from megavlm.engine.ema import Ema
 from megavlm.engine.start import start_engine
 from megavlm.errors import BadSampleError, DivergenceError, LaunchError
 from megavlm.ops import library
-from megavlm.stages.base import weighted
+from megavlm.stages.base import Objective, weighted
 from megavlm.stages.start import objective_of
 from megavlm.train.metrics import MetricsLog
 from megavlm.train.preflight import check_plan
@@ -102,7 +102,8 @@ def _run_steps(
     run, per_step = stage.run, stage.run.train.micro_batches
     tokenizer = Tokenizer(run.data.tokenizer)
     share = Share(groups.data_rank(), groups.data_ranks())
-    collate = objective_of(run).collate
+    objective = objective_of(run)
+    collate = objective.collate
     sources = Sources(run.data.train, run.seed)
     training = MicroBatches(sources, tokenizer, run, share, collate, training=True)
     heldout = MicroBatches(
@@ -120,7 +121,7 @@ def _run_steps(
         kernels = library.description(groups.device(), DTYPES[run.train.precision], head_width)
         log.say(f"cross-attention and its norms run on {kernels}")
         if first_step == stage.first_step:
-            _log_heldout_loss(engine, heldout, stage, log, first_step)
+            _log_heldout_loss(engine, objective, heldout, stage, log, first_step)
         for step in range(first_step, stage.end_step):
             started = time.perf_counter()
             mine = None if batches is None else list(itertools.islice(batches, per_step))
@@ -152,7 +153,7 @@ def _run_steps(
             saver.check()
             done = step + 1
             if done == stage.end_step:
-                _log_heldout_loss(engine, heldout, stage, log, done)
+                _log_heldout_loss(engine, objective, heldout, stage, log, done)
             if done % run.checkpoint.every == 0 or done == stage.end_step:
                 started = time.perf_counter()
                 taken: dict[Part, int] = {
@@ -204,7 +205,12 @@ def _count_samples(micro_batches: Sequence[Any], run: RunSettings) -> dict[str, 
 
 
 def _log_heldout_loss(
-    engine: Engine, heldout: MicroBatches, stage: Stage, log: MetricsLog, step: int
+    engine: Engine,
+    objective: Objective,
+    heldout: MicroBatches,
+    stage: Stage,
+    log: MetricsLog,
+    step: int,
 ) -> None:
     """Log the mean loss over the held-out samples."""
     run = stage.run
@@ -220,7 +226,7 @@ def _log_heldout_loss(
             yield batch
 
     losses = engine.evaluate(batches())
-    loss = weighted(objective_of(run), losses.values())
+    loss = weighted(objective, losses.values())
     by_objective = _by_objective("heldout_loss", losses)
     last = step == stage.end_step
     log.record(

@@ -14,7 +14,7 @@ from megavlm.config.plan import Plan, Stage
 from megavlm.config.run import RunSettings
 from megavlm.dist import groups
 from megavlm.engine.ema import Ema
-from megavlm.model.params import parameters_of
+from megavlm.model.params import carried_parts, parameters_of
 
 
 class Start(NamedTuple):
@@ -71,10 +71,8 @@ def start_of(
     places += [last_checkpoint(earlier) for earlier in before]
     steps_before: Mapping[Part, int] = {}
     if before:
-        known = trained_names(before[-1].run)
-        new = {e.setting for e in parameters_of(stage.run) if e.name not in known}
         steps = read_state(places[-1])["optimizer_steps"]
-        steps_before = {part: steps[part] for part in trained if part not in new}
+        steps_before = {part: steps[part] for part in carried_parts(before[-1].run, stage.run)}
     carried = {e.name for e in parameters_of(stage.run) if e.setting in steps_before}
 
     def fill_from_before(state: State) -> None:

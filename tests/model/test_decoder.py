@@ -13,7 +13,7 @@ from megavlm.convert.llama import llama_config
 from megavlm.model.decoder import build_decoder
 from megavlm.model.initial import materialise
 from megavlm.model.vlm import VisionLanguageModel
-from tests.batches import TINY, random_batch
+from tests.batches import TINY, label_losses, random_batch
 from tests.ranks import alone, run_on_ranks
 
 Z_LOSS = 0.1
@@ -117,13 +117,7 @@ def head_of(model, batch, weights_bt):
         seen.append(args[0])
 
     model.language.output_layer.register_forward_pre_hook(keep)
-    losses_bt = model(
-        batch.tokens_bt,
-        batch.labels_bt,
-        batch.text_numbers_bt,
-        batch.image_ranges_2bt,
-        batch.pixels,
-    )
+    losses_bt = label_losses(model, batch)
     (losses_bt * weights_bt).sum().backward()
     [hidden] = seen
     weight = model.language.output_layer.weight

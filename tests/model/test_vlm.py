@@ -7,10 +7,9 @@ from transformers import MllamaForConditionalGeneration
 from megavlm.checkpoint.lazy import in_memory
 from megavlm.config.sizes import ModelSizes
 from megavlm.convert.mllama import mllama_config, to_hugging_face
-from megavlm.data.packing import Batch
 from megavlm.model.vit import normalise
 from megavlm.model.vlm import VisionLanguageModel
-from tests.batches import ROW_TOKENS, TINY, random_batch
+from tests.batches import ROW_TOKENS, TINY, label_losses, random_batch
 from tests.convert.hugging_face import opened, write
 from tests.model.weights import randomise
 from tests.ranks import alone
@@ -26,16 +25,6 @@ def random_model(sizes: ModelSizes = TINY, **kwargs) -> VisionLanguageModel:
     model = VisionLanguageModel(sizes, dtype=torch.float32, **kwargs)
     randomise(model)
     return model
-
-
-def losses(model: VisionLanguageModel, batch: Batch) -> torch.Tensor:
-    return model(
-        batch.tokens_bt,
-        batch.labels_bt,
-        batch.text_numbers_bt,
-        batch.image_ranges_2bt,
-        batch.pixels,
-    )
 
 
 IRREGULAR = replace(
@@ -82,7 +71,7 @@ def test_equals_hugging_face_mllama(decoder, patch_pixels, attention, tmp_path):
 def test_packed_texts_do_not_touch_each_other():
     model = random_model()
     batch = random_batch(1, samples=6)
-    packed = losses(model, batch)
+    packed = label_losses(model, batch)
     assert batch.text_numbers_bt.max() >= 1
     for row in range(len(packed)):
         for number in range(int(batch.text_numbers_bt[row].max()) + 1):
@@ -101,10 +90,10 @@ def test_packed_texts_do_not_touch_each_other():
 def test_a_text_sees_its_own_image_only():
     model = random_model()
     batch = random_batch(2, samples=4)
-    before = losses(model, batch)
+    before = label_losses(model, batch)
     other = batch.pixels.clone()
     other[2] = 255 - other[2]
-    after = losses(model, replace(batch, pixels=other))
+    after = label_losses(model, replace(batch, pixels=other))
     sees_it = batch.image_ranges_2bt[0] == 2 * TINY.encoder.tokens
     learned = batch.learned_bt
     assert (before[sees_it & learned] != after[sees_it & learned]).all()
@@ -115,8 +104,8 @@ def test_text_without_image_is_exactly_independent_of_images():
     model = random_model()
     batch = random_batch(3, samples=4, images=False)
     noisy = replace(batch, pixels=torch.randint_like(batch.pixels, 256))
-    assert torch.equal(losses(model, batch), losses(model, noisy))
-    losses(model, noisy)[batch.learned_bt].sum().backward()
+    assert torch.equal(label_losses(model, batch), label_losses(model, noisy))
+    label_losses(model, noisy)[batch.learned_bt].sum().backward()
     cross = [f"layers.{i}." for i in TINY.decoder.cross_layers]
     for name, parameter in model.named_parameters():
         reaches = not name.startswith(("encoder", "projector")) and not any(
@@ -134,7 +123,7 @@ def test_closed_gates_are_the_identity():
                 parameter.zero_()
     batch = random_batch(4, samples=3)
     blind = replace(batch, image_ranges_2bt=torch.zeros_like(batch.image_ranges_2bt))
-    assert torch.equal(losses(model, batch), losses(model, blind))
+    assert torch.equal(label_losses(model, batch), label_losses(model, blind))
 
 
 @pytest.mark.parametrize("recompute", ["selective", "full"])
@@ -145,7 +134,7 @@ def test_recompute_changes_nothing(recompute):
         model = random_model(recompute=mode)
         attention = model.language.decoder.layers[0].self_attention.core_attention
         attention.register_forward_hook(lambda *_: runs.append(mode))  # noqa: B023
-        losses(model, batch)[batch.learned_bt].sum().backward()
+        label_losses(model, batch)[batch.learned_bt].sum().backward()
         gradients.append([p.grad for p in model.parameters()])
     assert runs == ["none", recompute, recompute]
     for plain, recomputed in zip(*gradients, strict=True):
@@ -158,5 +147,5 @@ def test_later_tokens_are_hidden():
     changed = batch.tokens_bt.clone()
     changed[:, -1] = 11
     batch_changed = replace(batch, tokens_bt=changed)
-    before, after = losses(model, batch), losses(model, batch_changed)
+    before, after = label_losses(model, batch), label_losses(model, batch_changed)
     assert torch.equal(before[:, : ROW_TOKENS - 1], after[:, : ROW_TOKENS - 1])
