@@ -18,7 +18,10 @@ from megavlm.errors import ConfigError
 Tree = dict[str, Any]
 
 
-SHARED = ("run_folder", "seed", "model", "checkpoint", "engine", "zero3", "fsdp2", "megatron")
+SHARED = (
+    *("run_folder", "seed", "model", "checkpoint", "engine", "zero3", "fsdp2", "megatron"),
+    "data.tokenizer",
+)
 """Settings that all stages of a run have in common."""
 
 _STAGE_NAME = re.compile(r"[a-z0-9_]+")
@@ -75,11 +78,12 @@ def _stages(path: Path, tree: Tree) -> dict[str, Tree]:
             )
         if not isinstance(changes, dict):
             raise ConfigError(f"{path}: stages.{name} must hold a mapping of settings")
-        for shared in cast(Tree, changes).keys() & set(SHARED):
-            raise ConfigError(
-                f"{path}: stages.{name}.{shared}: all stages of a run share {shared}; set it "
-                "outside of stages"
-            )
+        for shared in SHARED:
+            if _has(changes, shared.split(".")):
+                raise ConfigError(
+                    f"{path}: stages.{name}.{shared}: all stages of a run share {shared}; set it "
+                    "outside of stages"
+                )
     return cast(dict[str, Tree], stages)
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from megavlm.config.objectives import is_pretraining
 from megavlm.config.run import RunSettings, samples_per_micro_batch
 from megavlm.data.augment import rand_augment
 from megavlm.data.balance import deal
@@ -21,6 +22,7 @@ from megavlm.data.image import (
     to_uint8_tensor,
 )
 from megavlm.data.packing import Batch, PairBatch
+from megavlm.data.samples import MAX_PICTURES
 from megavlm.data.sources import Place, Sources
 from megavlm.data.tokenizer import Tokenizer
 from megavlm.errors import BadSampleError
@@ -63,6 +65,8 @@ class MicroBatches(Dataset[Batch | PairBatch]):
         self.training = training
         """Whether to shuffle, draw texts and augment; otherwise samples come whole and in order."""
         self.samples = samples_per_micro_batch(run.train, share.ranks)
+        # Pre-training looks at the first picture of a sample; the others are not decoded.
+        self._pictures = 1 if is_pretraining(run.objectives) else MAX_PICTURES
         self._dealt: tuple[int, list[list[int]], int] | None = None
 
     def __getitem__(self, number: int) -> Batch | PairBatch:
@@ -100,7 +104,7 @@ class MicroBatches(Dataset[Batch | PairBatch]):
         if self._dealt is None or self._dealt[0] != step:
             size = self.run.train.samples_per_step
             positions = range(step * size, (step + 1) * size)
-            images = [self.sources.pictures_of(self._place(p)) for p in positions]
+            images = [self._images(p) for p in positions]
             dealt = deal(images, self.run.train.micro_batches * self.share.ranks)
             cells = [[positions[i] for i in cell] for cell in dealt]
             self._dealt = (step, cells, self._slots(cells))
@@ -108,8 +112,11 @@ class MicroBatches(Dataset[Batch | PairBatch]):
 
     def _slots(self, cells: Sequence[Sequence[int]]) -> int:
         """Image slots that micro-batches with samples at these positions need alike."""
-        images = (sum(self.sources.pictures_of(self._place(p)) for p in cell) for cell in cells)
-        return max(1, *images)
+        return max(1, *(sum(self._images(position) for position in cell) for cell in cells))
+
+    def _images(self, position: int) -> int:
+        """Pictures that are used of the sample at a position, by the index alone."""
+        return min(self._pictures, self.sources.pictures_of(self._place(position)))
 
     def _place(self, position: int) -> Place:
         return (self.sources.shuffled if self.training else self.sources.in_order)(position)
@@ -126,7 +133,8 @@ class MicroBatches(Dataset[Batch | PairBatch]):
             if texts:
                 chosen = generator.choice(len(texts), drawn, replace=False).tolist()
             texts = tuple(texts[i] for i in chosen)
-        pictures = tuple(self._picture(p, sample.key, generator) for p in sample.pictures)
+        used = sample.pictures[: self._pictures]
+        pictures = tuple(self._picture(picture, sample.key, generator) for picture in used)
         return Drawn(self.sources.locate(place), pictures, texts, generator)
 
     def _picture(self, encoded: bytes, key: str, generator: np.random.Generator) -> Tensor:

@@ -60,6 +60,10 @@ def test_a_file_without_stages_has_one():
         ([3], "stages must map names of stages"),
         (changed("captioning", seed=2), "stages.captioning.seed: all stages of a run share seed"),
         (changed("captioning", engine="fsdp2"), "all stages of a run share engine"),
+        (
+            changed("captioning", data={"tokenizer": "other.model"}),
+            "stages.captioning.data.tokenizer: all stages of a run share data.tokenizer",
+        ),
         (changed("captioning", trian={}), "stages.captioning: trian is not a known setting"),
         (changed("captioning", objectives={}), "stages.captioning: objectives is empty"),
         (

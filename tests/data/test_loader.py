@@ -129,6 +129,21 @@ def test_a_sample_with_too_many_pictures_takes_no_slots(tiny_run, tmp_path):
     assert "has 65 pictures; the limit is 64" in name
 
 
+def test_pre_training_looks_at_the_first_picture_alone(tiny_run, tmp_path):
+    samples = [coloured_sample(n) for n in range(8)]
+    pictured = sum(bool(sample.pictures) for sample in samples)
+    unused = (b"not a picture", b"nor this")
+    samples = [replace(s, pictures=(*s.pictures, *unused) if s.pictures else ()) for s in samples]
+    write_shard(tmp_path / "000000.tar", samples)
+    data = replace(tiny_run.data, heldout=SourceSettings(folder=tmp_path))
+    run = replace(tiny_run, data=data, objectives={"mim": 1.0})
+    heldout = micro_batches(run, training=False, collate=pairs)
+    batches = [heldout[n] for n in range(heldout.count())]
+    assert [name for batch in batches for name in batch.skipped] == []
+    assert sum(int(batch.has_image_n.sum()) for batch in batches) == pictured
+    assert all(len(batch.pixels) <= heldout.samples for batch in batches)
+
+
 @pytest.mark.parametrize("collate", [texts_alone, chats, pairs])
 def test_a_mixture_is_the_same_from_any_start_with_any_workers_and_ranks(
     tiny_run, coloured_squares, collate
