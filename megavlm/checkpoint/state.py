@@ -58,6 +58,12 @@ def _stage(checkpoint: Folder, state: dict[str, Any], plan: Plan) -> Stage:
             f"{state['stage_first_step']}, now it would at {stage.first_step}; restore the lengths "
             "of the stages before it"
         )
+    if stage.first_sample != state["stage_first_sample"]:
+        raise CheckpointError(
+            f"checkpoint {checkpoint} was written in stage {stage.name} when the stages before it "
+            f"drew {state['stage_first_sample']} samples, now {stage.first_sample}; restore their "
+            "train.samples_per_step"
+        )
     if state["step"] > stage.end_step:
         raise CheckpointError(
             f"checkpoint {checkpoint} is past the end of stage {stage.name} at step "
@@ -214,7 +220,8 @@ def checkpoint_state(
         "stage": stage.name,
         "stage_first_step": stage.first_step,
         "optimizer_steps": dict(optimizer_steps),
-        "samples_seen": (step - stage.first_step) * stage.run.train.samples_per_step,
+        "stage_first_sample": stage.first_sample,
+        "samples_seen": stage.sample_at(step),
         "training_samples": len(training),
         "training_sha256": training.fingerprint,
         "tokenizer_sha256": tokenizer.fingerprint,

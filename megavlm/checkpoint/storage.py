@@ -53,7 +53,7 @@ from megavlm.checkpoint.tensor_file import (
 )
 from megavlm.errors import CheckpointError
 
-FORMAT = 3
+FORMAT = 4
 STATE_FILE = "state.json"
 READERS = 16
 """Files opened at once: an object store answers each in its own time."""

@@ -62,7 +62,8 @@ def load_plan(path: Path, overrides: Sequence[str] = ()) -> Plan:
             raise ConfigError(f"{path}: {where}{_one_line(error)}") from error
         except ConfigError as error:
             raise ConfigError(f"{where}{error}") from error
-        stages.append(Stage(name, run, stages[-1].end_step if stages else 0))
+        first = (stages[-1].end_step, stages[-1].end_sample) if stages else (0, 0)
+        stages.append(Stage(name, run, *first))
     return Plan(tuple(stages))
 
 

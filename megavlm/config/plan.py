@@ -14,11 +14,22 @@ class Stage(NamedTuple):
     run: RunSettings
     first_step: int
     """Steps of all stages before it. Steps are counted over the whole run."""
+    first_sample: int = 0
+    """Samples of all stages before it, which draw what comes first in the order of the data."""
 
     @property
     def end_step(self) -> int:
         """Steps done when it is done."""
         return self.first_step + self.run.train.steps
+
+    @property
+    def end_sample(self) -> int:
+        """Samples drawn when it is done."""
+        return self.sample_at(self.end_step)
+
+    def sample_at(self, steps_done: int) -> int:
+        """Samples that the run has drawn when so many of its steps are done."""
+        return self.first_sample + (steps_done - self.first_step) * self.run.train.samples_per_step
 
 
 class Plan(NamedTuple):

@@ -42,9 +42,10 @@ class Share(NamedTuple):
 class MicroBatches(Dataset[Batch | PairBatch]):
     """Micro-batch i of this share, for any i, in any order.
 
-    Training step s holds the samples at global positions from s * samples_per_step on, whatever the
-    number of ranks. They are dealt to its micro-batches and ranks so that each has as many images
-    as the next; all of them have the same number of image slots. Held-out samples come in order.
+    Training step s holds the samples at global positions from first_sample + s * samples_per_step
+    on, whatever the number of ranks. They are dealt to its micro-batches and ranks so that each has
+    as many images as the next; all of them have the same number of image slots. Held-out samples
+    come in order.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class MicroBatches(Dataset[Batch | PairBatch]):
         collate: Collate,
         *,
         training: bool,
+        first_sample: int = 0,
     ) -> None:
         self.sources = sources
         self.tokenizer = tokenizer
@@ -64,6 +66,8 @@ class MicroBatches(Dataset[Batch | PairBatch]):
         self.collate = collate
         self.training = training
         """Whether to shuffle, draw texts and augment; otherwise samples come whole and in order."""
+        self.first_sample = first_sample
+        """What earlier stages have drawn, so that a new one does not begin with the same again."""
         self.samples = samples_per_micro_batch(run.train, share.ranks)
         # Pre-training looks at the first picture of a sample; the others are not decoded.
         self._pictures = 1 if is_pretraining(run.objectives) else MAX_PICTURES
@@ -103,7 +107,8 @@ class MicroBatches(Dataset[Batch | PairBatch]):
         """Positions of every micro-batch of every share in a step, and their image slots."""
         if self._dealt is None or self._dealt[0] != step:
             size = self.run.train.samples_per_step
-            positions = range(step * size, (step + 1) * size)
+            first = self.first_sample + step * size
+            positions = range(first, first + size)
             images = [self._images(p) for p in positions]
             dealt = deal(images, self.run.train.micro_batches * self.share.ranks)
             cells = [[positions[i] for i in cell] for cell in dealt]

@@ -105,7 +105,11 @@ def _run_steps(
     objective = objective_of(run)
     collate = objective.collate
     sources = Sources(run.data.train, run.seed)
-    training = MicroBatches(sources, tokenizer, run, share, collate, training=True)
+    training = MicroBatches(
+        *(sources, tokenizer, run, share, collate),
+        training=True,
+        first_sample=stage.first_sample,
+    )
     heldout = MicroBatches(
         Sources((run.data.heldout,), run.seed), tokenizer, run, share, collate, training=False
     )
