@@ -12,11 +12,14 @@ RUN = Path(__file__).parent / "run.yaml"
 
 
 def plan_of(*runs: RunSettings) -> Plan:
-    """A plan of these stages, named after their objectives."""
+    """A plan of these stages, named after their objectives, and numbered where those recur."""
     stages: list[Stage] = []
     for run in runs:
         name = "_".join(run.objectives)
-        stages.append(Stage(name, run, stages[-1].end_step if stages else 0))
+        if any(stage.name == name for stage in stages):
+            name += f"_{len(stages)}"
+        first = (stages[-1].end_step, stages[-1].end_sample) if stages else (0, 0)
+        stages.append(Stage(name, run, *first))
     return Plan(tuple(stages))
 
 

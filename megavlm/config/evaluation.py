@@ -17,6 +17,8 @@ _MEASURES: dict[ObjectiveName, tuple[Measure, ...]] = {
     "captioning": ("captions",),
     "instruction": ("captions", "vqa"),
 }
+_POSSIBLE = _MEASURES | {"captioning": _MEASURES["instruction"]}
+"""What a model of these objectives can do, whether or not they are for it."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -34,12 +36,19 @@ class EvaluationSettings:
     def __post_init__(self) -> None:
         if self.samples is not None and self.samples < 1:
             raise ConfigError(f"evaluation.samples={self.samples} must be at least 1")
+        if "probe" in (self.measures or ()) and self.probe_kind is None:
+            raise ConfigError(
+                "evaluation.measures names probe, which needs classes; set evaluation.probe_kind "
+                "to a kind of texts whose answers are classes"
+            )
 
     def measures_of(self, objectives: Iterable[ObjectiveName]) -> tuple[Measure, ...]:
-        """What is measured after a stage with these objectives."""
-        chosen: list[Measure] = list(self.measures or ())
-        if self.measures is None:
-            chosen = [measure for name in objectives for measure in _MEASURES[name]]
+        """What is measured after a stage with these objectives, as far as its model can do it."""
+        names = list(objectives)
+        possible = {measure for name in names for measure in _POSSIBLE[name]}
         if self.probe_kind is None:
-            chosen = [measure for measure in chosen if measure != "probe"]
-        return tuple(dict.fromkeys(chosen))
+            possible.discard("probe")
+        chosen = self.measures
+        if chosen is None:
+            chosen = [measure for name in names for measure in _MEASURES[name]]
+        return tuple(dict.fromkeys(measure for measure in chosen if measure in possible))

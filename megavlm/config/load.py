@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
@@ -37,7 +37,7 @@ def load_plan(path: Path, overrides: Sequence[str] = ()) -> Plan:
     types, broken rules, and for an override that no stage would follow.
     """
     try:
-        tree = yaml.safe_load(path.read_text())
+        tree = yaml.load(path.read_text(), _UniqueKeys)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read run file {path}: {error}") from error
     except yaml.YAMLError as error:
@@ -47,8 +47,9 @@ def load_plan(path: Path, overrides: Sequence[str] = ()) -> Plan:
     tree = cast(Tree, tree)
     changes_by_stage = _stages(path, tree)
     for override in overrides:
-        _require_effect(changes_by_stage, override)
-        _apply(tree, override)
+        name, value = _parsed(override)
+        _require_effect(changes_by_stage, override, name, value)
+        _apply(tree, override, name, value)
     if "model" in tree:
         tree["model"] = _with_preset(tree["model"])
     changes_by_stage = _stages(path, tree)
@@ -67,13 +68,26 @@ def load_plan(path: Path, overrides: Sequence[str] = ()) -> Plan:
     return Plan(tuple(stages))
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML in which no name of a mapping stands twice; plain YAML lets the last one win."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names: list[Any] = [self.construct_object(name, deep=True) for name, _ in node.value]
+        for name, (name_node, _) in zip(names, node.value, strict=True):
+            if names.count(name) > 1:
+                raise yaml.MarkedYAMLError(
+                    problem=f"{name} stands there twice", problem_mark=name_node.start_mark
+                )
+        return super().construct_mapping(node, deep)
+
+
 def _stages(path: Path, tree: Tree) -> dict[str, Tree]:
     """The settings in which each stage differs, by its name."""
     stages: Any = tree.get("stages", {_ONLY_STAGE: {}})
     if not isinstance(stages, dict) or not stages:
         raise ConfigError(f"{path}: stages must map names of stages to their settings")
     for name, changes in cast(Tree, stages).items():
-        if not _STAGE_NAME.fullmatch(str(name)):
+        if not isinstance(name, str) or not _STAGE_NAME.fullmatch(name):
             raise ConfigError(
                 f"{path}: stages: {name!r} must be a name of lower-case letters, digits and _"
             )
@@ -88,15 +102,43 @@ def _stages(path: Path, tree: Tree) -> dict[str, Tree]:
     return cast(dict[str, Tree], stages)
 
 
-def _require_effect(changes_by_stage: dict[str, Tree], override: str) -> None:
-    """Raise ConfigError if every stage has a setting of its own where an override changes one."""
-    name = override.partition("=")[0]
-    if all(_has(changes, name.split(".")) for changes in changes_by_stage.values()):
+def _require_effect(
+    changes_by_stage: dict[str, Tree], override: str, name: str, value: Any
+) -> None:
+    """Raise ConfigError if an override names no stage of the file, or if none would follow it.
+
+    That is so where every stage has a setting of its own.
+    """
+    section, *place = name.split(".")
+    if section == "stages" and place:
+        if changes_by_stage == {_ONLY_STAGE: {}}:
+            raise ConfigError(
+                f"override {override!r}: the run file lists no stages; leave out stages.{place[0]}"
+            )
+        if place[0] not in changes_by_stage:
+            raise ConfigError(
+                f"override {override!r}: the run file has no stage {place[0]}; its stages are "
+                f"{', '.join(changes_by_stage)}"
+            )
+        return
+    leaves = list(_leaves([section, *place], value))
+    if all(_has(changes, leaf) for changes in changes_by_stage.values() for leaf in leaves):
         first = next(iter(changes_by_stage))
         raise ConfigError(
             f"override {override!r} would change nothing: every stage sets {name} itself; say "
             f"stages.{first}.{override}, for one of {', '.join(changes_by_stage)}"
         )
+
+
+def _leaves(place: list[str], value: Any) -> Iterator[list[str]]:
+    """Places of the settings that an override changes, down to what a stage replaces whole."""
+    if place[0] in WHOLE:
+        yield place[:1]
+    elif isinstance(value, dict) and value:
+        for name, below in cast(Tree, value).items():
+            yield from _leaves([*place, str(name)], below)
+    else:
+        yield place
 
 
 def _has(tree: Any, names: Sequence[str]) -> bool:
@@ -118,20 +160,25 @@ def run_as_tree(run: RunSettings) -> Tree:
     return TypeAdapter(RunSettings).dump_python(run, mode="json")
 
 
-def _apply(tree: Tree, override: str) -> None:
+def _parsed(override: str) -> tuple[str, Any]:
+    """The dotted name and the value of an override."""
     name, equals, text = override.partition("=")
     if not equals or not all(name.split(".")):
         raise ConfigError(f"override {override!r} must have the form section.name=value")
+    try:
+        return name, yaml.load(text, _UniqueKeys)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {override!r}: the value is not valid YAML") from error
+
+
+def _apply(tree: Tree, override: str, name: str, value: Any) -> None:
     *sections, leaf = name.split(".")
     for section in sections:
         below: Any = tree.setdefault(section, {})
         if not isinstance(below, dict):
             raise ConfigError(f"override {override!r}: {section} is a value, not a section")
         tree = cast(Tree, below)
-    try:
-        tree[leaf] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"override {override!r}: the value is not valid YAML") from error
+    tree[leaf] = value
 
 
 def _with_preset(model: Any) -> Any:
@@ -173,8 +220,11 @@ def _suggestion(place: tuple[int | str, ...]) -> str:
     fields = TypeAdapter(RunSettings).json_schema()
     definitions = fields["$defs"]
     for section in place[:-1]:
-        reference = fields["properties"][section]["$ref"]
-        fields = definitions[reference.rsplit("/", 1)[1]]
+        if section in fields["properties"]:  # not the number of a list's entry
+            schema = fields["properties"][section]
+            options = [schema, *schema.get("anyOf", ())]  # of what may be left out
+            [reference] = {r for o in options if (r := o.get("items", o).get("$ref"))}
+            fields = definitions[reference.rsplit("/", 1)[1]]
     known = list(fields["properties"])
     near = difflib.get_close_matches(str(place[-1]), known, n=1)
     return f"; did you mean {near[0]}?" if near else f"; known: {', '.join(known)}"

@@ -228,7 +228,7 @@ class RunSettings:
                 if part not in parts:
                     raise ConfigError(
                         f"{name} names {part}, which a stage of {', '.join(self.objectives)} has "
-                        f"not; its parts are {', '.join(parts)}"
+                        f"not (its parts are {', '.join(parts)}); set it in the stages that have it"
                     )
         if not self.trained_parts:
             raise ConfigError(
@@ -238,11 +238,12 @@ class RunSettings:
 
 def data_parallel_ranks(run: RunSettings, ranks: int) -> int:
     """Copies of the model among so many ranks; raises ConfigError when they do not divide."""
-    model_ranks = run.model_parallel.model_ranks
+    parallel = run.model_parallel
+    model_ranks = parallel.model_ranks
     if ranks % model_ranks:
         raise ConfigError(
             f"{ranks} ranks are not divisible by megatron.tensor_parallel="
-            f"{run.megatron.tensor_parallel} x pipeline_parallel={run.megatron.pipeline_parallel} "
+            f"{parallel.tensor_parallel} x pipeline_parallel={parallel.pipeline_parallel} "
             f"= {model_ranks}; use a multiple of {model_ranks} ranks"
         )
     shard_ranks = run.fsdp2.shard_ranks

@@ -11,7 +11,10 @@ from megavlm.config.data import SourceSettings
 from megavlm.data.cursor import sample_at, source_at
 from megavlm.data.samples import Sample, Text
 from megavlm.data.shards import ShardFolder
-from megavlm.errors import BadSampleError
+from megavlm.errors import BadSampleError, DataError
+
+TASK_SAMPLES = 200
+"""So many of a source's samples, evenly spaced, say which tasks it has."""
 
 
 class Place(NamedTuple):
@@ -88,6 +91,27 @@ class Sources:
                 yield from self.read_texts(self.in_order(position))
             except BadSampleError as error:
                 print(f"skipped {error}", file=sys.stderr, flush=True)
+
+    def check_tasks(self) -> None:
+        """Raise DataError for a source in which none of some samples has a text of its tasks."""
+        for source, (settings, folder) in enumerate(zip(self._settings, self.folders, strict=True)):
+            if not settings.tasks:
+                continue
+            step = max(1, len(folder) // TASK_SAMPLES)
+            numbers = range(0, len(folder), step)
+            tasks = {task for number in numbers for task in self._tasks(Place(source, number))}
+            if not tasks & set(settings.tasks):
+                raise DataError(
+                    f"data: none of {len(numbers)} samples of {settings.folder} has a text of "
+                    f"tasks={list(settings.tasks)}; theirs are {sorted(tasks)}"
+                )
+
+    def _tasks(self, place: Place) -> set[str]:
+        """Tasks of a sample's texts; none of one that cannot be read."""
+        try:
+            return {text.task for text in self.folders[place.source].read_texts(place.number)}
+        except BadSampleError:
+            return set()
 
     def _taken(self, place: Place, texts: tuple[Text, ...]) -> tuple[Text, ...]:
         tasks = self._settings[place.source].tasks

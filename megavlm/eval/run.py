@@ -53,7 +53,7 @@ def evaluate_stage(plan: Plan, stage: Stage) -> None:
     # One rank looks: the others may see an older file.
     looks = groups.rank() == 0
     done = looks and read_evaluation(run.run_folder).get(stage.name, {}).get("step")
-    if groups.from_all_ranks(done)[0] != stage.end_step and measures_of(stage):
+    if groups.from_all_ranks(done)[0] != stage.end_step and _measures_of(run):
         with groups.model_groups(run.seed, UNDIVIDED):
             _evaluate(stage, last_checkpoint(stage), show_progress=False)
 
@@ -66,15 +66,6 @@ def evaluate(plan: Plan) -> None:
     with groups.process_groups(plan.first.seed):
         stage, checkpoint = newest(plan)
         _evaluate(stage, checkpoint, show_progress=True)
-
-
-def measures_of(stage: Stage) -> tuple[Measure, ...]:
-    """What is measured after a stage: what the settings name, as far as its model can do it."""
-    objectives = stage.run.objectives
-    possible: tuple[Measure, ...] = ("captions", "vqa")
-    if is_pretraining(objectives):
-        possible = ("retrieval", "probe") if "contrastive" in objectives else ("probe",)
-    return tuple(m for m in stage.run.evaluation.measures_of(objectives) if m in possible)
 
 
 def read_evaluation(run_folder: Path) -> dict[str, Any]:
@@ -94,7 +85,7 @@ def _predictions_file(run_folder: Path, stage: str) -> Path:
 
 
 def _evaluate(stage: Stage, checkpoint: Folder | None, *, show_progress: bool) -> None:
-    run, measures = stage.run, measures_of(stage)
+    run, measures = stage.run, _measures_of(stage.run)
     tell(f"evaluating stage {stage.name}: {', '.join(measures) or 'nothing is to be measured'}")
     if is_pretraining(run.objectives):
         scores, rows = _pretraining(run, checkpoint, measures)
@@ -109,6 +100,10 @@ def _evaluate(stage: Stage, checkpoint: Folder | None, *, show_progress: bool) -
         # Last: it says that the stage is done.
         _write_atomically(run.run_folder / EVALUATION_FILE, json.dumps(found, indent=1))
         print_scores(f"stage {stage.name}, step {step}", scores)
+
+
+def _measures_of(run: RunSettings) -> tuple[Measure, ...]:
+    return run.evaluation.measures_of(run.objectives)
 
 
 def _write_atomically(path: Path, content: str) -> None:

@@ -15,11 +15,11 @@ from megavlm.stages.base import Forward, Losses
 class LanguageObjective:
     """Cross entropy of the learned tokens, through cross-attention. An item is a learned token."""
 
-    weights = (1.0,)
     held_out_together = 1
 
     def __init__(self, run: RunSettings) -> None:
-        [self.names] = [tuple(run.objectives)]
+        self.names = tuple(run.objectives)
+        self.weights = tuple(run.objectives.values())
         self._run = run
 
     def build(
@@ -61,4 +61,4 @@ class LanguageObjective:
 
     def losses(self, outputs: Tensor, batch: Batch, prepared: None = None) -> Losses:
         loss_sum = (outputs * batch.learned_bt).sum()
-        return Losses(loss_sum, loss_sum.detach()[None].clone())
+        return Losses(self.weights[0] * loss_sum, loss_sum.detach()[None].clone())

@@ -29,7 +29,7 @@ from megavlm.dist.launch import check_hosts
 from megavlm.engine.base import DTYPES, Engine, StepResult
 from megavlm.engine.ema import Ema
 from megavlm.engine.start import start_engine
-from megavlm.errors import BadSampleError, DivergenceError, LaunchError
+from megavlm.errors import BadSampleError, DataError, DivergenceError, LaunchError
 from megavlm.ops import library
 from megavlm.stages.base import Objective, weighted
 from megavlm.stages.start import objective_of
@@ -134,7 +134,7 @@ def _run_steps(
             counts = _count_samples(micro_batches, run)
             learning_rate = scheduled(plan, stage, step)
             result = engine.step(micro_batches, learning_rate)
-            _check_finite(step, result)
+            _check_result(step, result)
             if ema is not None:
                 ema.update()
             step_seconds = time.perf_counter() - started
@@ -176,8 +176,13 @@ def _by_objective(name: str, losses: Mapping[str, float]) -> dict[str, float]:
     return {f"{name}_{objective}": loss for objective, loss in losses.items() if several}
 
 
-def _check_finite(step: int, result: StepResult) -> None:
-    """Stop before weights that are no numbers are saved."""
+def _check_result(step: int, result: StepResult) -> None:
+    """Stop before weights that are no numbers, or that nothing has taught, are saved."""
+    if result.items == 0:
+        raise DataError(
+            f"step {step}: nothing is to be learned from any of its samples; do they have texts of "
+            "the tasks that data.train names, and does data.row_tokens leave room for an answer?"
+        )
     if not (math.isfinite(result.loss) and math.isfinite(result.gradient_norm)):
         raise DivergenceError(
             f"step {step}: loss {result.loss}, gradient norm {result.gradient_norm}; nothing of it "

@@ -38,7 +38,7 @@ def check_plan(plan: Plan, ranks: int) -> None:
 def check_stage(run: RunSettings, ranks: int) -> None:
     """Raise ConfigError or DataError for what is wrong with one stage on so many ranks."""
     samples_per_micro_batch(run.train, data_parallel_ranks(run, ranks))
-    Sources(run.data.train, run.seed)
+    Sources(run.data.train, run.seed).check_tasks()
     for source in (run.data.heldout, run.data.heldout_questions):
         if source is not None:
             Sources((source,), run.seed)

@@ -1,11 +1,11 @@
 """Where a run starts from: its newest checkpoint, or what was trained before a stage."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from functools import partial
 from typing import NamedTuple
 
 from megavlm.checkpoint.folder import Folder
-from megavlm.checkpoint.shards import MOMENTS, State
+from megavlm.checkpoint.shards import MOMENTS, Shards, State
 from megavlm.checkpoint.state import changes, checkpoint_root
 from megavlm.checkpoint.storage import folder_name, read_state
 from megavlm.checkpoint.store import latest_checkpoint, load_checkpoint, load_present
@@ -57,9 +57,9 @@ def start_of(
     """What fills an engine before a stage goes on, and the optimiser's steps of each trained part.
 
     In the middle of a stage that is its checkpoint. A stage begins with the newest weights of the
-    stages before it, with those of `checkpoint.start_from` where they have none, and with initial
-    ones where nothing has any. Moments, and the steps that they have seen, carry over for parts
-    that the stage right before it has trained whole; they start fresh for the rest.
+    stages before it that have trained them, with those of `checkpoint.start_from` where none has,
+    and with initial ones where nothing has any. Moments, and the steps that they have seen, carry
+    over for parts that the stage right before it has trained whole; they start fresh for the rest.
     """
     trained = stage.run.trained_parts
     if start.checkpoint is not None and start.steps_done > stage.first_step:
@@ -67,23 +67,33 @@ def start_of(
         fill = partial(load_checkpoint, start.checkpoint)
         return fill, {part: steps.get(part, 0) for part in trained}
     before = stages_before(plan, stage)
-    places = [Folder(place) for place in stage.run.checkpoint.start_from]
-    places += [last_checkpoint(earlier) for earlier in before]
     steps_before: Mapping[Part, int] = {}
     if before:
-        steps = read_state(places[-1])["optimizer_steps"]
+        steps = read_state(last_checkpoint(before[-1]))["optimizer_steps"]
         steps_before = {part: steps[part] for part in carried_parts(before[-1].run, stage.run)}
     carried = {e.name for e in parameters_of(stage.run) if e.setting in steps_before}
 
     def fill_from_before(state: State) -> None:
-        weights = {name: held for name, held in state.items() if name.startswith("weights/")}
-        moments = {f"{moment}/{name}" for moment in MOMENTS for name in carried}
-        taken = {name: held for name, held in state.items() if name in moments}
-        for place in places:
-            is_last = place == places[-1]
-            load_present(place, {**weights, **taken} if is_last else weights)
+        for place in stage.run.checkpoint.start_from:
+            load_present(Folder(place), _named(state, "weights/"))
+        for earlier in before:
+            # Some engines keep, and save, what is frozen in bf16 alone.
+            wanted = _named(state, "weights/", trained_names(earlier.run))
+            if earlier == before[-1]:
+                for moment in MOMENTS:
+                    wanted |= _named(state, f"{moment}/", carried)
+            load_present(last_checkpoint(earlier), wanted)
 
     return fill_from_before, {part: steps_before.get(part, 0) for part in trained}
+
+
+def _named(state: State, kind: str, names: Container[str] | None = None) -> dict[str, Shards]:
+    """What a state holds of a kind, of all parameters or of some."""
+    return {
+        name: held
+        for name, held in state.items()
+        if name.startswith(kind) and (names is None or name.removeprefix(kind) in names)
+    }
 
 
 def stages_before(plan: Plan, stage: Stage) -> tuple[Stage, ...]:
@@ -100,7 +110,7 @@ def load_average(start: Start, ema: Ema) -> None:
     """Go on with the moving average of a checkpoint; without one, it starts now."""
     assert start.checkpoint is not None
     saved = read_state(start.checkpoint)["tensors"]
-    if all(name in saved for name in ema.state()):
+    if any(name.startswith("ema/") for name in saved):  # on every rank, whatever it holds
         load_checkpoint(start.checkpoint, ema.state())
 
 

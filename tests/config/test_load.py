@@ -46,6 +46,18 @@ def test_settings_survive_a_round_trip_through_plain_data(tmp_path):
         ("train.stepz=5", "train.stepz is not a known setting; did you mean steps?"),
         ("model.decoder.widht=8", "model.decoder.widht is not a known setting; did you mean width"),
         ("nonsense=1", "nonsense is not a known setting; known: run_folder,"),
+        (
+            "data.train={folder: x, part: 3}",
+            "data.train.0.part is not a known setting; did you",
+        ),
+        (
+            "data.heldout_questions={folder: x, part: 3}",
+            "part is not a known setting; did you mea",
+        ),
+        (
+            "model.text_tower={wdth: 3}",
+            "text_tower.wdth is not a known setting; did you mean wi",
+        ),
         ("train.steps=many", "train.steps='many': input should be a valid integer"),
         ("train.steps", "override 'train.steps' must have the form section.name=value"),
         ("train.steps.x=1", "steps is a value, not a section"),

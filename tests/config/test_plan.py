@@ -58,6 +58,7 @@ def test_a_file_without_stages_has_one():
         ({"Mixed Case": {}}, "must be a name of lower-case letters"),
         ({"captioning": 3}, "stages.captioning must hold a mapping of settings"),
         ([3], "stages must map names of stages"),
+        ({1: {}}, "stages: 1 must be a name of lower-case letters"),
         (changed("captioning", seed=2), "stages.captioning.seed: all stages of a run share seed"),
         (changed("captioning", engine="fsdp2"), "all stages of a run share engine"),
         (
@@ -73,7 +74,7 @@ def test_a_file_without_stages_has_one():
         (changed("captioning", objectives={"captioning": 0}), "must be a weight above 0"),
         (
             changed("pretraining", train={"frozen": ["decoder"]}),
-            "train.frozen names decoder, which a stage of mim, contrastive has not; its parts are",
+            "train.frozen names decoder, which a stage of mim, contrastive has not (its parts are",
         ),
         (
             changed("captioning", optimizer={"scales": {"heads": 2}}),
@@ -118,8 +119,41 @@ def test_contrastive_learning_needs_a_text_tower(tmp_path):
 def test_an_override_that_no_stage_would_follow_is_refused(tmp_path):
     path = write(tmp_path)
     says = r"would change nothing: .* say stages.pretraining.train.steps=5, for one of pretraining,"
+    for override in ("train.steps=5", "train={steps: 5}"):
+        with pytest.raises(ConfigError, match=says if "=5" in override else "would change nothing"):
+            load_plan(path, [override])
+    scaled = load_plan(path, ["optimizer.scales={encoder: 0.7}"]).last
+    assert scaled.optimizer.scales == {"encoder": 0.7}
+
+
+def test_a_stage_replaces_objectives_whole(tmp_path):
+    stages = changed("captioning", objectives={"captioning": 1})
+    with pytest.raises(ConfigError, match="would change nothing: every stage sets objectives"):
+        load_plan(write(tmp_path, stages), ["objectives.captioning=3"])
+    plan = load_plan(write(tmp_path), ["objectives.captioning=3"])
+    assert [s.run.objectives.get("captioning") for s in plan.stages] == [None, 3.0, None]
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("stages.captoining.train.steps=5", "no stage captoining; its stages are pretraining, cap"),
+        ("stages.captioning.train.stpes=5", "did you mean steps"),
+    ],
+)
+def test_an_override_of_a_stage_that_is_not_there(tmp_path, override, says):
     with pytest.raises(ConfigError, match=says):
-        load_plan(path, ["train.steps=5"])
+        load_plan(write(tmp_path), [override])
+    if "captoining" in override:
+        with pytest.raises(ConfigError, match="the run file lists no stages; leave out"):
+            load_plan(RUN, [override])
+
+
+def test_a_stage_that_stands_there_twice(tmp_path):
+    path = write(tmp_path)
+    path.write_text(path.read_text() + "  captioning:\n    train: {steps: 3}\n")
+    with pytest.raises(ConfigError, match="captioning stands there twice"):
+        load_plan(path)
 
 
 def test_batches_that_do_not_divide_over_the_ranks_are_refused_with_the_remedy(tmp_path):

@@ -10,7 +10,8 @@ import pytest
 import megavlm.eval.run
 from megavlm.config.evaluation import EvaluationSettings
 from megavlm.dist import groups
-from megavlm.eval.run import EVALUATION_FILE, evaluate, evaluate_stage, measures_of
+from megavlm.errors import ConfigError
+from megavlm.eval.run import EVALUATION_FILE, evaluate, evaluate_stage
 from megavlm.train.loop import train
 from tests.ranks import run_on_ranks
 from tests.runs import plan_of
@@ -140,4 +141,10 @@ def test_the_newest_checkpoint_is_evaluated_within_a_stage(curriculum):
 def test_a_stage_is_measured_by_what_its_model_can_do(tiny_run, objectives, chosen, measured):
     settings = EvaluationSettings(measures=chosen, probe_kind="colour")
     [stage] = plan_of(replace(tiny_run, objectives=objectives, evaluation=settings)).stages
-    assert tuple(sorted(measures_of(stage))) == measured
+    told = stage.run.evaluation.measures_of(stage.run.objectives)
+    assert tuple(sorted(told)) == measured
+
+
+def test_a_probe_needs_classes():
+    with pytest.raises(ConfigError, match=r"set evaluation\.probe_kind"):
+        EvaluationSettings(measures=("probe",))
