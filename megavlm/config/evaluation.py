@@ -48,7 +48,7 @@ class EvaluationSettings:
         possible = {measure for name in names for measure in _POSSIBLE[name]}
         if self.probe_kind is None:
             possible.discard("probe")
-        chosen = self.measures
+        chosen: Iterable[Measure] | None = self.measures
         if chosen is None:
             chosen = [measure for name in names for measure in _MEASURES[name]]
         return tuple(dict.fromkeys(measure for measure in chosen if measure in possible))

@@ -72,7 +72,8 @@ class _UniqueKeys(yaml.SafeLoader):
     """YAML in which no name of a mapping stands twice; plain YAML lets the last one win."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        names: list[Any] = [self.construct_object(name, deep=True) for name, _ in node.value]
+        this: Any = self  # yaml has no types
+        names = [this.construct_object(name, deep=True) for name, _ in node.value]
         for name, (name_node, _) in zip(names, node.value, strict=True):
             if names.count(name) > 1:
                 raise yaml.MarkedYAMLError(
@@ -86,7 +87,7 @@ def _stages(path: Path, tree: Tree) -> dict[str, Tree]:
     stages: Any = tree.get("stages", {_ONLY_STAGE: {}})
     if not isinstance(stages, dict) or not stages:
         raise ConfigError(f"{path}: stages must map names of stages to their settings")
-    for name, changes in cast(Tree, stages).items():
+    for name, changes in cast(dict[Any, Any], stages).items():
         if not isinstance(name, str) or not _STAGE_NAME.fullmatch(name):
             raise ConfigError(
                 f"{path}: stages: {name!r} must be a name of lower-case letters, digits and _"

@@ -7,7 +7,7 @@ from typing import Literal
 from rich.console import Console
 from rich.table import Table
 
-Baseline = Literal["wrong picture", "majority answer", "chance", "untrained"]
+Baseline = Literal["wrong picture", "majority answer", "chance", "untrained", "pixels"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,7 @@ import pytest
 from megavlm.config.data import SourceSettings
 from megavlm.data.cursor import sample_at
 from megavlm.data.sources import Place, Sources
-from megavlm.errors import ConfigError
+from megavlm.errors import ConfigError, DataError
 
 
 def sources(folder, *settings):
@@ -41,6 +41,14 @@ def test_only_the_named_tasks_are_taken(coloured_squares):
     captions = sources(coloured_squares, ("train", {"tasks": ("caption",)}))
     assert {t.task for n in range(40) for t in captions.read(Place(0, n)).texts} == {"caption"}
     assert captions.read(captions.in_order(4)).texts == ()  # a text of another task
+
+
+def test_tasks_that_no_sample_has_are_refused(coloured_squares):
+    rare = sources(coloured_squares, ("train", {"tasks": ("caption", "rare")}), ("heldout", {}))
+    rare.check_tasks()
+    mistyped = sources(coloured_squares, ("heldout", {}), ("train", {"tasks": ("captoin",)}))
+    with pytest.raises(DataError, match=r"none of 40 samples of .*train has a text of tasks"):
+        mistyped.check_tasks()
 
 
 def test_what_decides_the_samples_is_in_the_fingerprint(coloured_squares):

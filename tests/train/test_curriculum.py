@@ -9,6 +9,8 @@ from megavlm.checkpoint.folder import Folder
 from megavlm.checkpoint.storage import folder_name, read_state
 from megavlm.config.engines import MegatronSettings
 from megavlm.config.run import OptimizerSettings
+from megavlm.engine.ema import Ema
+from megavlm.train import start
 from megavlm.train.metrics import read_metrics
 from tests.runs import plan_of
 from tests.train.test_resume import LAYOUTS, MEGATRON, losses, saved, trained
@@ -128,6 +130,20 @@ def test_moments_go_on_for_parts_that_were_trained_whole(tiny_run):
             expected = optimizer.beta2 * old + (1 - optimizer.beta2) * gradient.square()
             # Worst measured: 1.2e-7 relative.
             torch.testing.assert_close(after[name], expected, rtol=1e-6, atol=1e-30, msg=name)
+
+
+def test_all_ranks_read_an_average_even_those_that_hold_nothing_of_it(monkeypatch):
+    """Reading is collective, so a rank whose layers are frozen must take part, or not, as others.
+
+    Without an average in the checkpoint none does.
+    """
+    reads = []
+    monkeypatch.setattr(start, "load_checkpoint", lambda folder, state: reads.append(dict(state)))
+    on_this_rank = Ema({}, set(), 0.5)
+    for names in ({"weights/a"}, {"weights/a", "ema/a"}):
+        monkeypatch.setattr(start, "read_state", lambda _, names=names: {"tensors": names})
+        start.load_average(start.Start(None, 1, Folder("somewhere")), on_this_rank)
+    assert reads == [{}]
 
 
 def test_a_stage_cut_in_two_is_the_same_stage(tiny_run):
