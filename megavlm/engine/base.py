@@ -6,7 +6,7 @@ from itertools import islice
 from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from megavlm.checkpoint.shards import State
 from megavlm.config.objectives import Part
@@ -72,6 +72,17 @@ def evaluate_on_each_rank(
     return means(objective, sums_of_all, items_of_all)
 
 
+def free(state: State, *further: Tensor) -> None:
+    """Give back the memory of a state and of further tensors, whoever still refers to them.
+
+    DeepSpeed and megatron-core refer to a model's tensors from caches and hooks for good, so a run
+    of several stages would keep the states of all.
+    """
+    boxes = (box for shards in state.values() for box in shards.boxes.values())
+    for tensor in (*boxes, *further):
+        tensor.untyped_storage().resize_(0)
+
+
 class Engine(Protocol):
     """Runs one model over all ranks. Every method is collective."""
 
@@ -100,5 +111,5 @@ class Engine(Protocol):
         ...
 
     def close(self) -> None:
-        """Release what the engine holds."""
+        """Give back the memory that the engine holds: what `state` has returned is gone, too."""
         ...

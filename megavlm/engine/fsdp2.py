@@ -23,7 +23,14 @@ from megavlm.config.engines import Fsdp2Settings
 from megavlm.config.objectives import Part
 from megavlm.config.run import RunSettings
 from megavlm.dist import groups
-from megavlm.engine.base import DTYPES, StepResult, evaluate_on_each_rank, losses_of, step_result
+from megavlm.engine.base import (
+    DTYPES,
+    StepResult,
+    evaluate_on_each_rank,
+    free,
+    losses_of,
+    step_result,
+)
 from megavlm.engine.optim import adamw, set_learning_rate
 from megavlm.model.initial import initial_values
 from megavlm.stages.base import Objective
@@ -92,7 +99,7 @@ class Fsdp2Engine:
                 self._optimizer.state[parameter]["step"].fill_(steps_done.get(group["part"], 0))
 
     def close(self) -> None:
-        pass
+        free(self.state())
 
     def _parameters(self) -> Iterator[tuple[str, DTensor]]:
         """All parameters by the ledger's names, sharded, as they are between steps."""

@@ -26,7 +26,7 @@ from megavlm.checkpoint.shards import MOMENTS, Shards, State, shards_of_range
 from megavlm.config.objectives import Part
 from megavlm.config.run import RunSettings
 from megavlm.dist import groups
-from megavlm.engine.base import DTYPES, StepResult, means, step_result
+from megavlm.engine.base import DTYPES, StepResult, free, means, step_result
 from megavlm.engine.optim import group_of, set_learning_rate
 from megavlm.model.initial import materialise
 from megavlm.model.params import Parameter
@@ -116,7 +116,11 @@ class MegatronEngine:
             chunk.start_param_sync(force_sync=True)
 
     def close(self) -> None:
-        pass
+        held = [parameter.data for _, parameter in self._held.values()]
+        for chunk in self._chunks:
+            for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers):
+                held += [buffer.param_data, buffer.grad_data]
+        free(self.state(), *(tensor for tensor in held if tensor is not None))
 
     def _build(self, vp_stage: int | None) -> Any:
         train = self._run.train

@@ -25,7 +25,14 @@ from megavlm.config.deepspeed_json import deepspeed_config
 from megavlm.config.objectives import Part
 from megavlm.config.run import RunSettings
 from megavlm.dist import cpu, groups
-from megavlm.engine.base import DTYPES, StepResult, evaluate_on_each_rank, losses_of, step_result
+from megavlm.engine.base import (
+    DTYPES,
+    StepResult,
+    evaluate_on_each_rank,
+    free,
+    losses_of,
+    step_result,
+)
 from megavlm.engine.optim import adamw, set_learning_rate
 from megavlm.model.initial import initial_values
 from megavlm.planner.zero3 import with_bucket_sizes
@@ -101,7 +108,14 @@ class Zero3Engine:
                     safe_set_local_optimizer_state(parameter, part, moment)
 
     def close(self) -> None:
+        zero = self._engine.optimizer
+        held = [zero.grad_partitions_flat_buffer]
+        held += [flat.grad for flat in zero.fp32_partitioned_groups_flat]
+        for _, parameter in self._parameters():
+            held += [parameter.data, parameter.ds_tensor, parameter.ds_secondary_tensor]
+        state = self.state()
         self._engine.destroy()
+        free(state, *(tensor for tensor in held if tensor is not None))
 
     def _parameters(self) -> Iterator[tuple[str, Any]]:
         return self._engine.module.named_parameters()

@@ -1,6 +1,7 @@
 """The training loop. It knows no engine, and every rank runs it alike."""
 
 import fcntl
+import gc
 import itertools
 import math
 import os
@@ -87,6 +88,8 @@ def _train_stage(plan: Plan, stage: Stage, start: Start, log: MetricsLog) -> Sta
         load_average(start, ema)
     _run_steps(plan, stage, engine, ema, start.steps_done, optimizer_steps, log)
     engine.close()
+    gc.collect()  # models are full of cycles
+    torch.cuda.empty_cache()
     return Start(stage, stage.end_step, checkpoint_root(run) / folder_name(stage.end_step))
 
 
