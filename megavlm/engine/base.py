@@ -80,7 +80,9 @@ def free(state: State, *further: Tensor) -> None:
     """
     boxes = (box for shards in state.values() for box in shards.boxes.values())
     for tensor in (*boxes, *further):
-        tensor.untyped_storage().resize_(0)
+        storage = tensor.untyped_storage()
+        if storage.resizable():  # a tensor that others have made may not own its memory
+            storage.resize_(0)
 
 
 class Engine(Protocol):
