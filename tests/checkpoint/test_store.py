@@ -195,7 +195,7 @@ def test_damage_is_told_on_all_ranks(tmp_path):
     assert_loads(checkpoint, 2, 2)
     state = json.loads((folder / "state.json").read_text())
     (folder / "state.json").write_text(json.dumps({**state, "format": 99}))
-    fails_to_load(checkpoint, "has format 99; this version reads 3")
+    fails_to_load(checkpoint, "has format 99; this version reads 4")
     (folder / "state.json").write_text("{")
     fails_to_load(checkpoint, "cannot read checkpoint")
 
