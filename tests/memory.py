@@ -1,8 +1,11 @@
 """How much memory a function takes."""
 
+import gc
 import re
 from collections.abc import Callable
 from pathlib import Path
+
+import torch
 
 from tests.ranks import run_on_ranks
 
@@ -20,6 +23,19 @@ def growth_bytes(function: Callable[[], object]) -> int:
     before = _kilobytes("VmHWM")
     function()
     return 1024 * (_kilobytes("VmHWM") - before)
+
+
+def live_bytes() -> int:
+    """Of all tensors that this process has made, also of those that only wait to be collected."""
+    storages = {}
+    for thing in gc.get_objects():
+        if issubclass(type(thing), torch.Tensor) and not thing.is_meta:
+            parts = [getattr(thing, name, None) for name in ("grad", "ds_tensor", "_local_tensor")]
+            for tensor in (thing, *(part for part in parts if part is not None)):
+                if type(tensor) in (torch.Tensor, torch.nn.Parameter) and not tensor.is_meta:
+                    storage = tensor.untyped_storage()
+                    storages[storage._cdata] = storage.nbytes()
+    return sum(storages.values())
 
 
 def _kilobytes(name: str) -> int:

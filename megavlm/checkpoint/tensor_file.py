@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import IO, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -108,7 +109,8 @@ def _read_ahead(tensors: Tensors, pool: ThreadPoolExecutor) -> Iterator[tuple[st
 def as_bytes(tensor: Tensor) -> memoryview:
     """A tensor's memory, row by row; shares it if it can."""
     flat = tensor.detach().contiguous().reshape(-1)
-    array: Any = flat.view(torch.uint8).numpy()
+    # Not `numpy()`: it would forbid for good that the memory of an engine is given back.
+    array: Any = np.from_dlpack(flat.view(torch.uint8))
     return memoryview(array if flat.numel() else b"")
 
 

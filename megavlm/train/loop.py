@@ -88,6 +88,7 @@ def _train_stage(plan: Plan, stage: Stage, start: Start, log: MetricsLog) -> Sta
         load_average(start, ema)
     _run_steps(plan, stage, engine, ema, start.steps_done, optimizer_steps, log)
     engine.close()
+    del engine, ema
     gc.collect()  # models are full of cycles
     torch.cuda.empty_cache()
     return Start(stage, stage.end_step, checkpoint_root(run) / folder_name(stage.end_step))
