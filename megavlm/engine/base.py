@@ -81,7 +81,8 @@ def free(state: State, *further: Tensor) -> None:
     boxes = (box for shards in state.values() for box in shards.boxes.values())
     for tensor in (*boxes, *further):
         storage = tensor.untyped_storage()
-        if storage.resizable():  # a tensor that others have made may not own its memory
+        # Memory of others is not ours to give back, nor is what `Tensor.numpy()` has ever shown.
+        if storage.resizable():
             storage.resize_(0)
 
 

@@ -117,7 +117,8 @@ class MegatronEngine:
 
     def close(self) -> None:
         held = [parameter.data for _, parameter in self._held.values()]
-        for chunk in self._chunks:
+        chunks: list[Any] = self._chunks  # `buffers` is a list here, not nn.Module's method
+        for chunk in chunks:
             for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers):
                 held += [buffer.param_data, buffer.grad_data]
         free(self.state(), *(tensor for tensor in held if tensor is not None))
