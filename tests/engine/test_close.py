@@ -16,7 +16,7 @@ from tests.states import save_checkpoint
 LAYOUT = {layout.name: layout for layout in LAYOUTS}
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["ZeRO-3 x2", "FSDP2 x2", "DP2"])
 def test_a_closed_engine_keeps_nothing(name, precision, tmp_path):
     """Each goes on from the checkpoint of the one before it, as stages do."""

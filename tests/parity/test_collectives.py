@@ -52,7 +52,7 @@ def test_all_ranks_issue_the_same_collectives(layout):
     check(layout, seeds=2)
 
 
-@pytest.mark.parametrize("frozen", ["encoder", "decoder"])
+@pytest.mark.parametrize("frozen", ["encoder", pytest.param("decoder", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["TP2 x PP2 interleaved SP", "ZeRO-3 x2", "FSDP2 x2"])
 def test_nor_under_recomputation_with_frozen_parts(name, frozen):
     [layout] = [layout for layout in LAYOUTS if layout.name == name]

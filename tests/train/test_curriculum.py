@@ -19,6 +19,7 @@ from tests.runs import plan_of
 from tests.train.test_resume import LAYOUTS, MEGATRON, losses, saved, trained
 
 PRETRAINING = {"mim": 0.5, "contrastive": 1.0}
+ENGINES = ["zero3", *(pytest.param(e, marks=pytest.mark.slow) for e in ("fsdp2", "megatron"))]
 LEARNS_NOTHING = OptimizerSettings(learning_rate=0.0, minimum_learning_rate=0.0)
 
 
@@ -80,7 +81,7 @@ def test_resuming_anywhere_is_bit_identical(tiny_run, engine):
     ]
 
 
-@pytest.mark.parametrize("engine", ["zero3", "fsdp2", "megatron"])
+@pytest.mark.parametrize("engine", ENGINES)
 def test_what_a_stage_freezes_keeps_its_precision(tiny_run, engine):
     """In bf16, engines hold, and save, what is frozen without its fp32 weights."""
     run = curriculum(tiny_run, engine, steps=1).last
@@ -163,7 +164,7 @@ def test_a_stage_cut_in_two_is_the_same_stage(tiny_run):
     assert all(torch.equal(expected[name], cut[name]) for name in expected)
 
 
-@pytest.mark.parametrize("engine", ["zero3", "fsdp2", "megatron"])
+@pytest.mark.parametrize("engine", ENGINES)
 def test_a_stage_that_is_done_takes_no_memory(tiny_run, engine):
     """Weights, gradients, moments, averages: all is gone before the evaluation, and stays gone."""
     plan = curriculum(tiny_run, engine, steps=1)
