@@ -16,7 +16,7 @@ from megavlm.config.sizes import DecoderSizes, EncoderSizes, ModelSizes, TextTow
 from megavlm.data.sources import Sources
 from megavlm.data.tokenizer import Tokenizer
 from megavlm.errors import CheckpointError, TokenizerError
-from megavlm.model.params import Parameter, all_parameters, parameters_of
+from megavlm.model.params import all_parameters, trained_parameters
 
 
 def checkpoint_root(run: RunSettings) -> Folder:
@@ -163,7 +163,7 @@ def check_moments(checkpoint: Folder, run: RunSettings) -> None:
             f"checkpoint {checkpoint} has no moments of the optimiser (merged and cast ones have "
             "none); move it elsewhere and start a new run from it with checkpoint.start_from"
         )
-    for parameter in _trained(run):
+    for parameter in trained_parameters(run):
         if f"exp_avg/{parameter.name}" not in saved["tensors"]:
             raise CheckpointError(
                 f"checkpoint {checkpoint} was trained with train.frozen="
@@ -181,7 +181,7 @@ def changes(checkpoint: Folder, run: RunSettings) -> list[str]:
         for name, before, after in _differences("", state["settings"], run_as_tree(run))
         if name.split(".")[0] not in NO_MATTER
     ]
-    trained = {f"exp_avg/{parameter.name}" for parameter in _trained(run)}
+    trained = {f"exp_avg/{parameter.name}" for parameter in trained_parameters(run)}
     left = [name for name in state["tensors"] if name.startswith("exp_avg/")]
     left = [name for name in left if name not in trained]
     if left:
@@ -199,10 +199,6 @@ def _differences(prefix: str, before: Any, after: Any) -> Iterator[tuple[str, An
             yield from _differences(f"{prefix}{name}.", before.get(name), after[name])
     elif before != after:
         yield prefix.rstrip("."), before, after
-
-
-def _trained(run: RunSettings) -> list[Parameter]:
-    return [entry for entry in parameters_of(run) if entry.setting in run.trained_parts]
 
 
 def checkpoint_state(

@@ -9,7 +9,7 @@ from pydantic.dataclasses import dataclass
 
 from megavlm.config.data import DataSettings
 from megavlm.config.engines import UNDIVIDED, Fsdp2Settings, MegatronSettings, Zero3Settings
-from megavlm.config.evaluation import EvaluationSettings
+from megavlm.config.evaluation import EvaluationSettings, Measure
 from megavlm.config.objectives import (
     ContrastiveSettings,
     MimSettings,
@@ -189,6 +189,11 @@ class RunSettings:
     def trained_parts(self) -> tuple[Part, ...]:
         """The parts of the model that are not frozen."""
         return tuple(part for part in parts_of(self.objectives) if part not in self.train.frozen)
+
+    @property
+    def measures(self) -> tuple[Measure, ...]:
+        """What is measured when the stage is done."""
+        return self.evaluation.measures_of(self.objectives)
 
     def __post_init__(self) -> None:
         if self.seed < 0:

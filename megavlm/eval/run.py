@@ -53,7 +53,7 @@ def evaluate_stage(plan: Plan, stage: Stage) -> None:
     # One rank looks: the others may see an older file.
     looks = groups.rank() == 0
     done = looks and read_evaluation(run.run_folder).get(stage.name, {}).get("step")
-    if groups.from_all_ranks(done)[0] != stage.end_step and _measures_of(run):
+    if groups.from_all_ranks(done)[0] != stage.end_step and run.measures:
         with groups.model_groups(run.seed, UNDIVIDED):
             _evaluate(stage, last_checkpoint(stage), show_progress=False)
 
@@ -85,7 +85,7 @@ def _predictions_file(run_folder: Path, stage: str) -> Path:
 
 
 def _evaluate(stage: Stage, checkpoint: Folder | None, *, show_progress: bool) -> None:
-    run, measures = stage.run, _measures_of(stage.run)
+    run, measures = stage.run, stage.run.measures
     tell(f"evaluating stage {stage.name}: {', '.join(measures) or 'nothing is to be measured'}")
     if is_pretraining(run.objectives):
         scores, rows = _pretraining(run, checkpoint, measures)
@@ -100,10 +100,6 @@ def _evaluate(stage: Stage, checkpoint: Folder | None, *, show_progress: bool) -
         # Last: it says that the stage is done.
         _write_atomically(run.run_folder / EVALUATION_FILE, json.dumps(found, indent=1))
         print_scores(f"stage {stage.name}, step {step}", scores)
-
-
-def _measures_of(run: RunSettings) -> tuple[Measure, ...]:
-    return run.evaluation.measures_of(run.objectives)
 
 
 def _write_atomically(path: Path, content: str) -> None:

@@ -83,12 +83,17 @@ def parameters_of(run: RunSettings) -> list[Parameter]:
     return parameters(run.model)
 
 
+def trained_parameters(run: RunSettings) -> list[Parameter]:
+    """Those that a stage trains."""
+    return [entry for entry in parameters_of(run) if entry.setting in run.trained_parts]
+
+
 def carried_parts(before: RunSettings, run: RunSettings) -> tuple[Part, ...]:
     """Parts whose moments go on from the stage right before: it has trained them whole.
 
     AdamW counts its steps by part, so a part with a new parameter starts afresh.
     """
-    trained = {e.name for e in parameters_of(before) if e.setting in before.trained_parts}
+    trained = {entry.name for entry in trained_parameters(before)}
     new = {entry.setting for entry in parameters_of(run) if entry.name not in trained}
     return tuple(part for part in run.trained_parts if part not in new)
 

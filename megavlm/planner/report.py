@@ -112,7 +112,7 @@ def _column(plan: Plan, stage: Stage, ranks: int) -> dict[str, str]:
         + (" over the plan" if settings.schedule == "plan" and len(plan.stages) > 1 else "")
         + "".join(f"\n{scale}" for scale in scales),
         "further": ", ".join(extras),
-        "measured after": ", ".join(run.evaluation.measures_of(run.objectives)) or "nothing",
+        "measured after": ", ".join(run.measures) or "nothing",
     }
 
 

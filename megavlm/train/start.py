@@ -14,7 +14,7 @@ from megavlm.config.plan import Plan, Stage
 from megavlm.config.run import RunSettings
 from megavlm.dist import groups
 from megavlm.engine.ema import Ema
-from megavlm.model.params import carried_parts, parameters_of
+from megavlm.model.params import carried_parts, parameters_of, trained_parameters
 
 
 class Start(NamedTuple):
@@ -116,4 +116,4 @@ def load_average(start: Start, ema: Ema) -> None:
 
 def trained_names(run: RunSettings) -> set[str]:
     """Names of the parameters that a stage trains."""
-    return {entry.name for entry in parameters_of(run) if entry.setting in run.trained_parts}
+    return {entry.name for entry in trained_parameters(run)}
