@@ -101,7 +101,8 @@ class MicroBatches(Dataset[Batch | PairBatch]):
         starts = range(first, first + self.share.ranks * self.samples, self.samples)
         end = len(self.sources)
         by_rank = [range(min(start, end), min(start + self.samples, end)) for start in starts]
-        return by_rank[self.share.rank], self._slots(by_rank)
+        images = [[self._images(position) for position in cell] for cell in by_rank]
+        return by_rank[self.share.rank], _slots(images)
 
     def _deal_step(self, step: int) -> tuple[list[list[int]], int]:
         """Positions of every micro-batch of every share in a step, and their image slots."""
@@ -112,12 +113,8 @@ class MicroBatches(Dataset[Batch | PairBatch]):
             images = [self._images(p) for p in positions]
             dealt = deal(images, self.run.train.micro_batches * self.share.ranks)
             cells = [[positions[i] for i in cell] for cell in dealt]
-            self._dealt = (step, cells, self._slots(cells))
+            self._dealt = (step, cells, _slots([[images[i] for i in cell] for cell in dealt]))
         return self._dealt[1:]
-
-    def _slots(self, cells: Sequence[Sequence[int]]) -> int:
-        """Image slots that micro-batches with samples at these positions need alike."""
-        return max(1, *(sum(self._images(position) for position in cell) for cell in cells))
 
     def _images(self, position: int) -> int:
         """Pictures that are used of the sample at a position, by the index alone."""
@@ -161,6 +158,11 @@ class MicroBatches(Dataset[Batch | PairBatch]):
             fill=AUGMENT_FILL,
         )
         return to_uint8_tensor(image)
+
+
+def _slots(images: Iterable[Iterable[int]]) -> int:
+    """Image slots that micro-batches whose samples have so many pictures need alike."""
+    return max(1, *map(sum, images))
 
 
 def load(
