@@ -68,13 +68,13 @@ class Zero3Settings:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Fsdp2Settings:
-    """PyTorch `fully_shard`, one unit per layer."""
+    """PyTorch `fully_shard`, one unit per layer or other large module."""
 
     shard_ranks: int | None = None
     """Hybrid sharding: weights are sharded over so many ranks and replicated beyond; None shards
     over all ranks."""
     prefetch_layers: int = 1
-    """Layers whose weights are gathered ahead of their use, forward and backward."""
+    """Units whose weights are gathered ahead of their use, forward and backward."""
 
     def __post_init__(self) -> None:
         if self.shard_ranks is not None and self.shard_ranks < 1:

@@ -37,7 +37,7 @@ class _TorchOnCpu(types.ModuleType):
     def __init__(self) -> None:
         super().__init__("torch")
         for name in _FACTORIES:
-            setattr(self, name, _on_cpu(getattr(torch, name)))
+            setattr(self, name, _on_cpu(name))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(torch, name)
@@ -102,11 +102,13 @@ def _cuda_type(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
     return answer.replace("torch.", "torch.cuda.", 1) if is_cpu_name else answer
 
 
-def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+def _on_cpu(factory: str) -> Callable[..., torch.Tensor]:
+    """A factory of torch's, whatever stands under its name when it is called."""
+
     def make(*args: Any, **kwargs: Any) -> torch.Tensor:
         if str(kwargs.get("device", "")).startswith("cuda"):
             kwargs["device"] = "cpu"
         kwargs.pop("pin_memory", None)
-        return factory(*args, **kwargs)
+        return getattr(torch, factory)(*args, **kwargs)
 
     return make

@@ -2,8 +2,8 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
-from typing import Any, Protocol
+from itertools import chain, islice
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,8 @@ from megavlm.config.objectives import Part
 from megavlm.dist import groups
 from megavlm.stages.base import Forward, Losses, Objective, weighted
 
+Kind = Literal["parameters", "gradients", "optimizer"]
+"""Of what an engine holds between steps; the optimizer has moments and master weights."""
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -72,14 +74,13 @@ def evaluate_on_each_rank(
     return means(objective, sums_of_all, items_of_all)
 
 
-def free(state: State, *further: Tensor) -> None:
-    """Give back the memory of a state and of further tensors, whoever still refers to them.
+def free(held: Mapping[Kind, Iterable[Tensor]]) -> None:
+    """Give back the memory of what an engine holds, whoever still refers to it.
 
     DeepSpeed and megatron-core refer to a model's tensors from caches and hooks for good, so a run
     of several stages would keep the states of all.
     """
-    boxes = (box for shards in state.values() for box in shards.boxes.values())
-    for tensor in (*boxes, *further):
+    for tensor in chain.from_iterable(held.values()):
         storage = tensor.untyped_storage()
         # Memory of others is not ours to give back, nor is what `Tensor.numpy()` has ever shown.
         if storage.resizable():
@@ -110,6 +111,13 @@ class Engine(Protocol):
         """Have `fill` write into what `state` returns, in place, and go on from there.
 
         steps_done: steps that the optimiser has taken of each trained part, 0 where none is named.
+        """
+        ...
+
+    def held(self) -> dict[Kind, list[Tensor]]:
+        """What lies on this rank between steps, by kind; several tensors may share memory.
+
+        Counts of the optimiser's steps are left out, and so is what waits on NVMe.
         """
         ...
 

@@ -1,7 +1,8 @@
-"""PyTorch `fully_shard`, one unit per layer: the baseline that the other engines are measured by.
+"""PyTorch `fully_shard`: the baseline that the other engines are measured by.
 
-Each rank keeps its shard of the fp32 weights, of their gradients and of their AdamW moments. A
-layer's weights are gathered, in the run's precision, while the layer runs.
+Each rank keeps its shard of the fp32 weights, of their gradients and of their AdamW moments. Units
+are layers and other large modules: a unit's weights are gathered, in the run's precision, while it
+runs. What little is left belongs to the root, and stays gathered through a micro-batch.
 """
 
 import math
@@ -11,6 +12,8 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
+from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
+from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -25,6 +28,7 @@ from megavlm.config.run import RunSettings
 from megavlm.dist import groups
 from megavlm.engine.base import (
     DTYPES,
+    Kind,
     StepResult,
     evaluate_on_each_rank,
     free,
@@ -32,6 +36,7 @@ from megavlm.engine.base import (
     step_result,
 )
 from megavlm.engine.optim import adamw, set_learning_rate
+from megavlm.model.cross_attention import CrossAttentionLayer
 from megavlm.model.initial import initial_values
 from megavlm.stages.base import Objective
 from megavlm.stages.start import objective_of
@@ -46,11 +51,14 @@ class Fsdp2Engine:
         self._replicas = dist.get_world_size() // _shard_ranks(run.fsdp2)
         self._objective = objective_of(run)
         self._model = _sharded_model(run, self._objective, _mesh(run.fsdp2, device))
+        *_, self._last_unit = self._model.units()
         self._fill_with_initial_values(run)
-        self._trained = [p for _, p in self._parameters() if p.requires_grad]
-        self._optimizer = adamw(self._parameters(), self._model.ledger(), run)
-        for group in self._optimizer.param_groups:
-            group["foreach"] = True  # by default AdamW would loop over DTensors one by one
+        self._trained = {name: p for name, p in self._parameters() if p.requires_grad}
+        # AdamW works on each rank's own shards: DTensors would only cost time.
+        self._own_shards = {
+            name: _local(p).detach().requires_grad_() for name, p in self._trained.items()
+        }
+        self._optimizer = adamw(self._own_shards.items(), self._model.ledger(), run)
         self._create_optimizer_states()
 
     def step(self, micro_batches: Sequence[Any], learning_rate: float) -> StepResult:
@@ -64,7 +72,7 @@ class Fsdp2Engine:
             self._model.set_requires_all_reduce(number == len(micro_batches))
             losses.backward.backward()
             reported += losses.reported
-        gradients = [_local(parameter.grad) for parameter in self._trained]
+        gradients = [_local(parameter.grad) for parameter in self._trained.values()]
         squared_norm = get_total_norm(gradients).double().square() / self._replicas
         *sums, items_of_all, squared = groups.sum_over_ranks(*reported, items, squared_norm)
         # The gradients are of the summed loss; we want those of the mean over the items.
@@ -72,23 +80,27 @@ class Fsdp2Engine:
         gradient_norm = math.sqrt(squared) / divisor
         scale = self._clip_factor(gradient_norm) / divisor
         torch._foreach_mul_(gradients, scale)  # pyright: ignore[reportPrivateImportUsage]
+        for shard, gradient in zip(self._own_shards.values(), gradients, strict=True):
+            shard.grad = gradient
         set_learning_rate(self._optimizer, learning_rate)
         self._optimizer.step()
         self._optimizer.zero_grad()
+        self._model.zero_grad()
         return step_result(objective, sums, items_of_all, gradient_norm)
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Any]) -> dict[str, float]:
         losses = evaluate_on_each_rank(self._objective, self._model, self._model, batches)
-        self._model.reshard()  # the root waits for a backward pass that does not come
+        for module in (self._model, self._last_unit):
+            module.reshard()  # they wait for a backward pass that does not come
         return losses
 
     def state(self) -> State:
         state: dict[str, Shards] = {}
         for name, parameter in self._parameters():
-            state[f"weights/{name}"] = _shards(parameter)
+            state[f"weights/{name}"] = _shards(parameter, _local(parameter))
             for moment in MOMENTS if parameter.requires_grad else ():
-                state[f"{moment}/{name}"] = _shards(self._optimizer.state[parameter][moment])
+                state[f"{moment}/{name}"] = _shards(parameter, self._moments(name)[moment])
         return state
 
     @torch.no_grad()
@@ -98,8 +110,16 @@ class Fsdp2Engine:
             for parameter in group["params"]:
                 self._optimizer.state[parameter]["step"].fill_(steps_done.get(group["part"], 0))
 
+    def held(self) -> dict[Kind, list[Tensor]]:
+        gradients = [_local(p.grad) for p in self._trained.values() if p.grad is not None]
+        return {
+            "parameters": [_local(parameter) for _, parameter in self._parameters()],
+            "gradients": gradients,
+            "optimizer": [self._moments(n)[moment] for n in self._trained for moment in MOMENTS],
+        }
+
     def close(self) -> None:
-        free(self.state())
+        free(self.held())
 
     def _parameters(self) -> Iterator[tuple[str, DTensor]]:
         """All parameters by the ledger's names, sharded, as they are between steps."""
@@ -117,11 +137,14 @@ class Fsdp2Engine:
 
     def _create_optimizer_states(self) -> None:
         """AdamW makes its state at its first step; make it now, so that it can be loaded."""
-        for parameter in self._trained:
-            self._optimizer.state[parameter] = {
-                "step": torch.tensor(0.0),
-                **{moment: torch.zeros_like(parameter.detach()) for moment in MOMENTS},
+        for shard in self._own_shards.values():
+            self._optimizer.state[shard] = {
+                "step": torch.zeros((), device=self._device),
+                **{moment: torch.zeros_like(shard.detach()) for moment in MOMENTS},
             }
+
+    def _moments(self, name: str) -> dict[str, Tensor]:
+        return self._optimizer.state[self._own_shards[name]]
 
     def _clip_factor(self, gradient_norm: float) -> float:
         """As torch's clip_grad_norm_; a norm of 0 switches clipping off."""
@@ -149,19 +172,23 @@ def _sharded_model(run: RunSettings, objective: Objective, mesh: DeviceMesh) -> 
             dtype=torch.float32,
             recompute="none" if train.recompute == "full" else train.recompute,
         )
-    layers: list[Any] = list(root.layers())
+    units: list[Any] = list(root.units())
     precision = MixedPrecisionPolicy(
         param_dtype=DTYPES[train.precision],
         reduce_dtype=torch.float32,
         # It would round the rotary angles, too. Activations follow the dtype of the weights.
         cast_forward_inputs=False,
     )
-    for layer in layers:
-        if train.recompute == "full":
-            _recompute(layer)
-        fully_shard(layer, mesh=mesh, mp_policy=precision)
+    for unit in units:
+        if train.recompute == "full" and isinstance(unit, TransformerLayer | CrossAttentionLayer):
+            _recompute(unit)
+        # The last one's backward pass follows its forward pass.
+        after_forward = unit is not units[-1]
+        fully_shard(unit, mesh=mesh, mp_policy=precision, reshard_after_forward=after_forward)
+        if isinstance(unit, LanguageModelEmbedding):  # its gradient does not depend on its weights
+            cast(Any, unit).set_unshard_in_backward(False)
     fully_shard(root, mesh=mesh, mp_policy=precision)
-    for module in (root, *layers):
+    for module in (root, *units):
         # Sums, not averages: gloo has no other, and the step divides by the learned tokens.
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
@@ -169,9 +196,9 @@ def _sharded_model(run: RunSettings, objective: Objective, mesh: DeviceMesh) -> 
     skipped = "encoder" in train.frozen and "mim" not in run.objectives
     first_trained = run.model.encoder.layers if skipped else 0
     ahead = run.fsdp2.prefetch_layers
-    for forward, *later in _windows([root, *layers], ahead):
+    for forward, *later in _windows([root, *units], ahead):
         forward.set_modules_to_forward_prefetch(later)
-    for backward, *later in _windows([root, *reversed(layers[first_trained:])], ahead):
+    for backward, *later in _windows([root, *reversed(units[first_trained:])], ahead):
         # An empty list would leave the choice to torch; the module itself is there already.
         backward.set_modules_to_backward_prefetch(later or [backward])
     return root
@@ -201,8 +228,9 @@ def _local(sharded: Any) -> Tensor:
     return cast(DTensor, sharded).to_local()
 
 
-def _shards(sharded: DTensor) -> Shards:
-    local = sharded.to_local().detach()
+def _shards(sharded: DTensor, local: Tensor) -> Shards:
+    """Where this rank's numbers lie in the whole."""
+    local = local.detach()
     origins = [tuple(chunk.offsets) for chunk in sharded.__create_chunk_list__()]
     return Shards(tuple(sharded.shape), {o: local for o in origins if local.numel()})
 

@@ -26,7 +26,7 @@ from megavlm.checkpoint.shards import MOMENTS, Shards, State, shards_of_range
 from megavlm.config.objectives import Part
 from megavlm.config.run import RunSettings
 from megavlm.dist import groups
-from megavlm.engine.base import DTYPES, StepResult, free, means, step_result
+from megavlm.engine.base import DTYPES, Kind, StepResult, free, means, step_result
 from megavlm.engine.optim import group_of, set_learning_rate
 from megavlm.model.initial import materialise
 from megavlm.model.params import Parameter
@@ -110,18 +110,27 @@ class MegatronEngine:
                 steps = steps_done.get(group["part"], 0)
                 group["step"] = steps  # where TransformerEngine's or Apex's Adam counts
                 for main in group["params"]:
-                    optimizer.optimizer.state[main]["step"] = torch.tensor(float(steps))
+                    optimizer.optimizer.state[main]["step"].fill_(steps)
             optimizer._copy_main_params_to_model_params()
         for chunk in self._chunks:
             chunk.start_param_sync(force_sync=True)
 
-    def close(self) -> None:
-        held = [parameter.data for _, parameter in self._held.values()]
+    def held(self) -> dict[Kind, list[Tensor]]:
         chunks: list[Any] = self._chunks  # `buffers` is a list here, not nn.Module's method
-        for chunk in chunks:
-            for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers):
-                held += [buffer.param_data, buffer.grad_data]
-        free(self.state(), *(tensor for tensor in held if tensor is not None))
+        buffers = [b for chunk in chunks for b in (*chunk.buffers, *chunk.expert_parallel_buffers)]
+        optimizer: list[Tensor] = []
+        for _, parameter in self._held.values():
+            for adam, main, _ in self._main_parameter(parameter):
+                optimizer += [main.detach(), *(adam.state[main][moment] for moment in MOMENTS)]
+        return {
+            # Of what is trained, the buffers have the memory.
+            "parameters": [p.data for _, p in self._held.values()],
+            "gradients": [buffer.grad_data for buffer in buffers],
+            "optimizer": optimizer,
+        }
+
+    def close(self) -> None:
+        free(self.held())
 
     def _build(self, vp_stage: int | None) -> Any:
         train = self._run.train
@@ -234,9 +243,10 @@ class MegatronEngine:
         """AdamW makes its state at its first step; make it now, so that it can be loaded."""
         for optimizer in self._optimizers():
             for group in optimizer.optimizer.param_groups:
+                group["fused"] = True  # for torch's AdamW; as in `optim.adamw`
                 for main in group["params"]:
                     optimizer.optimizer.state[main] = {
-                        "step": torch.tensor(0.0),
+                        "step": torch.zeros((), device=main.device),
                         **{moment: torch.zeros_like(main.detach()) for moment in MOMENTS},
                     }
 

@@ -56,6 +56,8 @@ def adamw(
             group = group_of(ledger[name], run)
             parameters_by_group.setdefault(group, []).append(parameter)
     make: Any = implementation
+    # Fused: one pass, and no temporaries, which for the largest tensor take more than activations.
+    how = {"fused": True} if implementation is torch.optim.AdamW else {}
     return make(
         [
             {
@@ -69,6 +71,7 @@ def adamw(
         lr=settings.learning_rate,
         betas=(settings.beta1, settings.beta2),
         eps=settings.epsilon,
+        **how,
     )
 
 

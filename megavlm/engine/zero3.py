@@ -27,6 +27,7 @@ from megavlm.config.run import RunSettings
 from megavlm.dist import cpu, groups
 from megavlm.engine.base import (
     DTYPES,
+    Kind,
     StepResult,
     evaluate_on_each_rank,
     free,
@@ -107,15 +108,25 @@ class Zero3Engine:
                     part = partitions[f"{moment}/{name}"]
                     safe_set_local_optimizer_state(parameter, part, moment)
 
-    def close(self) -> None:
+    def held(self) -> dict[Kind, list[Tensor]]:
         zero = self._engine.optimizer
-        held = [zero.grad_partitions_flat_buffer]
-        held += [flat.grad for flat in zero.fp32_partitioned_groups_flat]
+        flats = zero.fp32_partitioned_groups_flat
+        parameters: list[Tensor | None] = []
         for _, parameter in self._parameters():
-            held += [parameter.data, parameter.ds_tensor, parameter.ds_secondary_tensor]
-        state = self.state()
+            # The first one is empty unless it stays gathered.
+            parameters += [parameter.data, parameter.ds_tensor, parameter.ds_secondary_tensor]
+        moments = [zero.optimizer.state[flat][moment] for flat in flats for moment in MOMENTS]
+        held: dict[Kind, list[Tensor | None]] = {
+            "parameters": parameters,
+            "gradients": [zero.grad_partitions_flat_buffer, *(flat.grad for flat in flats)],
+            "optimizer": [*flats, *moments],
+        }
+        return {kind: [t for t in tensors if t is not None] for kind, tensors in held.items()}
+
+    def close(self) -> None:
+        held = self.held()
         self._engine.destroy()
-        free(state, *(tensor for tensor in held if tensor is not None))
+        free(held)
 
     def _parameters(self) -> Iterator[tuple[str, Any]]:
         return self._engine.module.named_parameters()
@@ -156,7 +167,9 @@ class Zero3Engine:
             group = zero.optimizer.param_groups[zero.sub_group_to_group_id[number]]
             steps = steps_done.get(group["part"], 0)
             zero.optimizer.state[flat] = {
-                "step": torch.tensor(float(steps)) if counts_in_tensor else steps,
+                "step": (
+                    torch.full((), float(steps), device=flat.device) if counts_in_tensor else steps
+                ),
                 **{moment: torch.zeros_like(flat) for moment in MOMENTS},
             }
             if on_nvme:

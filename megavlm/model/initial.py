@@ -32,5 +32,6 @@ def materialise(model: Any, seed: int, device: torch.device) -> None:
             name = f"{prefix}.{key}" if prefix else key
             values = model.shard(ledger[name], initial_values(ledger[name], seed, device))
             new = nn.Parameter(values.to(old.dtype), requires_grad=old.requires_grad)
-            cast(Any, new.__dict__).update(vars(old))  # tensor- and sequence-parallel marks
+            # Tensor- and sequence-parallel marks; a fake tensor keeps its own.
+            cast(Any, new.__dict__).update({**vars(old), **vars(new)})
             setattr(module, key, new)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from megavlm.config.engines import MegatronSettings
-from megavlm.ops.norm import gated_norm
+from megavlm.ops.norm import gated_norm, rms_norm
 
 LANGUAGE_STYLE: dict[str, Any] = {
     "normalization": "RMSNorm",
@@ -59,9 +59,12 @@ class Norm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         shape = (x.shape[-1],)
-        if self.bias is None:
+        if self.bias is not None:
+            return functional.layer_norm(x, shape, self.weight, self.bias, self.eps)
+        if x.is_cuda:
             return functional.rms_norm(x, shape, self.weight, self.eps)
-        return functional.layer_norm(x, shape, self.weight, self.bias, self.eps)
+        # On CPUs torch has no kernel for it, and keeps two copies of x in fp32.
+        return rms_norm(x, self.weight, self.eps)
 
 
 class NormWeight(Norm):

@@ -57,6 +57,8 @@ def blank(batch: Batch) -> Batch:
 
 
 def _grown(batch: Batch, rows: int, images: int) -> Batch:
+    if (rows, images) == (len(batch.tokens_bt), len(batch.pixels)):
+        return batch
     below = (0, 0, 0, rows - len(batch.tokens_bt))
     return replace(
         batch,

@@ -76,10 +76,11 @@ class PretrainingModel(MegatronModule):
         """This tensor-parallel rank's part of a whole parameter."""
         return shard(entry, whole, self.parallel)
 
-    def layers(self) -> Iterator[nn.Module]:
-        """The encoder's layers and those of the text tower, in the order of the forward pass."""
+    def units(self) -> Iterator[nn.Module]:
+        """Layers and other large modules, in the order of the forward pass."""
         yield from self.encoder.block.layers
         if self.text_tower is not None:
+            yield self.text_tower.gpt.embedding
             yield from self.text_tower.gpt.decoder.layers
 
     def set_input_tensor(self, received: Sequence[None]) -> None:

@@ -107,7 +107,8 @@ class VisionTransformer(MegatronModule):
         x = functional.pad(x, (0, 0, 0, 0, 0, self.sizes.register_tokens))
         hidden_mask = self._hidden_mask(x.device)
         if self.config.sequence_parallel:
-            x = self.block(scatter_to_sequence_parallel_region(x), hidden_mask)
+            # A copy: the part is a view, which would keep the whole alive.
+            x = self.block(scatter_to_sequence_parallel_region(x).clone(), hidden_mask)
             # What follows is computed alike on all ranks, so each already has the whole gradient.
             x = gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=False)
         else:

@@ -89,11 +89,15 @@ class VisionLanguageModel(MegatronModule):
         """This tensor-parallel rank's part of a whole parameter."""
         return shard(entry, whole, self.parallel)
 
-    def layers(self) -> Iterator[nn.Module]:
-        """The encoder's layers, if this stage has them, and the decoder's."""
+    def units(self) -> Iterator[nn.Module]:
+        """Layers and other large modules of this stage, in the order of the forward pass."""
         if self.pre_process:
             yield from self.encoder.block.layers
+            yield self.projector
+            yield self.language.embedding
         yield from self.language.decoder.layers
+        if self.post_process:
+            yield self.language.output_layer
 
     def set_input_tensor(self, received: Sequence[Tensor | None]) -> None:
         """Take what the stage before has sent; megatron-core's schedules call this."""
@@ -137,14 +141,15 @@ class VisionLanguageModel(MegatronModule):
         """
         with torch.set_grad_enabled(torch.is_grad_enabled() and self._encoder_is_trained):
             features = self.encoder(pixels)
-        states_tnw = self.projector(features)
-        states_v1w = states_tnw.transpose(0, 1).flatten(0, 1).unsqueeze(1)
+        # In the order of the states, so that no copy of them is needed, which are wider.
+        states_ntw = self.projector(features.transpose(0, 1).contiguous())
+        states_v1w = states_ntw.flatten(0, 1).unsqueeze(1)
         if not self.parallel.sequence_parallel:
             return states_v1w
-        padding = padded(len(states_v1w), self.parallel) - len(states_v1w)
-        return scatter_to_sequence_parallel_region(
-            functional.pad(states_v1w, (0, 0, 0, 0, 0, padding))
-        )
+        if padding := padded(len(states_v1w), self.parallel) - len(states_v1w):
+            states_v1w = functional.pad(states_v1w, (0, 0, 0, 0, 0, padding))
+        # A copy: the part is a view, which would keep the whole alive until the backward pass.
+        return scatter_to_sequence_parallel_region(states_v1w).clone()
 
     def logits(self, tokens_bt: Tensor, image_ranges_2bt: Tensor, image_states: Tensor) -> Tensor:
         """Logits (b, t, vocabulary) after every token of whole texts, one a row.

@@ -59,7 +59,7 @@ class Objective(Protocol):
     ) -> Any:
         """The model, or what this rank holds of it; weights are not initialised.
 
-        A module with `encoder`, `ledger`, `shard` and `layers`, as VisionLanguageModel has them.
+        A module with `encoder`, `ledger`, `shard` and `units`, as VisionLanguageModel has them.
         """
         ...
 

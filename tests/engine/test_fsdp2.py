@@ -1,4 +1,5 @@
 import math
+import re
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from megavlm.model.initial import initial_values
 from megavlm.model.params import CROSS_LAYERS, PROJECTOR, parameters
 from tests.batches import TINY
 from tests.parity import runs
+from tests.parity.collectives import recorded
 from tests.parity.runs import Layout, my_micro_batches, run_steps
 from tests.ranks import run_on_ranks
 from tests.states import fill_from, whole_tensors
@@ -64,9 +66,8 @@ def held_numbers(engine):
     """Numbers of weights, and of AdamW's moments, that lie on this rank."""
     weights = [parameter for _, parameter in engine._parameters()]
     assert all(isinstance(weight, DTensor) for weight in weights), "gathered, and not freed"
-    states = engine._optimizer.state.values()
-    moments = [tensor for state in states for tensor in state.values() if tensor.ndim]
-    return tuple(sum(t.to_local().numel() for t in tensors) for tensors in (weights, moments))
+    held = engine.held()
+    return tuple(sum(t.numel() for t in held[kind]) for kind in ("parameters", "optimizer"))
 
 
 @pytest.mark.parametrize("shard_ranks", [4, 2])
@@ -91,6 +92,25 @@ def test_a_rank_holds_only_its_shard_at_all_times(shard_ranks):
         assert weights <= most and moments == 2 * weights
     assert sum(held[0][0] for held in held_by_rank) == total * 4 // shard_ranks
     assert most < 1.1 * total / shard_ranks
+
+
+def test_large_modules_are_gathered_one_by_one():
+    run = settings(2)
+    small = 0.01 * sum(SIZES.values())  # what belongs to no unit
+
+    def on_rank(_):
+        engine = start(run)
+        with recorded() as calls:
+            engine.step(my_micro_batches(0)[:1], 1e-3)
+        return [sum(math.prod(s) for s in c.shapes) for c in calls if "gather" in c.operation]
+
+    modules = {}
+    for name, size in SIZES.items():
+        module = re.sub(r"(layers\.\d+|embedding|output_layer|projector)\..*", r"\1", name)
+        modules[module] = modules.get(module, 0) + size
+    for gathered in run_on_ranks(2, on_rank):
+        # Of each gather we see the result and this rank's part: half as much again.
+        assert max(gathered) / 1.5 < max(modules.values()) + small
 
 
 def rows_of_a_shard(entry, shard_ranks):
