@@ -151,7 +151,13 @@ def world_group(*, store: Store | None = None, backend: str | None = None) -> It
     if store is None and "MASTER_ADDR" not in os.environ:
         store = cast(Any, dist).HashStore()
     backend = backend or ("nccl" if torch.cuda.is_available() else "gloo")
-    dist.init_process_group(backend, store=store, rank=rank(), world_size=world_size())
+    try:
+        dist.init_process_group(backend, store=store, rank=rank(), world_size=world_size())
+    except dist.DistError as error:
+        place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise LaunchError(
+            f"the ranks cannot meet at {place}, see docs/launching.md: {str(error).splitlines()[0]}"
+        ) from error
     try:
         yield
     except BaseException:

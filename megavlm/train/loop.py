@@ -48,7 +48,8 @@ def train(
     """
     check_plan(plan, groups.world_size())
     run = plan.first
-    plan.check(lambda run: check_hosts(run, {socket.gethostname(): groups.local_world_size()}))
+    here = {socket.gethostname(): groups.local_world_size()}
+    plan.check(lambda run: check_hosts(run, here, groups.world_size()))
     if run.engine == "zero3":
         run.zero3.check_device(has_gpu=torch.cuda.is_available())
     if not torch.cuda.is_available():

@@ -1,10 +1,26 @@
+import os
+import shlex
+import socket
+import subprocess
 from pathlib import Path
 
 import pytest
+from torch.distributed.run import get_args_parser
 
 from megavlm.config.load import load_plan
-from megavlm.dist.launch import launch_command, ranks_of, read_hostfile
+from megavlm.dist.groups import world_group
+from megavlm.dist.launch import (
+    check_planned,
+    environment,
+    launch_command,
+    ranks_of,
+    read_hostfile,
+    sbatch_script,
+    set_environment,
+    torchrun_lines,
+)
 from megavlm.errors import LaunchError
+from tests.ranks import run_on_ranks
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -65,6 +81,44 @@ def test_tensor_parallel_ranks_share_a_host(tmp_path):
         ranks_of(plan, path)
 
 
+def test_shards_of_fsdp2_lie_on_one_host_or_on_whole_ones(tmp_path):
+    def ranks(shard_ranks, *slots):
+        text = "".join(f"host{n} slots={count}\n" for n, count in enumerate(slots))
+        overrides = ["engine=fsdp2", f"fsdp2.shard_ranks={shard_ranks}", "train.micro_batches=1"]
+        overrides.append(f"train.samples_per_step={sum(slots)}")
+        return ranks_of(load_plan(CONFIGS / "vlm-30b.yaml", overrides), write(tmp_path, text))
+
+    assert ranks(4, 8, 4) == 12
+    assert ranks(16, 8, 8, 8, 8) == 32
+    assert ranks(12, 8, 4) == 12  # all ranks: not hybrid
+    assert ranks("null", 8, 3) == 11
+    for shard_ranks, slots in ((4, (6, 6)), (12, (8, 8, 8)), (8, (4, 8, 4)), (6, (4, 8))):
+        with pytest.raises(LaunchError) as caught:
+            ranks(shard_ranks, *slots)
+        wrong = next(n for n, count in enumerate(slots) if count % shard_ranks)
+        assert str(caught.value).startswith(
+            f"host host{wrong} has slots={slots[wrong]}, not a multiple of fsdp2.shard_ranks="
+            f"{shard_ranks}, whose ranks must share a host or fill several of equal slots; "
+        )
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("a slots=8\nb slots=8\n", None),
+        ("a slots=8\nb slots=4\n", "host b has slots=4 in .* and the plan is for 8 GPUs a host"),
+        ("a slots=8\n", "names 1 hosts and the plan is for 2; .* plan with --hosts 1"),
+    ],
+)
+def test_a_hostfile_is_the_one_that_was_planned_for(tmp_path, text, says):
+    path = write(tmp_path, text)
+    if says is None:
+        check_planned(path, hosts=2, gpus_per_host=8)
+    else:
+        with pytest.raises(LaunchError, match=says):
+            check_planned(path, hosts=2, gpus_per_host=8)
+
+
 def test_command_line(tmp_path):
     path = write(tmp_path, "node-1 slots=8\nnode-2 slots=8\n")
     command = launch_command(path, Path("run.yaml"), ["train.steps=2"])
@@ -77,3 +131,95 @@ def test_command_line(tmp_path):
 def test_one_local_host_needs_no_ssh(tmp_path):
     command = launch_command(write(tmp_path, "localhost slots=2\n"), Path("run.yaml"), [])
     assert "--no_ssh_check" in command and "127.0.0.1" in command
+
+
+AWKWARD = [
+    'data.augment={"minimum_area":0.5,"operations":2}',
+    "data.train=[{folder: a b, parts: 2}, c]",
+    'run_folder=$HOME\'s \\ `x` "y"',
+    "a=$HOME;'x'",
+]
+
+
+def test_the_shells_of_the_hosts_change_no_word(tmp_path):
+    from deepspeed.launcher.multinode_runner import PDSHRunner
+    from deepspeed.launcher.runner import parse_args
+
+    hostfile = write(tmp_path, "a slots=1\nb slots=1\n")
+    command = launch_command(hostfile, Path("my run.yaml"), AWKWARD)
+    words = " ".join(PDSHRunner(parse_args(command[1:]), "").user_arguments)
+    read = subprocess.check_output(["bash", "-c", f"printf '%s\\n' {words}"], text=True)
+    assert read.splitlines() == ["train", "my run.yaml", *AWKWARD]
+
+
+def test_torchrun_has_a_line_for_each_host():
+    lines = torchrun_lines({"a": 8, "b": 4}, Path("my run.yaml"), AWKWARD)
+    assert list(lines) == ["a", "b"]
+    program, *words = shlex.split(lines["b"])
+    options = get_args_parser().parse_args(words)
+    assert program == "torchrun" and options.module and options.training_script == "megavlm"
+    assert (options.nnodes, options.nproc_per_node) == ("2", "4")
+    assert (options.rdzv_backend, options.rdzv_endpoint) == ("c10d", "a:29500")
+    assert options.training_script_args == ["train", "my run.yaml", *AWKWARD]
+    assert lines["a"] == lines["b"].replace("--nproc-per-node=4", "--nproc-per-node=8")
+
+
+def test_batch_script(tmp_path):
+    run_file = CONFIGS / "vlm-30b-megatron.yaml"
+    plan = load_plan(run_file, ["data.workers=3"])
+    script = sbatch_script(plan, 16, 8, run_file, ["data.workers=3", *AWKWARD])
+    options = dict(
+        line.removeprefix("#SBATCH --").partition("=")[::2]
+        for line in script.splitlines()
+        if line.startswith("#SBATCH")
+    )
+    assert options["nodes"] == "16" and options["ntasks-per-node"] == "1"
+    assert options["gpus-per-node"] == "8" and options["cpus-per-task"] == "32"
+    assert options["signal"] == "B:USR1@120" and {"exclusive", "requeue"} <= set(options)
+    assert "\nexport CUDA_DEVICE_MAX_CONNECTIONS=1\n" in script
+    # What torchrun gets, by a shell that starts words for it instead.
+    words = script.partition("  torchrun ")[2].partition(" &\n")[0]
+    variables = {"SLURM_JOB_NUM_NODES": "16", "first_host": "a", "SLURM_JOB_ID": "17"}
+    echo = ["bash", "-c", f"printf '%s\\n' {words}"]
+    read = subprocess.check_output(echo, text=True, env={**os.environ, **variables}).splitlines()
+    options = get_args_parser().parse_args(read)
+    assert (options.nnodes, options.rdzv_endpoint, options.rdzv_id) == ("16", "a:29500", "17")
+    assert options.training_script_args == ["train", str(run_file), "data.workers=3", *AWKWARD]
+
+
+def values(overrides, config="vlm-30b-megatron.yaml"):
+    run = load_plan(CONFIGS / config, overrides).first
+    return {v.name: v.value for v in environment(run, "9")}
+
+
+def test_environment_of_a_run():
+    assert values([])["CUDA_DEVICE_MAX_CONNECTIONS"] == "1"
+    assert "CUDA_DEVICE_MAX_CONNECTIONS" not in values(["megatron={}"])
+    assert "CUDA_DEVICE_MAX_CONNECTIONS" not in values(["engine=fsdp2"])
+    assert values([], "vlm-30b.yaml")["OMP_NUM_THREADS"] == "1"
+    assert values(["zero3.offload_optimizer=cpu"], "vlm-30b.yaml")["OMP_NUM_THREADS"] == "9"
+
+
+def test_what_the_user_has_set_stays(monkeypatch):
+    monkeypatch.setattr(os, "environ", {"CUDA_DEVICE_MAX_CONNECTIONS": "8"})
+    set_environment(load_plan(CONFIGS / "vlm-30b-megatron.yaml", []).first)
+    assert os.environ == {
+        "CUDA_DEVICE_MAX_CONNECTIONS": "8",
+        "PYTORCH_ALLOC_CONF": "expandable_segments:True",
+    }
+
+
+def test_a_port_that_is_taken(monkeypatch):
+    def start(_):
+        with socket.socket() as other:
+            other.bind(("0.0.0.0", 0))
+            other.listen()
+            port = other.getsockname()[1]
+            os.environ["MASTER_PORT"] = str(port)
+            with pytest.raises(LaunchError) as caught, world_group():
+                pass
+        return port, str(caught.value)
+
+    [(port, says)] = run_on_ranks(1, start, groups=False)
+    assert says.startswith(f"the ranks cannot meet at 127.0.0.1:{port}, see docs/launching.md: ")
+    assert "EADDRINUSE" in says and "\n" not in says

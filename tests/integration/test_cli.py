@@ -79,7 +79,14 @@ def test_a_hostfile_with_a_host_twice(capsys, tiny_run_file, tmp_path):
         (
             {"a": 3},
             ["engine=fsdp2", "fsdp2.shard_ranks=2"],
-            "fsdp2.shard_ranks=2 does not divide the 3 ranks; try [1, 3]",
+            "host a has slots=3, not a multiple of fsdp2.shard_ranks=2, whose ranks must share a "
+            "host or fill several of equal slots; change its slots, or try fsdp2.shard_ranks in "
+            "[1, 3]",
+        ),
+        (
+            {"a": 2, "b": 2, "c": 2},
+            ["engine=fsdp2", "fsdp2.shard_ranks=4"],
+            "fsdp2.shard_ranks=4 does not divide the 6 ranks; try [1, 2, 3, 6]",
         ),
     ],
 )
