@@ -3,9 +3,11 @@
 import argparse
 import os
 import re
+import shlex
 import sys
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -48,10 +50,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _train(plan: Plan, options: argparse.Namespace) -> None:
     if options.hostfile is None:
-        if plan.first.model_parallel.tensor_parallel > 1:
-            # One hardware queue, so that communication starts before the matrix product that hides
-            # it. CUDA reads this once, so it is set before anything touches CUDA.
-            os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+        from megavlm.dist.launch import set_environment
+
+        set_environment(plan.first)
         from megavlm.eval.run import evaluate_stage
         from megavlm.train.loop import train
 
@@ -64,7 +65,7 @@ def _train(plan: Plan, options: argparse.Namespace) -> None:
 
     check_plan(plan, ranks_of(plan, options.hostfile))
     command = launch_command(options.hostfile, options.run_file, options.overrides)
-    print(" ".join(command), flush=True)
+    print(shlex.join(command), flush=True)
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     # The launcher beside this interpreter, also when its folder is not on the search path.
@@ -76,8 +77,12 @@ def _plan(plan: Plan, options: argparse.Namespace) -> None:
     from megavlm.planner.report import print_plan, write_deepspeed_json
 
     print_plan(plan, ranks=ranks_of(plan, options.hostfile) if options.hostfile else 0)
+    if options.gpu:
+        _choose(plan, options)
+    elif options.hosts or options.calibrate or options.out:
+        raise ConfigError("--hosts, --calibrate and --out compare layouts; name a --gpu, too")
     if options.hostfile:
-        print(" ".join(launch_command(options.hostfile, options.run_file, options.overrides)))
+        print(shlex.join(launch_command(options.hostfile, options.run_file, options.overrides)))
     if options.ds_json:
         write_deepspeed_json(plan.last, options.ds_json)
     if options.picture and len(plan.stages) > 1:
@@ -88,6 +93,51 @@ def _plan(plan: Plan, options: argparse.Namespace) -> None:
         from megavlm.planner.picture import draw_layout
 
         draw_layout(plan.first, options.picture)
+
+
+def _choose(plan: Plan, options: argparse.Namespace) -> None:
+    from megavlm.dist.launch import check_planned, read_hostfile
+    from megavlm.planner.choice_report import print_choice
+    from megavlm.planner.hardware import cluster_of, save_gpu
+
+    hosts, gpus_per_host = options.hosts, options.gpus_per_host
+    if options.hostfile:
+        slots = list(read_hostfile(options.hostfile).values())
+        hosts, gpus_per_host = hosts or len(slots), gpus_per_host or slots[0]
+        check_planned(options.hostfile, hosts, gpus_per_host)
+    cluster = cluster_of(options.gpu, hosts or 1, gpus_per_host or 8)
+    if options.calibrate:
+        from megavlm.planner.calibrate import measure, print_calibration
+
+        precision = plan.last.train.precision
+        measured = measure(cluster.gpu, cluster.gpus_per_host, precision)
+        print_calibration(measured, cluster.gpu)
+        save_gpu(measured, options.calibrate)
+        print(f"wrote {options.calibrate}; --gpu {options.calibrate} uses it again")
+        cluster = replace(cluster, gpu=measured)
+    print_choice(
+        plan,
+        cluster,
+        options.tokens_per_text,
+        run_file=options.run_file,
+        given=options.overrides,
+        folder=options.out,
+    )
+
+
+def _dryrun(plan: Plan, options: argparse.Namespace) -> None:
+    # Before anything touches them: a host with GPUs and one without do the same.
+    os.environ.update(DS_ACCELERATOR="cpu", CUDA_VISIBLE_DEVICES="")
+    from megavlm.dryrun.report import print_dry_run
+
+    print_dry_run(
+        plan.last,
+        options.ranks,
+        chosen=range(options.ranks) if options.all_ranks else options.rank,
+        micro_batches=options.micro_batches,
+        gpus_per_host=options.gpus_per_host,
+        only_build=options.only_build,
+    )
 
 
 def _tokenizer(plan: Plan, options: argparse.Namespace) -> None:
@@ -218,6 +268,14 @@ def _parser() -> argparse.ArgumentParser:
 
     train = add("train", _train, "train, from the newest checkpoint if there is one")
     plan = add("plan", _plan, "print what a run is, without starting it")
+    dryrun = add("dryrun", _dryrun, "run one step of some ranks without data: bytes, collectives")
+    dryrun.add_argument("--ranks", type=_positive, required=True, help="ranks of the run")
+    which = dryrun.add_mutually_exclusive_group()
+    which.add_argument("--rank", type=int, action="append", help="run this one; repeatable")
+    which.add_argument("--all-ranks", action="store_true", help="and check that they fit together")
+    dryrun.add_argument("--micro-batches", type=_positive, help="of the step, if not as by default")
+    dryrun.add_argument("--gpus-per-host", type=_positive, default=8)
+    dryrun.add_argument("--only-build", action="store_true", help="build the engine, run no step")
     add("tokenizer", _tokenizer, "train the SentencePiece tokenizer of a run")
     generate = add("generate", _generate, "answer a prompt about pictures")
     add("eval", _eval, "measure the newest checkpoint on held-out samples")
@@ -257,6 +315,25 @@ def _parser() -> argparse.ArgumentParser:
         "--ds-json",
         type=Path,
         help="write the last stage's DeepSpeed settings; others differ in batch and bucket sizes",
+    )
+    plan.add_argument(
+        "--gpu",
+        help="compare all layouts on hosts of these: a100-40, a100-80, h100-80, h200, or a file "
+        "that --calibrate has written",
+    )
+    plan.add_argument("--hosts", type=_positive, help="of the cluster (1)")
+    plan.add_argument("--gpus-per-host", type=_positive, help="of each of them (8)")
+    plan.add_argument(
+        "--tokens-per-text", type=_positive, default=64, help="mean length, with the prompt (64)"
+    )
+    plan.add_argument(
+        "--calibrate",
+        type=Path,
+        metavar="FILE",
+        help="measure this machine, use that instead of data sheets, and write it (.json)",
+    )
+    plan.add_argument(
+        "--out", type=Path, help="folder for the chosen layout's pictures, hostfile and scripts"
     )
     plan.add_argument(
         "--picture",

@@ -16,7 +16,7 @@ LEVELS = [
     {"model"},
     {"stages", "checkpoint", "planner"},
     {"engine", "infer"},
-    {"train", "convert"},
+    {"train", "convert", "dryrun"},
     {"eval"},
     {"__main__"},
 ]

@@ -20,7 +20,7 @@ def with_cut(run: RunSettings) -> MegatronSettings:
     before, layers, after = costs_per_image(run)
     layers[0] += before
     layers[-1] += after
-    return replace(parallel, chunk_layers=balanced_cut(layers, parallel.chunks))
+    return replace(parallel, chunk_layers=balanced_cut(tuple(layers), parallel.chunks))
 
 
 def costs_per_image(run: RunSettings) -> tuple[float, list[float], float]:
@@ -66,7 +66,8 @@ def flops_per_image(
     return float(before), layers, 2.0 * text_tokens * width * decoder.vocabulary
 
 
-def balanced_cut(layer_costs: list[float], chunks: int) -> tuple[int, ...]:
+@cache
+def balanced_cut(layer_costs: tuple[float, ...], chunks: int) -> tuple[int, ...]:
     """Layers of each chunk, at least one, so that the costliest chunk costs least.
 
     Among equally good cuts it prefers the more even one.

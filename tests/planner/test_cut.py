@@ -25,7 +25,7 @@ def all_cuts(layers: int, chunks: int):
         yield tuple(end - start for start, end in pairwise((0, *ends, layers)))
 
 
-def costliest(costs: list[float], cut: tuple[int, ...]) -> float:
+def costliest(costs: tuple[float, ...], cut: tuple[int, ...]) -> float:
     ends = [sum(cut[: i + 1]) for i in range(len(cut))]
     return max(sum(costs[end - layers : end]) for end, layers in zip(ends, cut, strict=True))
 
@@ -35,7 +35,7 @@ def test_no_cut_has_a_cheaper_costliest_chunk_than_the_balanced_one():
     for _ in range(100):
         layers = generator.randint(1, 10)
         chunks = generator.randint(1, layers)
-        costs = [float(generator.randint(0, 9)) for _ in range(layers)]
+        costs = tuple(float(generator.randint(0, 9)) for _ in range(layers))
         chosen = balanced_cut(costs, chunks)
         assert len(chosen) == chunks and sum(chosen) == layers and min(chosen) >= 1
         best = min(costliest(costs, cut) for cut in all_cuts(layers, chunks))
@@ -43,8 +43,8 @@ def test_no_cut_has_a_cheaper_costliest_chunk_than_the_balanced_one():
 
 
 def test_equal_layers_are_cut_evenly():
-    assert balanced_cut([1.0] * 12, 4) == (3, 3, 3, 3)
-    assert sorted(balanced_cut([1.0] * 14, 4)) == [3, 3, 4, 4]
+    assert balanced_cut((1.0,) * 12, 4) == (3, 3, 3, 3)
+    assert sorted(balanced_cut((1.0,) * 14, 4)) == [3, 3, 4, 4]
 
 
 @pytest.mark.parametrize(("pipeline", "virtual"), [(4, 1), (12, 1), (4, 3)])

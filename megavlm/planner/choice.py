@@ -1,0 +1,153 @@
+"""Why one way to run a model is better than another, in words and in settings."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from typing import NamedTuple
+
+from megavlm.config.run import RunSettings
+from megavlm.planner.memory import Memory
+from megavlm.planner.predict import Prediction
+from megavlm.planner.search import Candidate, candidate_of
+
+GIB = 1024**3
+
+
+class Remedy(NamedTuple):
+    """A change of a run, and what it would do."""
+
+    name: str
+    candidate: Candidate
+
+
+def layout_name(run: RunSettings) -> str:
+    """An engine and how it divides the model, as the field writes it."""
+    match run.engine:
+        case "megatron":
+            parallel = run.megatron
+            name = f"TP{parallel.tensor_parallel} x PP{parallel.pipeline_parallel}"
+            if parallel.virtual_pipeline > 1:
+                name += f" x VP{parallel.virtual_pipeline}"
+            return f"Megatron {name}"
+        case "fsdp2":
+            shards = run.fsdp2.shard_ranks
+            return "FSDP2" if shards is None else f"FSDP2 hybrid {shards}"
+        case "zero3":
+            zero3 = run.zero3
+            partition = zero3.secondary_partition
+            names = [f"hpZ {partition}"] * (partition > 1)
+            names += ["quantised"] * (zero3.quantized_weights or zero3.quantized_gradients)
+            names += [f"optimiser on {zero3.offload_optimizer}"] * (
+                zero3.offload_optimizer != "none"
+            )
+            return ", ".join(["ZeRO-3", *names])
+
+
+def best_of_each_layout(ranked: Sequence[Candidate]) -> list[Candidate]:
+    """Of those that differ only in micro-batches, recomputation and interleaving, the first."""
+    first: dict[str, Candidate] = {}
+    for candidate in ranked:
+        name = layout_name(candidate.run).partition(" x VP")[0]
+        first.setdefault(name, candidate)
+    return list(first.values())
+
+
+def why_not(candidate: Candidate, best: Candidate) -> str:
+    """What a candidate loses by, in a few words."""
+    if candidate.run == best.run:
+        return "chosen"
+    memory = candidate.fullest
+    if not candidate.fits:
+        name, size = _largest(memory)
+        return f"does not fit: {size / GIB:.0f} GiB of {name}"
+    if candidate.rounds and candidate.prediction.seconds < best.prediction.seconds:
+        return "rounds weights and gradients: results differ"
+    its = _seconds_by_part(best.prediction)
+    mine = _seconds_by_part(candidate.prediction)
+    more = {name: seconds - its[name] for name, seconds in mine.items()}
+    name = max(more, key=lambda name: more[name])
+    return f"{more[name] * 1e3:+.0f} ms of {name}"
+
+
+def _seconds_by_part(prediction: Prediction) -> dict[str, float]:
+    """What a step is made of; it adds up."""
+    step, checkpoints = prediction.step, prediction.checkpoint_seconds
+    return {
+        "computing": step.compute_seconds,
+        "recomputing": step.recompute_seconds,
+        "communication": step.communication_seconds,
+        "pipeline bubble": step.bubble_seconds,
+        "the optimiser": step.optimizer_seconds,
+        "loading": prediction.seconds - step.seconds - checkpoints,
+        "checkpoints": checkpoints,
+    }
+
+
+def _largest(memory: Memory) -> tuple[str, float]:
+    sizes = asdict(memory)
+    name = max(sizes, key=lambda name: sizes[name])
+    return name.replace("gathered", "gathered weights"), sizes[name]
+
+
+def waits_for_communication(candidate: Candidate) -> bool:
+    """Whether communication takes longer than all computing."""
+    step = candidate.prediction.step
+    return step.communication_seconds > step.compute_seconds + step.recompute_seconds
+
+
+def remedies(
+    candidate: Candidate, ranked: Sequence[Candidate], tokens_per_text: float
+) -> list[Remedy]:
+    """What would make a run faster that waits for communication, of what fits."""
+    run, cluster = candidate.run, candidate.cluster
+    micro_batches = run.train.micro_batches
+    tried: list[tuple[str, RunSettings]] = []
+    packed = _fewest_micro_batches(candidate, ranked)
+    near = replace(run.zero3, secondary_partition=cluster.gpus_per_host)
+    if packed is not None:
+        count = packed.train.micro_batches
+        some = "1 micro-batch" if count == 1 else f"{count} micro-batches"
+        tried.append((f"a rank's samples packed into {some}", packed))
+    if run.engine == "zero3" and run.zero3.secondary_partition == 1 < cluster.gpus_per_host:
+        tried.append(
+            (f"zero3.secondary_partition={near.secondary_partition}", replace(run, zero3=near))
+        )
+        if packed is not None:
+            tried.append(("both", replace(packed, zero3=near)))
+    found = [Remedy(name, candidate_of(r, cluster, tokens_per_text)) for name, r in tried]
+    for megatron in ranked:
+        if megatron.run.engine == "megatron" and megatron.run.train.micro_batches == micro_batches:
+            name = f"{layout_name(megatron.run)}, in {micro_batches} micro-batches"
+            found.append(Remedy(name, megatron))
+            break
+    before = candidate.prediction.seconds
+    return [r for r in found if r.candidate.fits and r.candidate.prediction.seconds < before]
+
+
+def _fewest_micro_batches(candidate: Candidate, ranked: Sequence[Candidate]) -> RunSettings | None:
+    """The run with as few as fit, if that is fewer."""
+    name = layout_name(candidate.run)
+    same = [
+        other.run
+        for other in ranked
+        if layout_name(other.run) == name
+        and other.fits
+        and other.run.train.micro_batches < candidate.run.train.micro_batches
+    ]
+    fewest = min(same, key=lambda run: run.train.micro_batches, default=None)
+    return fewest
+
+
+def overrides(chosen: RunSettings, run: RunSettings, stage: str = "") -> list[str]:
+    """What turns a run into the chosen one, as the command line takes it.
+
+    stage: what stands before the names of settings that stages do not share.
+    """
+    before, after = asdict(run), asdict(chosen)
+    found = [] if chosen.engine == run.engine else [f"engine={chosen.engine}"]
+    for section in ("train", chosen.engine):
+        for name, value in after[section].items():
+            if value != before[section][name]:
+                prefix = stage if section == "train" else ""
+                found.append(f"{prefix}{section}.{name}={json.dumps(value)}".replace('"', ""))
+    return found

@@ -1,0 +1,117 @@
+"""What a run's step would take on a cluster."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from megavlm.config.run import RunSettings, data_parallel_ranks, samples_per_micro_batch
+from megavlm.planner.cut import with_cut
+from megavlm.planner.hardware import Cluster
+from megavlm.planner.network import Group, neighbours, send_seconds
+from megavlm.planner.step import Division, Sharding, Step, divided_step, sharded_step
+from megavlm.planner.work import VALUE_BYTES, Block, Tokens, model_blocks, tokens_of
+
+GRADIENT_BYTES = 4
+SAMPLES_PER_WORKER_SECOND = 165
+"""Pictures of 1,200 x 900 that a loader's worker decodes, crops and varies in a second."""
+STATE_BYTES = 12
+"""Of a parameter in a checkpoint: the weight and two moments in fp32."""
+
+
+class Prediction(NamedTuple):
+    """Of one optimiser step."""
+
+    step: Step
+    seen_flops: float
+    """Of the whole model, forward and backward, on tokens that are no padding."""
+    data_seconds: float
+    """What the loader's workers take for a step's samples, while the step before goes on."""
+    checkpoint_seconds: float
+    """A step's share of the time in which training waits for a checkpoint's copies in the host."""
+
+    @property
+    def seconds(self) -> float:
+        """All in all."""
+        return max(self.step.seconds, self.data_seconds) + self.checkpoint_seconds
+
+    def utilisation(self, cluster: Cluster) -> float:
+        """Model-FLOPs utilisation: 0 to 1, recomputation and padding left out."""
+        peak = cluster.gpu.matmul_flops_per_second * cluster.ranks
+        return self.seen_flops / (self.seconds * peak)
+
+
+def predict(run: RunSettings, cluster: Cluster, tokens_per_text: float) -> Prediction:
+    """Raises ConfigError where the model or the batch does not divide over the cluster's ranks."""
+    copies = data_parallel_ranks(run, cluster.ranks)
+    tokens = tokens_of(run, samples_per_micro_batch(run.train, copies), tokens_per_text)
+    shape = {"micro_batches": run.train.micro_batches, "recompute": run.train.recompute}
+    if run.engine == "megatron":
+        parallel = with_cut(run)
+        blocks = model_blocks(run, tokens, parallel)
+        chunks = cut_blocks(run, blocks, parallel.chunk_layers or (run.model.decoder.layers,))
+        step = divided_step(cluster, chunks, _division(run, cluster, tokens, copies), **shape)
+    else:
+        blocks = model_blocks(run, tokens, run.model_parallel)
+        step = sharded_step(cluster, blocks, _sharding(run, cluster), **shape)
+    seen = sum((1 + b.trained + b.passes_gradients) * b.seen_flops for b in blocks)
+    own = run.train.samples_per_step / copies  # one rank of each copy loads for the others
+    trained = sum(b.parameters for b in blocks if b.trained) * run.model_parallel.tensor_parallel
+    written = STATE_BYTES * trained / cluster.ranks
+    return Prediction(
+        step=step,
+        seen_flops=run.train.micro_batches * copies * seen,
+        data_seconds=own / (SAMPLES_PER_WORKER_SECOND * max(1, run.data.workers)),
+        checkpoint_seconds=written / cluster.gpu.host_link_bytes_per_second / run.checkpoint.every,
+    )
+
+
+def _sharding(run: RunSettings, cluster: Cluster) -> Sharding:
+    world, alone = Group(cluster.ranks, cluster.gpus_per_host), Group(1, 1)
+    if run.engine == "zero3":
+        zero3 = run.zero3
+        host = zero3.secondary_partition
+        return Sharding(
+            first=world,
+            later=neighbours(cluster, host) if host > 1 else world,
+            reduce=world,
+            replicas=alone,
+            reduced_bytes=VALUE_BYTES / 4 if zero3.quantized_gradients else VALUE_BYTES,
+            gathered_bytes=VALUE_BYTES / 2 if zero3.quantized_weights else VALUE_BYTES,
+            offloaded=zero3.offload_optimizer != "none",
+        )
+    shards = run.fsdp2.shard_ranks or cluster.ranks
+    near = neighbours(cluster, shards)
+    return Sharding(
+        first=near,
+        later=near,
+        reduce=near,
+        replicas=neighbours(cluster, cluster.ranks // shards, stride=shards),
+        reduced_bytes=GRADIENT_BYTES,
+        ahead=run.fsdp2.prefetch_layers,
+    )
+
+
+def _division(run: RunSettings, cluster: Cluster, tokens: Tokens, copies: int) -> Division:
+    parallel = run.model_parallel
+    tensor, pipeline = parallel.tensor_parallel, parallel.pipeline_parallel
+    states = tokens.row_total + tokens.images * run.model.encoder.tokens
+    sent = VALUE_BYTES * states * run.model.decoder.width / parallel.token_shards
+    within_host = tensor * copies * pipeline <= cluster.gpus_per_host
+    return Division(
+        tensor=neighbours(cluster, tensor),
+        pipeline=pipeline,
+        copies=neighbours(cluster, copies, stride=tensor),
+        send_seconds=send_seconds(cluster, within_host, sent) if pipeline > 1 else 0.0,
+        reduced_bytes=GRADIENT_BYTES,
+        overlapped_copies=run.megatron.overlap_communication,
+    )
+
+
+def cut_blocks(
+    run: RunSettings, blocks: Sequence[Block], chunk_layers: Sequence[int]
+) -> list[list[Block]]:
+    """The blocks of each chunk: the encoder belongs to the first one, the head to the last."""
+    ends = [len(blocks) - 1 - run.model.decoder.layers]
+    for count in chunk_layers:
+        ends.append(ends[-1] + count)
+    inner = ends[1:-1]
+    return [list(blocks[a:b]) for a, b in zip([0, *inner], [*inner, len(blocks)], strict=True)]

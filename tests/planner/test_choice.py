@@ -1,0 +1,137 @@
+from dataclasses import replace
+
+import pytest
+
+from megavlm.config.load import load_plan
+from megavlm.planner.choice import (
+    best_of_each_layout,
+    layout_name,
+    overrides,
+    remedies,
+    waits_for_communication,
+    why_not,
+)
+from megavlm.planner.hardware import cluster_of
+from megavlm.planner.search import search
+from tests.planner import recipe
+from tests.planner.test_cut import RUN
+
+# Searched in no time, and divided as the larger one is.
+HEADS = ("encoder.heads", "decoder.heads", "decoder.kv_heads")
+SMALL = ["model.preset=vlm-tiny", *(f"model.{name}=8" for name in HEADS)]
+SMALL += ["train.samples_per_step=64"]
+CURRICULUM = RUN.with_name("vlm-30b-curriculum.yaml")
+
+
+@pytest.mark.parametrize("gpu", ["h200", "a100-40"])
+@pytest.mark.parametrize("path", [RUN, CURRICULUM, RUN.with_name("vlm-30b-megatron.yaml")])
+def test_overrides_of_the_file_give_the_chosen_settings(path, gpu):
+    plan = load_plan(path, SMALL)
+    found = search(plan.last, cluster_of(gpu, 4, 2), 64)
+    stages = len(plan.stages)
+    stage = f"stages.{plan.stages[-1].name}." if stages > 1 else ""
+    chosen = best_of_each_layout(found.ranked)
+    assert {c.run.engine for c in chosen} == {"zero3", "fsdp2", "megatron"} and len(chosen) > 10
+    for candidate in chosen:
+        changes = overrides(candidate.run, plan.last, stage)
+        again = load_plan(path, [*SMALL, *changes])
+        assert again.last == candidate.run, changes
+        # Other stages keep what is their own.
+        assert [s.run.train for s in again.stages[:-1]] == [s.run.train for s in plan.stages[:-1]]
+    assert overrides(plan.last, plan.last, stage) == []
+
+
+def test_of_alike_layouts_the_first_is_shown():
+    ranked = recipe.searched().ranked
+    shown = best_of_each_layout(ranked)
+    names = [layout_name(candidate.run).partition(" x VP")[0] for candidate in shown]
+    assert len(set(names)) == len(names)
+    for name, candidate in zip(names, shown, strict=True):
+        same = [c for c in ranked if layout_name(c.run).partition(" x VP")[0] == name]
+        assert candidate is same[0]
+
+
+def test_what_a_layout_loses_by():
+    found = recipe.searched()
+    best, slower = found.best, [c for c in found.ranked if c.fits and not c.rounds][1:]
+    assert why_not(best, best) == why_not(replace(best), best) == "chosen"
+    keys = {
+        "computing": "compute_seconds",
+        "recomputing": "recompute_seconds",
+        "communication": "communication_seconds",
+        "pipeline bubble": "bubble_seconds",
+        "the optimiser": "optimizer_seconds",
+    }
+    reasons = set()
+    for candidate in slower:
+        told, _, name = why_not(candidate, best).partition(" ms of ")
+        steps = candidate.prediction.step, best.prediction.step
+        more = {k: getattr(steps[0], key) - getattr(steps[1], key) for k, key in keys.items()}
+        more["loading"] = max(0, candidate.prediction.data_seconds - steps[0].seconds)
+        assert more[name] == max(more.values()) > 0
+        assert float(told) == pytest.approx(1e3 * more[name], abs=0.5) and told[0] == "+"
+        reasons.add(name)
+    assert reasons >= {"computing", "recomputing", "communication", "pipeline bubble"}
+
+
+def test_what_does_not_fit_names_what_is_largest():
+    found = recipe.searched()
+    for candidate in [c for c in found.ranked if not c.fits][::20]:
+        memory = max(candidate.memory, key=lambda m: m.total)
+        parts = {"weights": memory.weights, "gradients": memory.gradients}
+        parts |= {"optimizer": memory.optimizer, "activations": memory.activations}
+        parts |= {"gathered weights": memory.gathered, "buffers": memory.buffers}
+        told, _, name = why_not(candidate, found.best).partition(" GiB of ")
+        assert parts[name] == max(parts.values())
+        assert told == f"does not fit: {parts[name] / 2**30:.0f}"
+
+
+def test_a_slow_loader_is_what_a_layout_loses_by():
+    best = recipe.candidate("data.workers=64")
+    slow = recipe.candidate("data.workers=1", "train.micro_batches=2")
+    assert slow.prediction.data_seconds < best.prediction.seconds  # 16 samples take 0.1 s
+    less = replace(slow, prediction=slow.prediction._replace(data_seconds=60.0))
+    told = f"+{1e3 * (60 - slow.prediction.step.seconds):.0f} ms of loading"
+    assert why_not(less, best) == told
+
+
+def test_rounding_is_told_where_it_is_faster():
+    found = recipe.searched()
+    quantised = found.ranked[0]
+    assert quantised.rounds and quantised is not found.best
+    assert why_not(quantised, found.best) == "rounds weights and gradients: results differ"
+
+
+def test_what_helps_the_recipe():
+    """Plain ZeRO-3, 2 short captions in each of 8 micro-batches: bound by communication."""
+    own = recipe.candidate("zero3.secondary_partition=1")
+    assert own.prediction.step.communication_seconds > 3 * own.prediction.step.compute_seconds
+    assert waits_for_communication(own)
+    found = remedies(own, recipe.searched().ranked, recipe.TOKENS_PER_TEXT)
+    packed, near, both, megatron = (remedy.candidate for remedy in found)
+    names = [remedy.name for remedy in found]
+    assert names[:3] == [
+        "a rank's samples packed into 1 micro-batch",
+        "zero3.secondary_partition=8",
+        "both",
+    ]
+    assert names[3] == f"{layout_name(megatron.run)}, in 8 micro-batches"
+    assert "Megatron TP" in names[3]
+    gains = [own.prediction.seconds / c.prediction.seconds for c in (packed, near, both, megatron)]
+    assert min(gains) > 1.1 and max(gains) == gains[2]
+    assert all(remedy.candidate.fits for remedy in found)
+    for candidate, partition, micro_batches in ((packed, 1, 1), (near, 8, 8), (both, 8, 1)):
+        run = candidate.run
+        assert (run.engine, run.zero3.secondary_partition) == ("zero3", partition)
+        assert run.train.micro_batches == micro_batches
+    assert near.run == replace(own.run, zero3=near.run.zero3)  # it changes nothing else
+
+
+def test_what_would_not_help_is_not_told():
+    ranked = recipe.searched().ranked
+    best = recipe.searched().best
+    assert not waits_for_communication(best)
+    assert remedies(best, ranked, recipe.TOKENS_PER_TEXT) == []
+    packed = recipe.candidate("train.micro_batches=1", "zero3.secondary_partition=1")
+    names = [remedy.name for remedy in remedies(packed, ranked, recipe.TOKENS_PER_TEXT)]
+    assert names and not any("packed" in name or name == "both" for name in names)

@@ -1,0 +1,246 @@
+import json
+import re
+import shlex
+import subprocess
+from dataclasses import replace
+
+import pytest
+import yaml
+
+import megavlm.planner.calibrate as calibrate
+from megavlm.__main__ import main
+from megavlm.config.deepspeed_json import deepspeed_config
+from megavlm.config.load import load_plan
+from megavlm.config.run import data_parallel_ranks, samples_per_micro_batch
+from megavlm.dist.launch import read_hostfile
+from megavlm.planner.choice import layout_name
+from megavlm.planner.choice_report import _about_the_run
+from megavlm.planner.hardware import H100_80, cluster_of, load_gpu
+from megavlm.planner.search import search
+from megavlm.planner.zero3 import with_bucket_sizes
+from tests import runs
+from tests.planner import recipe
+
+ON_TWO_HOSTS = ("--gpu", "h100-80", "--hosts", "2", "--gpus-per-host", "4")
+TEXT = 64
+
+
+@pytest.fixture(autouse=True)
+def wide(monkeypatch):
+    """A terminal in which no cell needs a second line."""
+    monkeypatch.setenv("COLUMNS", "200")
+
+
+@pytest.fixture
+def run_file(tmp_path):
+    """A run that is searched in no time."""
+    path = tmp_path / "tiny.yaml"
+    tree = yaml.safe_load(runs.RUN.read_text()) | {"model": {"preset": "vlm-tiny"}}
+    tree["data"]["workers"] = 64
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def told_of(capsys, *arguments, code=0):
+    assert main(["plan", *(str(argument) for argument in arguments)]) == code
+    captured = capsys.readouterr()
+    if code:
+        assert captured.err.count("\n") == 1, captured.err
+    return captured.err if code else captured.out
+
+
+def rows_of(told):
+    """Cells of the table of layouts."""
+    table = told.partition("Predicted for")[2].partition("└")[0]
+    lines = [line for line in table.splitlines() if line.startswith("│")]
+    return [[cell.strip() for cell in line.split("│")[1:-1]] for line in lines]
+
+
+def launched(told):
+    """The words of the line that trains the chosen layout."""
+    [line] = re.findall(r"^  (megavlm train .*) --hostfile hostfile$", told, re.MULTILINE)
+    return shlex.split(line)
+
+
+def test_the_table_ranks_what_fits_and_shows_the_run_as_it_stands(capsys, run_file):
+    told = told_of(capsys, run_file, *ON_TWO_HOSTS)
+    run = load_plan(run_file).last
+    found = search(run, cluster_of("h100-80", 2, 4), TEXT)
+    title = "Predicted for 2 hosts of 4 x H100 80 GB (80 GiB): the best of each layout"
+    assert title in told
+    *rows, own = rows_of(told)
+    assert len(rows) == 12
+    [chosen] = [row for row in rows if row[-1] == "chosen"]
+    best = found.best
+    gib = max(memory.total for memory in best.memory) / 2**30
+    assert chosen == [
+        *(layout_name(best.run), "1 x 4", best.run.train.recompute, f"{gib:.1f}"),
+        *(f"{best.prediction.seconds:.3f}", f"{best.prediction.utilisation(best.cluster):.1%}"),
+        "chosen",
+    ]
+    seconds = [float(row[4]) for row in rows]
+    assert seconds == sorted(seconds)
+    assert own[0] == "ZeRO-3 (as it stands)"
+    refused = sum(found.refused.values())
+    assert f"{len(found.ranked):,} layouts compared; 0 of them do not fit" in told
+    assert f"{refused:,} more do not divide, such as" in told
+    assert f"Chosen: {layout_name(best.run)}" in told
+
+
+def test_the_lines_start_what_was_chosen(capsys, run_file):
+    given = ("seed=5", "train.micro_batches=2", "engine=megatron")
+    told = told_of(capsys, run_file, *ON_TWO_HOSTS, *given)
+    best = search(load_plan(run_file, given).last, cluster_of("h100-80", 2, 4), TEXT).best
+    command, train, path, *changes = launched(told)
+    assert [command, train, path] == ["megavlm", "train", str(run_file)]
+    assert load_plan(run_file, changes).last == best.run and best.run.seed == 5
+    names = [change.partition("=")[0] for change in changes]
+    assert len(set(names)) == len(names)
+    words = shlex.join(changes)
+    deepspeed = f"deepspeed --hostfile hostfile --module megavlm train {run_file} {words}"
+    assert f"\n  {deepspeed}\n" in told
+    torchrun = "torchrun --nnodes=2 --nproc-per-node=4 --rdzv-backend=c10d --rdzv-endpoint=node-01"
+    assert torchrun in told and told.count(words) == 3
+    assert "PYTORCH_ALLOC_CONF=expandable_segments:True: " in told
+    assert "OMP_NUM_THREADS=1: " in told and "NCCL_SOCKET_IFNAME: set if" in told
+
+
+@pytest.mark.parametrize("engine", ["zero3", "fsdp2"])
+def test_what_is_written(capsys, tmp_path, run_file, monkeypatch, engine):
+    chosen = search(load_plan(run_file).last, cluster_of("h100-80", 2, 4), TEXT, [engine])
+    monkeypatch.setattr("megavlm.planner.choice_report.search", lambda *_, **__: chosen)
+    folder = tmp_path / "new" / "out"
+    told = told_of(capsys, run_file, *ON_TWO_HOSTS, "--out", folder)
+    names = {"step.svg", "memory.svg", "hostfile", "run.sbatch"}
+    names |= {"deepspeed.json"} if engine == "zero3" else set()
+    assert {path.name for path in folder.iterdir()} == names
+    assert all(f"wrote {folder / name}\n" in told for name in names)
+    assert read_hostfile(folder / "hostfile") == {"node-01": 4, "node-02": 4}
+    _, _, _, *changes = launched(told)
+    assert load_plan(run_file, changes).last == chosen.best.run
+    script = folder / "run.sbatch"
+    subprocess.run(["bash", "-n", script], check=True)
+    batch = script.read_text()
+    assert shlex.join(["train", str(run_file), *changes]) in batch
+    assert "#SBATCH --nodes=2\n" in batch and "#SBATCH --gpus-per-node=4\n" in batch
+    for name in ("step.svg", "memory.svg"):
+        picture = (folder / name).read_text()
+        assert picture.startswith("<?xml") and "redicted" in picture
+    if engine == "zero3":
+        settings = json.loads((folder / "deepspeed.json").read_text())
+        run = load_plan(run_file, changes).last
+        assert settings == deepspeed_config(with_bucket_sizes(run))
+
+
+def test_the_recipe_is_bound_by_communication_in_words():
+    own = recipe.candidate("zero3.secondary_partition=1")
+    stands, *told = _about_the_run(own, recipe.searched(), recipe.TOKENS_PER_TEXT)
+    [bound] = [line for line in told if line.startswith("It is bound by communication: ")]
+    remedies = told[told.index("What helps, predicted:") + 1 :]
+    step = own.prediction.step
+    assert f"a step is predicted to take {own.prediction.seconds:.2f} s" in stands
+    assert f"{step.communication_seconds:.2f} of waiting for communication" in stands
+    computed = 1e3 * step.compute_seconds / 8
+    assert f"a rank computes for {computed:.0f} ms on the 2 samples of a micro-batch" in bound
+    assert f"waits for {1e3 * step.communication_seconds / 8:.0f} ms" in bound
+    assert "each micro-batch gathers all weights anew" in bound
+    names = ["packed into 1 micro-batch", "zero3.secondary_partition=8", "both", "Megatron TP"]
+    assert len(remedies) == 4
+    for name, told in zip(names, remedies, strict=True):
+        seconds, gain = re.findall(r": (\d+\.\d\d) s a step, (\d+\.\d) times as fast$", told)[0]
+        assert name in told and float(gain) > 1
+        assert float(gain) == pytest.approx(own.prediction.seconds / float(seconds), abs=0.1)
+
+
+def test_a_run_that_is_not_bound_is_told_no_remedy():
+    best = recipe.searched().best
+    assert len(_about_the_run(best, recipe.searched(), recipe.TOKENS_PER_TEXT)) == 1
+    slow = replace(best, prediction=best.prediction._replace(data_seconds=9.0))
+    [_, told] = _about_the_run(slow, recipe.searched(), recipe.TOKENS_PER_TEXT)
+    assert told == "It is bound by loading: raise data.workers."
+
+
+def test_a_run_that_does_not_divide_as_it_stands_is_planned_all_the_same(capsys, run_file):
+    told = told_of(capsys, run_file, *ON_TWO_HOSTS, "train.micro_batches=16")
+    says = "As it stands, it cannot run there: train.samples_per_step=32 is not divisible by"
+    assert says in told and "(as it stands)" not in told
+    assert load_plan(run_file, launched(told)[3:]).last.train.micro_batches == 1
+
+
+def test_the_last_stage_is_planned_and_all_can_run(capsys, run_file):
+    tree = yaml.safe_load(run_file.read_text())
+    changes = {"train": {"micro_batches": 4}, "objectives": {"instruction": 1}}
+    # 4 samples a step: at most 4 copies of the model on 8 GPUs.
+    few = {"steps": 10, "micro_batches": 1, "samples_per_step": 4}
+    stages = {"pairs": {"train": few}, "chats": changes}
+    run_file.write_text(yaml.safe_dump(tree | {"stages": stages}, sort_keys=False))
+    told = told_of(capsys, run_file, *ON_TWO_HOSTS)
+    changes = launched(told)[3:]
+    assert any(change.startswith("stages.chats.train.micro_batches=") for change in changes)
+    plan = load_plan(run_file, changes)
+    assert plan.stages[0].run.train.samples_per_step == 4
+    for stage in plan.stages:
+        samples_per_micro_batch(stage.run.train, data_parallel_ranks(stage.run, 8))
+    cluster = cluster_of("h100-80", 2, 4)
+    others = [plan.first]
+    assert plan.last == search(plan.last, cluster, TEXT, other_stages=others).best.run
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--hosts", "2"), "--hosts, --calibrate and --out compare layouts; name a --gpu, too"),
+        (("--gpu", "v100"), "--gpu v100 is unknown; choose from a100-40, a100-80, h100-80, h200"),
+        (("--gpu", "none.json"), "cannot read GPU file none.json"),
+        (
+            (*ON_TWO_HOSTS, "objectives={mim: 1}"),
+            "a stage of mim is not predicted; plan one of captioning or instruction",
+        ),
+        (
+            (*ON_TWO_HOSTS[:3], "7", *ON_TWO_HOSTS[4:]),
+            "no layout divides: train.samples_per_step=32 is not divisible by",
+        ),
+    ],
+)
+def test_mistakes(capsys, run_file, options, says):
+    assert says in told_of(capsys, run_file, *options, code=2)
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "says"),
+    [
+        ("a slots=4\nb slots=4\n", ("--hosts", "3"), "names 2 hosts and the plan is for 3"),
+        ("a slots=4\nb slots=4\n", ("--gpus-per-host", "2"), "host a has slots=4"),
+        ("a slots=4\nb slots=2\nc slots=2\n", (), "host b has slots=2"),
+    ],
+)
+def test_a_hostfile_that_differs(capsys, tmp_path, run_file, text, options, says):
+    hostfile = tmp_path / "hostfile"
+    hostfile.write_text(text)
+    arguments = ("--gpu", "h200", "--hostfile", hostfile, *options)
+    assert says in told_of(capsys, run_file, *arguments, code=2)
+
+
+def test_a_hostfile_tells_the_hosts(capsys, tmp_path, run_file):
+    hostfile = tmp_path / "hostfile"
+    hostfile.write_text("a slots=4\nb slots=4\n")
+    told = told_of(capsys, run_file, "--gpu", "h200", "--hostfile", hostfile)
+    assert "Predicted for 2 hosts of 4 x H200 141 GB (131 GiB)" in told
+
+
+def test_a_measured_machine_is_used_and_used_again(capsys, tmp_path, run_file, monkeypatch):
+    slower = replace(H100_80, name="slower", launch_seconds=1e-4)
+    asked = []
+
+    def measure(*arguments):
+        asked.append(arguments)
+        return slower
+
+    monkeypatch.setattr(calibrate, "measure", measure)
+    path = tmp_path / "here.json"
+    first = told_of(capsys, run_file, *ON_TWO_HOSTS, "--calibrate", path)
+    assert asked == [(H100_80, 4, "fp32")]
+    assert f"wrote {path}" in first and load_gpu(path) == slower
+    again = told_of(capsys, run_file, "--gpu", path, *ON_TWO_HOSTS[2:])
+    assert len(asked) == 1 and "x slower (80 GiB)" in again
+    assert rows_of(again) == rows_of(first) != rows_of(told_of(capsys, run_file, *ON_TWO_HOSTS))
