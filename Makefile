@@ -8,7 +8,7 @@ CLDR := /usr/share/unicode/cldr/common/annotations/en.xml
 CPP_FILES = $$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
 FRIBIDI := $(wildcard /usr/lib/*/libfribidi.so.0)
 
-.PHONY: setup packages data demo test test-slow parity check format configs clean
+.PHONY: setup packages data demo test test-slow parity memory check format configs clean
 
 setup: .venv/installed
 
@@ -72,11 +72,17 @@ format: setup
 	ruff format .
 	clang-format -i $(CPP_FILES)
 
-# The DeepSpeed configurations are derived from the run files, and checked in.
+# The DeepSpeed configurations are derived from the run files, and those of configs/30b from the
+# planner; all are checked in.
 configs: setup
 	for run in $$(grep -LE '^engine: (fsdp2|megatron)' configs/*.yaml); do \
 	  megavlm plan $$run --ds-json configs/ds/$$(basename $$run .yaml).json >/dev/null || exit 1; \
 	done
+	python tools/make_30b_configs.py
+
+# What the planner predicts of memory against real ranks on CPUs, as Markdown.
+memory: setup
+	CUDA_VISIBLE_DEVICES= DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 python -W ignore -m tests.planner.measured_memory
 
 clean:
 	rm -rf .venv build *.egg-info megavlm/*.so
