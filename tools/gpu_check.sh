@@ -1,18 +1,22 @@
 #!/usr/bin/env bash
 # One call on a bare machine with a GPU, torch and nvcc, without a network: builds the extensions,
-# tests the kernels, and times them against their peers.
+# tests the kernels, times them against their peers, and measures one rank of vlm-30b on 128 GPUs.
 #
 #   tools/gpu_check.sh [OUT [LOGS]]       docs/benchmarks and build/gpu_check by default
 #
 # OUT gets the benchmarks' .md, .json and (with matplotlib) .png; LOGS what each step printed.
-# Needs torch, numpy, pytest, pytest-timeout, pybind11 and setuptools. Ends within 8 minutes: time
-# that build and tests leave goes to the benchmarks, which start with what matters most.
+# Needs torch, numpy, pytest, pytest-timeout, pybind11 and setuptools; the rank, which fits a GPU of
+# 24 GB, also what the package depends on (megatron-core and others), and is left out without it.
+# Ends within 8 minutes: time that build and tests leave goes to the benchmarks, which start with
+# what matters most.
 # Exit code: 0 if every step passed, 1 if one failed, 2 if this machine lacks what it needs.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-docs/benchmarks} logs=${2:-build/gpu_check}
 deadline=465 # of bash's SECONDS, which start at 0 with this script
 block_seconds=60
+rank_seconds=0
+python3 -W ignore -c 'import megatron.core, pydantic, yaml, psutil, rich, PIL, fsspec' 2>/dev/null && rank_seconds=75
 gpu=$(nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | head -1 | tr ' ' '-' | tr -dc 'A-Za-z0-9-')
 if [ -z "$gpu" ]; then
   echo "gpu_check: no NVIDIA GPU here (nvidia-smi lists none)" >&2
@@ -53,10 +57,16 @@ step tests 120 "${test[@]}" tests/ops tests/csrc/test_build.py
 if command -v compute-sanitizer >/dev/null; then
   step sanitizer 40 compute-sanitizer --error-exitcode 1 "${test[@]}" tests/ops -k 'zeros and cuda'
 fi
+if [ $rank_seconds -gt 0 ]; then
+  step rank $rank_seconds python3 tools/bench_rank.py configs/vlm-30b-megatron.yaml --ranks 128 \
+    --rank 0 --steps 3 --out "$out/rank-$gpu"
+else
+  echo "== rank: LEFT OUT, needs the package's dependencies"
+fi
 limit=$((deadline - SECONDS - block_seconds))
 step cross-attention $limit python3 tools/bench_cross_attention.py --seconds $((limit - 20)) \
   --out "$out/cross-attention-$gpu"
 limit=$((deadline - SECONDS))
 step block $limit python3 tools/bench_block.py --seconds $((limit - 20)) --out "$out/block-$gpu"
-cat "$out/cross-attention-$gpu.md" "$out/block-$gpu.md" 2>/dev/null
+cat "$out/cross-attention-$gpu.md" "$out/block-$gpu.md" "$out/rank-$gpu.md" 2>/dev/null
 exit $failed
