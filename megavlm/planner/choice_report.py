@@ -25,6 +25,7 @@ from megavlm.planner.choice import (
 )
 from megavlm.planner.hardware import Cluster
 from megavlm.planner.memory_picture import draw_memory, labels_of
+from megavlm.planner.predict import predict
 from megavlm.planner.search import Candidate, Found, candidate_of, search
 from megavlm.planner.step_picture import draw_step
 from megavlm.planner.work import tokens_of
@@ -71,7 +72,7 @@ def print_choice(
     for line in _launch_lines(best, run_file, changes):
         console.print(line, highlight=False, soft_wrap=True, markup=False)
     if folder is not None:
-        for path in _write(best, run_file, changes, folder):
+        for path in _write(best, tokens_per_text, run_file, changes, folder):
             console.print(f"wrote {path}", highlight=False, soft_wrap=True)
 
 
@@ -194,12 +195,18 @@ def _launch_lines(best: Candidate, run_file: Path, changes: Sequence[str]) -> li
     return told
 
 
-def _write(best: Candidate, run_file: Path, changes: Sequence[str], folder: Path) -> list[Path]:
+def _write(
+    best: Candidate,
+    tokens_per_text: float,
+    run_file: Path,
+    changes: Sequence[str],
+    folder: Path,
+) -> list[Path]:
     """Pictures and files of the chosen layout."""
     folder.mkdir(parents=True, exist_ok=True)
     run, cluster = best.run, best.cluster
     step, memory = folder / "step.svg", folder / "memory.svg"
-    draw_step(best.prediction, run, cluster, step)
+    draw_step(predict(run, cluster, tokens_per_text), run, cluster, step)
     draw_memory(best.memory, labels_of(run, cluster), cluster, memory)
     texts = {
         "hostfile": "".join(

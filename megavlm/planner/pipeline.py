@@ -5,7 +5,7 @@ in the schedule's order, each as soon as what it needs has arrived.
 """
 
 from collections.abc import Mapping, Sequence
-from functools import cache
+from functools import lru_cache
 from typing import NamedTuple
 
 from megavlm.planner.span import Span
@@ -20,7 +20,7 @@ class Pass(NamedTuple):
     micro_batch: int
 
 
-@cache  # the search compares many runs with the same schedule
+@lru_cache(maxsize=64)  # the search compares runs with the same schedule, one after another
 def passes_of(rank: int, ranks: int, virtual: int, micro_batches: int) -> tuple[Pass, ...]:
     """What a pipeline rank runs in a step, in order."""
     total = micro_batches * virtual

@@ -4,9 +4,9 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from megavlm.config.engines import Fsdp2Settings, MegatronSettings, Zero3Settings
+from megavlm.config.engines import MegatronSettings, Zero3Settings
 from megavlm.config.objectives import is_pretraining
 from megavlm.config.run import RunSettings, data_parallel_ranks, samples_per_micro_batch
 from megavlm.config.sizes import divisors
@@ -31,6 +31,7 @@ class Candidate:
     memory: tuple[Memory, ...]
     """Of each pipeline rank."""
     prediction: Prediction
+    """Without the spans of its step."""
 
     @property
     def fullest(self) -> Memory:
@@ -74,11 +75,13 @@ class Found(NamedTuple):
 def candidate_of(run: RunSettings, cluster: Cluster, tokens_per_text: float) -> Candidate:
     """A run as it stands. Raises ConfigError where it does not divide over the cluster's ranks."""
     _require_predictable(run)
+    prediction = predict(run, cluster, tokens_per_text)
     return Candidate(
         run=run,
         cluster=cluster,
         memory=tuple(memory_of(run, cluster, tokens_per_text)),
-        prediction=predict(run, cluster, tokens_per_text),
+        # Of a thousand candidates the spans alone would take hundreds of megabytes.
+        prediction=prediction._replace(step=replace(prediction.step, spans=())),
     )
 
 
@@ -137,20 +140,19 @@ def _require_divides(stage: RunSettings, layout: RunSettings, ranks: int) -> Non
 
 def _layouts(run: RunSettings, cluster: Cluster) -> Iterator[RunSettings]:
     """Runs that differ in engine, layout, recomputation and micro-batches."""
-    for micro_batches, recompute in product(_micro_batches(run), ("none", "selective", "full")):
+    engines: list[dict[str, Any]] = [
+        {"engine": "fsdp2", "fsdp2": replace(run.fsdp2, shard_ranks=shard_ranks)}
+        for shard_ranks in (None, *_some_hosts(cluster))
+    ]
+    engines += [{"engine": "zero3", "zero3": zero3} for zero3 in _zero3(run, cluster)]
+    engines += [{"engine": "megatron", "megatron": m} for m in _divisions(run, cluster)]
+    modes = ("none", "selective", "full")
+    for engine, micro_batches, recompute in product(engines, _micro_batches(run), modes):
         train = replace(run.train, micro_batches=micro_batches, recompute=recompute)
-        for shard_ranks in (None, *_some_hosts(cluster)):
-            fsdp2 = Fsdp2Settings(
-                shard_ranks=shard_ranks, prefetch_layers=run.fsdp2.prefetch_layers
-            )
-            yield replace(run, train=train, engine="fsdp2", fsdp2=fsdp2)
-        for zero3 in _zero3(run, cluster):
-            yield replace(run, train=train, engine="zero3", zero3=zero3)
-        for megatron in _divisions(run, cluster):
-            try:
-                yield replace(run, train=train, engine="megatron", megatron=megatron)
-            except ConfigError:
-                continue  # this model has no such parts
+        try:
+            yield replace(run, train=train, **engine)
+        except ConfigError:
+            continue  # this model has no such parts
 
 
 def _some_hosts(cluster: Cluster) -> list[int]:
