@@ -196,11 +196,15 @@ def model_blocks(run: RunSettings, tokens: Tokens, parallel: MegatronSettings) -
     blocks.append(
         replace(last, seen_flops=2 * tokens.text_tokens * decoder.width * decoder.vocabulary)
     )
-    reached = False  # whether anything that is trained lies before a block
+    reached = of_images = False  # whether anything that is trained lies before a block
     out: list[Block] = []
     same: dict[tuple[str, bool], Block] = {}  # most blocks are alike
     for block in blocks:
         is_trained = trained[block.part]
+        if block.name == "embedding":  # texts begin here, and meet images in a cross layer
+            reached, of_images = False, reached
+        elif block.part == "cross_attention":
+            reached = reached or of_images
         if (block.name, reached) not in same:
             same[block.name, reached] = replace(block, trained=is_trained, passes_gradients=reached)
         out.append(same[block.name, reached])

@@ -53,7 +53,12 @@ def test_gradients_pass_through_what_is_frozen_only_behind_what_is_trained():
     run = load_run(RUN, ["train.frozen=[encoder, decoder]"])
     passes = {block.name: block.passes_gradients for block in blocks_of(run)}
     assert not passes["patches"] and not passes["encoder layer"] and not passes["projector"]
-    assert passes["self-attention layer"] and passes["cross-attention layer"] and passes["head"]
+    assert passes["cross-attention layer"] and passes["head"]
+    # Texts meet images, whose projector is trained, in the first cross layer.
+    decoder = blocks_of(run)[-run.model.decoder.layers - 1 :]
+    first = run.model.decoder.cross_layers[0]
+    assert [b.passes_gradients for b in decoder] == [n >= first for n in range(len(decoder))]
+    assert not passes["embedding"]
     run = load_run(RUN, ["train.frozen=[encoder, projector, cross_attention]"])
     blocks = blocks_of(run)
     keeping = {block.name for block in blocks if block.keeps}
