@@ -107,7 +107,8 @@ def remedies(
     if packed is not None:
         count = packed.train.micro_batches
         some = "1 micro-batch" if count == 1 else f"{count} micro-batches"
-        tried.append((f"a rank's samples packed into {some}", packed))
+        name = f"a rank's samples packed into {some}{_recompute_changed(packed, run)}"
+        tried.append((name, packed))
     if run.engine == "zero3" and run.zero3.secondary_partition == 1 < cluster.gpus_per_host:
         tried.append(
             (f"zero3.secondary_partition={near.secondary_partition}", replace(run, zero3=near))
@@ -118,10 +119,16 @@ def remedies(
     for megatron in ranked:
         if megatron.run.engine == "megatron" and megatron.run.train.micro_batches == micro_batches:
             name = f"{layout_name(megatron.run)}, in {micro_batches} micro-batches"
+            name += _recompute_changed(megatron.run, run)
             found.append(Remedy(name, megatron))
             break
     before = candidate.prediction.seconds
     return [r for r in found if r.candidate.fits and r.candidate.prediction.seconds < before]
+
+
+def _recompute_changed(run: RunSettings, before: RunSettings) -> str:
+    mode = run.train.recompute
+    return f", train.recompute={mode}" if mode != before.train.recompute else ""
 
 
 def _fewest_micro_batches(candidate: Candidate, ranked: Sequence[Candidate]) -> RunSettings | None:

@@ -111,11 +111,13 @@ def test_what_helps_the_recipe():
     packed, near, both, megatron = (remedy.candidate for remedy in found)
     names = [remedy.name for remedy in found]
     assert names[:3] == [
-        "a rank's samples packed into 1 micro-batch",
+        "a rank's samples packed into 1 micro-batch, train.recompute=none",
         "zero3.secondary_partition=8",
         "both",
     ]
-    assert names[3] == f"{layout_name(megatron.run)}, in 8 micro-batches"
+    assert own.run.train.recompute == "full"
+    assert {c.run.train.recompute for c in (packed, both, megatron)} == {"none"}
+    assert names[3] == f"{layout_name(megatron.run)}, in 8 micro-batches, train.recompute=none"
     assert "Megatron TP" in names[3]
     gains = [own.prediction.seconds / c.prediction.seconds for c in (packed, near, both, megatron)]
     assert min(gains) > 1.1 and max(gains) == gains[2]
