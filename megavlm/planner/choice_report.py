@@ -72,7 +72,11 @@ def print_choice(
     for line in _launch_lines(best, run_file, changes):
         console.print(line, highlight=False, soft_wrap=True, markup=False)
     if folder is not None:
-        for path in _write(best, tokens_per_text, run_file, changes, folder):
+        try:
+            written = _write(best, tokens_per_text, run_file, changes, folder)
+        except OSError as error:
+            raise ConfigError(f"cannot write to {folder}: {error}; choose another --out") from error
+        for path in written:
             console.print(f"wrote {path}", highlight=False, soft_wrap=True)
 
 

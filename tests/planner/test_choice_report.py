@@ -206,6 +206,11 @@ def test_mistakes(capsys, run_file, options, says):
     assert says in told_of(capsys, run_file, *options, code=2)
 
 
+def test_a_file_in_place_of_the_folder(capsys, run_file):
+    told = told_of(capsys, run_file, *ON_TWO_HOSTS, "--out", str(run_file), code=2)
+    assert f"cannot write to {run_file}: " in told and "choose another --out" in told
+
+
 @pytest.mark.parametrize(
     ("text", "options", "says"),
     [
