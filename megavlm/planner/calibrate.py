@@ -56,7 +56,11 @@ def measure(gpu: Gpu, ranks: int, precision: str) -> Gpu:
     with tempfile.TemporaryDirectory() as folder:
         spawn(_on_rank, (ranks, precision, MEASURE_SECONDS, folder), nprocs=ranks)
         rates = Rates(*json.loads((Path(folder) / "rates.json").read_text()))
-    return with_rates(gpu if _is_here(gpu) else _this_device(gpu, ranks, precision), rates)
+    measured = with_rates(gpu if _is_here(gpu) else _this_device(gpu, ranks, precision), rates)
+    if torch.cuda.is_available():
+        return measured
+    own = measured.memory_bytes_per_second  # a CPU's memory is that of its host
+    return replace(measured, host_link_bytes_per_second=own, host_memory_bytes_per_second=own)
 
 
 def with_rates(gpu: Gpu, rates: Rates) -> Gpu:

@@ -45,6 +45,8 @@ def test_the_cpu_is_measured_and_what_it_cannot_tell_is_kept(monkeypatch, capfd)
     assert "matrix products ... " in capfd.readouterr().out
     assert gpu.name.startswith("CPU") and gpu.name.endswith("bf16")
     assert gpu.matmul_efficiency == gpu.memory_efficiency == 1
+    assert gpu.host_link_bytes_per_second == gpu.memory_bytes_per_second
+    assert gpu.host_memory_bytes_per_second == gpu.memory_bytes_per_second
     for name in ("link_bytes_per_second", "link_efficiency"):  # one rank has no link
         assert getattr(gpu, name) == getattr(H100_80, name)
     for name in ("network_bytes_per_second", "network_efficiency"):
