@@ -48,6 +48,9 @@ def print_dry_run(
     micro_batches: of the step; None leaves the choice to `affordable`.
     """
     run.zero3.check_device(has_gpu=False)
+    for name in ("offload_optimizer", "offload_parameters"):
+        if getattr(run.zero3, name) == "nvme":
+            raise ConfigError(f"zero3.{name}=nvme needs a disk, and a dry run none; set it to cpu")
     numbers = sorted(set(chosen)) if chosen is not None else neighbours(run, ranks)
     for rank in numbers:
         if not 0 <= rank < ranks:

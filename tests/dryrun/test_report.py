@@ -78,3 +78,9 @@ def test_only_build():
 def test_mistakes(options, told):
     with pytest.raises(ConfigError, match=told):
         print_dry_run(settings(LAYOUT["FSDP2 x2"], 1), 2, **options)
+
+
+def test_no_disk(tmp_path):
+    overrides = ("zero3.offload_optimizer=nvme", f"zero3.nvme_folder={tmp_path}")
+    with pytest.raises(ConfigError, match="zero3[.]offload_optimizer=nvme needs a disk"):
+        print_dry_run(settings(LAYOUT["ZeRO-3 x2"], 1, *overrides), 2)
