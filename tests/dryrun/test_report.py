@@ -82,5 +82,5 @@ def test_mistakes(options, told):
 
 def test_no_disk(tmp_path):
     overrides = ("zero3.offload_optimizer=nvme", f"zero3.nvme_folder={tmp_path}")
-    with pytest.raises(ConfigError, match="zero3[.]offload_optimizer=nvme needs a disk"):
+    with pytest.raises(ConfigError, match="offload_optimizer=nvme needs a disk"):
         print_dry_run(settings(LAYOUT["ZeRO-3 x2"], 1, *overrides), 2)
