@@ -169,6 +169,7 @@ def test_text_alone_comes_with_a_picture_but_a_rank_that_skips_cross_attention_i
     assert problems and problems[0].startswith("rank 2 "), problems
 
 
+@pytest.mark.slow
 def test_so_is_one_of_a_pipeline():
     # Without overlap: megatron-core itself notices on this rank that gradients are missing.
     layout = LAYOUT["TP2 x PP2"]

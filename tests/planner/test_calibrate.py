@@ -16,6 +16,7 @@ from tests.ranks import run_on_ranks
 RATES = Rates(600e12, 300e12, 2e12, 4e-6, 400e9)
 
 
+@pytest.mark.slow
 def test_two_ranks_measure_and_really_send():
     def on_rank(_):
         with recorded() as calls:
