@@ -79,8 +79,10 @@ def _plan(plan: Plan, options: argparse.Namespace) -> None:
     print_plan(plan, ranks=ranks_of(plan, options.hostfile) if options.hostfile else 0)
     if options.gpu:
         _choose(plan, options)
-    elif options.hosts or options.calibrate or options.out:
-        raise ConfigError("--hosts, --calibrate and --out compare layouts; name a --gpu, too")
+    elif options.hosts or options.gpus_per_host or options.calibrate or options.out:
+        raise ConfigError(
+            "--hosts, --gpus-per-host, --calibrate and --out compare layouts; name a --gpu, too"
+        )
     if options.hostfile:
         print(shlex.join(launch_command(options.hostfile, options.run_file, options.overrides)))
     if options.ds_json:

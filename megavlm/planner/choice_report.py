@@ -12,8 +12,8 @@ from megavlm.config.deepspeed_json import deepspeed_config
 from megavlm.config.load import load_plan
 from megavlm.config.plan import Plan
 from megavlm.config.run import data_parallel_ranks, samples_per_micro_batch
-from megavlm.dist.launch import environment, sbatch_script, torchrun_lines
-from megavlm.errors import ConfigError
+from megavlm.dist.launch import check_hosts, environment, sbatch_script, torchrun_lines
+from megavlm.errors import ConfigError, LaunchError
 from megavlm.planner.choice import (
     GIB,
     best_of_each_layout,
@@ -55,9 +55,10 @@ def print_choice(
     others = [stage.run for stage in plan.stages[:-1]]
     found = search(run, cluster, tokens_per_text, other_stages=others)
     try:
+        check_hosts(run, hosts_of(cluster), cluster.ranks)
         own = candidate_of(run, cluster, tokens_per_text)
         told = _about_the_run(own, found, tokens_per_text)
-    except ConfigError as error:
+    except (ConfigError, LaunchError) as error:
         own, told = None, [f"\nAs it stands, it cannot run there: {error}"]
     console.print(_ranking(found, cluster, own))
     console.print(_counts(found), highlight=False)
@@ -180,11 +181,15 @@ def _what_travels(own: Candidate) -> str:
     )
 
 
+def hosts_of(cluster: Cluster) -> dict[str, int]:
+    """Slots by host, with names that stand for those of the real hosts."""
+    return {f"node-{n:02d}": cluster.gpus_per_host for n in range(1, cluster.hosts + 1)}
+
+
 def _launch_lines(best: Candidate, run_file: Path, changes: Sequence[str]) -> list[str]:
     cluster = best.cluster
     words = shlex.join(["megavlm", "train", str(run_file), *changes])
-    slots = {f"node-{n:02d}": cluster.gpus_per_host for n in range(1, cluster.hosts + 1)}
-    [torchrun, *_] = torchrun_lines(slots, run_file, changes).values()
+    [torchrun, *_] = torchrun_lines(hosts_of(cluster), run_file, changes).values()
     deepspeed = shlex.join(["--module", "megavlm", "train", str(run_file), *changes])
     told = [
         f"  {words} --hostfile hostfile",
@@ -213,9 +218,7 @@ def _write(
     draw_step(predict(run, cluster, tokens_per_text), run, cluster, step)
     draw_memory(best.memory, labels_of(run, cluster), cluster, memory)
     texts = {
-        "hostfile": "".join(
-            f"node-{n:02d} slots={cluster.gpus_per_host}\n" for n in range(1, cluster.hosts + 1)
-        ),
+        "hostfile": "".join(f"{host} slots={slots}\n" for host, slots in hosts_of(cluster).items()),
         "run.sbatch": sbatch_script(
             load_plan(run_file, changes), cluster.hosts, cluster.gpus_per_host, run_file, changes
         ),

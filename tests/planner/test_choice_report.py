@@ -189,7 +189,10 @@ def test_the_last_stage_is_planned_and_all_can_run(capsys, run_file):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (("--hosts", "2"), "--hosts, --calibrate and --out compare layouts; name a --gpu, too"),
+        (
+            ("--hosts", "2"),
+            "--hosts, --gpus-per-host, --calibrate and --out compare layouts; name a --gpu, too",
+        ),
         (("--gpu", "v100"), "--gpu v100 is unknown; choose from a100-40, a100-80, h100-80, h200"),
         (("--gpu", "none.json"), "cannot read GPU file none.json"),
         (
