@@ -45,7 +45,7 @@ from megavlm.errors import ConfigError, MegavlmError
 from megavlm.planner.calibrate import measure
 from megavlm.planner.compute import block_seconds
 from megavlm.planner.cut import TOKENS_PER_TEXT, with_cut
-from megavlm.planner.hardware import GPUS, H100_80, Cluster, Gpu, cluster_of
+from megavlm.planner.hardware import GIB, GPUS, H100_80, Cluster, Gpu, cluster_of
 from megavlm.planner.memory import memory_of
 from megavlm.planner.predict import cut_blocks
 from megavlm.planner.step import ADAM_BYTES
@@ -53,7 +53,6 @@ from megavlm.planner.work import model_blocks, tokens_of
 
 RECEIVED = 0.02
 """Standard deviation of the noise that stands for what other pipeline ranks send."""
-GIB = 1024**3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +80,7 @@ def predicted(run: RunSettings, gpu: Gpu, rank: int, ranks: int) -> tuple[Figure
     tokens = tokens_of(run, samples_per_micro_batch(run.train, copies), TOKENS_PER_TEXT)
     parallel, stage = with_cut(run), stage_of(run, rank, ranks)
     blocks = model_blocks(run, tokens, parallel)
-    chunks = cut_blocks(run, blocks, parallel.chunk_layers or (run.model.decoder.layers,))
+    chunks = cut_blocks(run, blocks, parallel)
     own = [b for chunk in chunks[stage :: parallel.pipeline_parallel] for b in chunk]
     seconds = [block_seconds(gpu, block) for block in own]
     compute = sum(s.forward + s.backward for s in seconds)
@@ -90,7 +89,7 @@ def predicted(run: RunSettings, gpu: Gpu, rank: int, ranks: int) -> tuple[Figure
     updated = sum(block.parameters for block in own if block.trained) / shards
     memory_rate = gpu.memory_bytes_per_second * gpu.memory_efficiency
     cluster = Cluster(gpu=gpu, hosts=1, gpus_per_host=ranks)
-    seen = sum((1 + b.trained + b.passes_gradients) * b.seen_flops for b in own)
+    seen = sum(block.seen_training_flops for block in own)
     figures = Figures(
         compute_seconds=run.train.micro_batches * compute,
         optimizer_seconds=ADAM_BYTES * updated / memory_rate,

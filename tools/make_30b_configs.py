@@ -1,7 +1,6 @@
 """Writes configs/30b: for each GPU and engine, the fastest layout that the planner finds."""
 
 import argparse
-import json
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -9,13 +8,12 @@ from typing import Any
 
 import yaml
 
-from megavlm.config.deepspeed_json import deepspeed_config
 from megavlm.config.load import load_plan
-from megavlm.planner.choice import GIB, layout_name
+from megavlm.planner.choice import layout_name
 from megavlm.planner.cut import TOKENS_PER_TEXT
-from megavlm.planner.hardware import GPUS, cluster_of
+from megavlm.planner.hardware import GIB, GPUS, cluster_of
+from megavlm.planner.report import deepspeed_json
 from megavlm.planner.search import Candidate, search
-from megavlm.planner.zero3 import with_bucket_sizes
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 TEMPLATE = CONFIGS / "vlm-30b.yaml"
@@ -31,8 +29,7 @@ def files_of(gpu: str, engine: str) -> Iterator[tuple[Path, str]]:
     name = f"{engine}-{gpu}"
     yield Path("30b") / f"{name}.yaml", _header(best, gpu) + _run_file(best, name)
     if engine == "zero3":
-        config = deepspeed_config(with_bucket_sizes(best.run))
-        yield Path("ds") / f"zero3_30b_{gpu}.json", json.dumps(config, indent=2) + "\n"
+        yield Path("ds") / f"zero3_30b_{gpu}.json", deepspeed_json(best.run)
 
 
 def _header(best: Candidate, gpu: str) -> str:

@@ -6,11 +6,10 @@ from dataclasses import asdict, replace
 from typing import NamedTuple
 
 from megavlm.config.run import RunSettings
+from megavlm.planner.hardware import GIB
 from megavlm.planner.memory import Memory
 from megavlm.planner.predict import Prediction
 from megavlm.planner.search import Candidate, candidate_of
-
-GIB = 1024**3
 
 
 class Remedy(NamedTuple):
@@ -141,8 +140,7 @@ def _fewest_micro_batches(candidate: Candidate, ranked: Sequence[Candidate]) -> 
         and other.fits
         and other.run.train.micro_batches < candidate.run.train.micro_batches
     ]
-    fewest = min(same, key=lambda run: run.train.micro_batches, default=None)
-    return fewest
+    return min(same, key=lambda run: run.train.micro_batches, default=None)
 
 
 def overrides(chosen: RunSettings, run: RunSettings, stage: str = "") -> list[str]:

@@ -1,6 +1,5 @@
 """Prints how a plan would best run on a cluster, and writes what starts it. All is predicted."""
 
-import json
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,14 +7,12 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from megavlm.config.deepspeed_json import deepspeed_config
 from megavlm.config.load import load_plan
 from megavlm.config.plan import Plan
 from megavlm.config.run import data_parallel_ranks, samples_per_micro_batch
 from megavlm.dist.launch import check_hosts, environment, sbatch_script, torchrun_lines
 from megavlm.errors import ConfigError, LaunchError
 from megavlm.planner.choice import (
-    GIB,
     best_of_each_layout,
     layout_name,
     overrides,
@@ -23,13 +20,13 @@ from megavlm.planner.choice import (
     waits_for_communication,
     why_not,
 )
-from megavlm.planner.hardware import Cluster
+from megavlm.planner.hardware import GIB, Cluster
 from megavlm.planner.memory_picture import draw_memory, labels_of
 from megavlm.planner.predict import predict
+from megavlm.planner.report import deepspeed_json
 from megavlm.planner.search import Candidate, Found, candidate_of, search
 from megavlm.planner.step_picture import draw_step
 from megavlm.planner.work import tokens_of
-from megavlm.planner.zero3 import with_bucket_sizes
 
 MOST_FITTING, MOST_TOO_LARGE = 12, 3
 """Rows of the table."""
@@ -224,9 +221,7 @@ def _write(
         ),
     }
     if run.engine == "zero3":
-        texts["deepspeed.json"] = (
-            json.dumps(deepspeed_config(with_bucket_sizes(run)), indent=2) + "\n"
-        )
+        texts["deepspeed.json"] = deepspeed_json(run)
     for name, text in texts.items():
         (folder / name).write_text(text)
     return [step, memory, *(folder / name for name in texts)]

@@ -6,11 +6,13 @@ by `megavlm plan --calibrate` on the machine at hand: see `calibrate`.
 
 import json
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, cast
 
 from megavlm.errors import ConfigError
+
+GIB = 1024**3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +64,7 @@ class Cluster:
 
 A100_40 = Gpu(
     name="A100 40 GB",
-    memory_bytes=40 * 1024**3,
+    memory_bytes=40 * GIB,
     matmul_flops_per_second=312e12,
     memory_bytes_per_second=1.555e12,
     multiprocessors=108,
@@ -71,20 +73,12 @@ A100_40 = Gpu(
     matmul_efficiency=0.81,
     attention_efficiency=0.55,
 )
-A100_80 = Gpu(
-    name="A100 80 GB",
-    memory_bytes=80 * 1024**3,
-    matmul_flops_per_second=312e12,
-    memory_bytes_per_second=2.039e12,
-    multiprocessors=108,
-    link_bytes_per_second=300e9,
-    network_bytes_per_second=25e9,
-    matmul_efficiency=0.81,
-    attention_efficiency=0.55,
+A100_80 = replace(
+    A100_40, name="A100 80 GB", memory_bytes=80 * GIB, memory_bytes_per_second=2.039e12
 )
 H100_80 = Gpu(
     name="H100 80 GB",
-    memory_bytes=80 * 1024**3,
+    memory_bytes=80 * GIB,
     matmul_flops_per_second=989e12,
     memory_bytes_per_second=3.35e12,
     multiprocessors=132,
@@ -93,16 +87,8 @@ H100_80 = Gpu(
     matmul_efficiency=0.67,
     attention_efficiency=0.38,
 )
-H200 = Gpu(
-    name="H200 141 GB",
-    memory_bytes=141 * 10**9,
-    matmul_flops_per_second=989e12,
-    memory_bytes_per_second=4.8e12,
-    multiprocessors=132,
-    link_bytes_per_second=450e9,
-    network_bytes_per_second=50e9,
-    matmul_efficiency=0.67,
-    attention_efficiency=0.38,
+H200 = replace(
+    H100_80, name="H200 141 GB", memory_bytes=141 * 10**9, memory_bytes_per_second=4.8e12
 )
 GPUS = {"a100-40": A100_40, "a100-80": A100_80, "h100-80": H100_80, "h200": H200}
 

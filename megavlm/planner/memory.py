@@ -12,13 +12,12 @@ from megavlm.config.engines import UNDIVIDED, MegatronSettings
 from megavlm.config.run import RunSettings, data_parallel_ranks, samples_per_micro_batch
 from megavlm.planner.activations import BlockBytes, activation_bytes, block_bytes
 from megavlm.planner.cut import with_cut
-from megavlm.planner.hardware import Cluster
+from megavlm.planner.hardware import GIB, Cluster
 from megavlm.planner.pipeline import most_in_flight
 from megavlm.planner.predict import cut_blocks
 from megavlm.planner.work import Block, Tokens, model_blocks, tokens_of
 from megavlm.planner.zero3 import with_bucket_sizes
 
-GIB = 1024**3
 RUNTIME_BYTES = int(2.0 * GIB)
 """CUDA's context, and NCCL's and cuBLAS's buffers (0.5 to 2 and 1 to 2 GiB are common)."""
 FRAGMENTATION = 0.05
@@ -115,11 +114,7 @@ def _chunk(
 
 def _megatron(run: RunSettings, tokens: Tokens, copies: int) -> list[Memory]:
     parallel = with_cut(run)
-    cut = cut_blocks(
-        run,
-        model_blocks(run, tokens, parallel),
-        parallel.chunk_layers or (run.model.decoder.layers,),
-    )
+    cut = cut_blocks(run, model_blocks(run, tokens, parallel), parallel)
     chunks = [_chunk(run, blocks, tokens, parallel) for blocks in cut]
     ranks, value_bytes = parallel.pipeline_parallel, activation_bytes(run)
     width = run.model.decoder.width / parallel.token_shards

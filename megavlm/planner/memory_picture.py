@@ -10,8 +10,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from megavlm.config.run import RunSettings, data_parallel_ranks
-from megavlm.planner.hardware import Cluster
-from megavlm.planner.memory import GIB, Memory
+from megavlm.planner.hardware import GIB, Cluster
+from megavlm.planner.memory import Memory
 from megavlm.planner.picture import PICTURE_STYLE, save_picture
 from megavlm.planner.step_picture import CHARACTER, INCHES_WIDE, SMALL, ink_on, write_title
 

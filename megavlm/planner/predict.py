@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from megavlm.config.engines import MegatronSettings
 from megavlm.config.run import RunSettings, data_parallel_ranks, samples_per_micro_batch
 from megavlm.planner.cut import with_cut
 from megavlm.planner.hardware import Cluster
@@ -47,12 +48,12 @@ def predict(run: RunSettings, cluster: Cluster, tokens_per_text: float) -> Predi
     if run.engine == "megatron":
         parallel = with_cut(run)
         blocks = model_blocks(run, tokens, parallel)
-        chunks = cut_blocks(run, blocks, parallel.chunk_layers or (run.model.decoder.layers,))
+        chunks = cut_blocks(run, blocks, parallel)
         step = divided_step(cluster, chunks, _division(run, cluster, tokens, copies), **shape)
     else:
         blocks = model_blocks(run, tokens, run.model_parallel)
         step = sharded_step(cluster, blocks, _sharding(run, cluster), **shape)
-    seen = sum((1 + b.trained + b.passes_gradients) * b.seen_flops for b in blocks)
+    seen = sum(block.seen_training_flops for block in blocks)
     own = run.train.samples_per_step / copies  # one rank of each copy loads for the others
     trained = sum(b.parameters for b in blocks if b.trained) * run.model_parallel.tensor_parallel
     written = STATE_BYTES * trained / cluster.ranks
@@ -107,11 +108,14 @@ def _division(run: RunSettings, cluster: Cluster, tokens: Tokens, copies: int) -
 
 
 def cut_blocks(
-    run: RunSettings, blocks: Sequence[Block], chunk_layers: Sequence[int]
+    run: RunSettings, blocks: Sequence[Block], parallel: MegatronSettings
 ) -> list[list[Block]]:
-    """The blocks of each chunk: the encoder belongs to the first one, the head to the last."""
+    """The blocks of each chunk: the encoder belongs to the first one, the head to the last.
+
+    parallel: with the cut chosen, as `with_cut` does.
+    """
     ends = [len(blocks) - 1 - run.model.decoder.layers]
-    for count in chunk_layers:
+    for count in parallel.chunk_layers or (run.model.decoder.layers,):
         ends.append(ends[-1] + count)
     inner = ends[1:-1]
     return [list(blocks[a:b]) for a, b in zip([0, *inner], [*inner, len(blocks)], strict=True)]

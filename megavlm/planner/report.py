@@ -251,7 +251,12 @@ def _contents(run: RunSettings, chunk: Chunk) -> str:
     return ", ".join(contents)
 
 
+def deepspeed_json(run: RunSettings) -> str:
+    """The DeepSpeed configuration that the run uses."""
+    return json.dumps(deepspeed_config(with_bucket_sizes(run)), indent=2) + "\n"
+
+
 def write_deepspeed_json(run: RunSettings, path: Path) -> None:
     """Write the DeepSpeed configuration that the run uses."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(deepspeed_config(with_bucket_sizes(run)), indent=2) + "\n")
+    path.write_text(deepspeed_json(run))

@@ -11,7 +11,7 @@ from megavlm.config.objectives import is_pretraining
 from megavlm.config.run import RunSettings, data_parallel_ranks, samples_per_micro_batch
 from megavlm.config.sizes import divisors
 from megavlm.errors import ConfigError
-from megavlm.planner.hardware import Cluster
+from megavlm.planner.hardware import GIB, Cluster
 from megavlm.planner.memory import Memory, memory_of
 from megavlm.planner.predict import Prediction, predict
 
@@ -68,7 +68,7 @@ class Found(NamedTuple):
         least = min(self.ranked, key=lambda c: c.fullest.total).fullest.total
         raise ConfigError(
             f"no layout fits {cluster.ranks} x {cluster.gpu.name}: the smallest needs "
-            f"{least / 2**30:.0f} GiB a GPU; take more hosts or GPUs with more memory"
+            f"{least / GIB:.0f} GiB a GPU; take more hosts or GPUs with more memory"
         )
 
 

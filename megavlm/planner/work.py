@@ -70,6 +70,11 @@ class Block:
     """Whether something before it is trained."""
 
     @property
+    def seen_training_flops(self) -> float:
+        """`seen_flops`, and those of the backward passes that it needs."""
+        return (1 + self.trained + self.passes_gradients) * self.seen_flops
+
+    @property
     def largest_matrix(self) -> float:
         """Parameters of its largest matrix."""
         return max((m.inner * m.columns for m in self.matmuls), default=self.parameters)

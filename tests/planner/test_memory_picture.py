@@ -10,8 +10,8 @@ from matplotlib.colors import to_hex
 
 from megavlm.errors import ConfigError
 from megavlm.planner import memory_picture
-from megavlm.planner.hardware import cluster_of
-from megavlm.planner.memory import GIB, Memory, memory_of
+from megavlm.planner.hardware import GIB, cluster_of
+from megavlm.planner.memory import Memory, memory_of
 from megavlm.planner.memory_picture import COLOURS, PARTS, draw_memory, labels_of
 from megavlm.planner.picture import PICTURE_STYLE
 from megavlm.planner.step_picture import ink_on

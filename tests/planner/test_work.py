@@ -2,7 +2,7 @@ from collections import Counter
 
 import pytest
 
-from megavlm.config.engines import UNDIVIDED
+from megavlm.config.engines import UNDIVIDED, MegatronSettings
 from megavlm.model.params import parameters_of
 from megavlm.planner.predict import cut_blocks
 from megavlm.planner.work import model_blocks, tokens_of
@@ -43,7 +43,9 @@ def test_tensor_parallel_ranks_hold_a_part_each():
 def test_the_encoder_lies_in_the_first_chunk_and_the_head_in_the_last():
     run = load_run(RUN)
     blocks = blocks_of(run)
-    chunks = cut_blocks(run, blocks, (2, 30, 40))
+    chunks = cut_blocks(
+        run, blocks, MegatronSettings(pipeline_parallel=3, chunk_layers=(2, 30, 40))
+    )
     assert [block for chunk in chunks for block in chunk] == blocks
     assert [len(chunk) for chunk in chunks] == [1 + 48 + 2 + 2, 30, 40 + 1]
     assert chunks[2][-1].name == "head"
