@@ -86,6 +86,7 @@ def print_dry_run(
 
 def _one(run: RunSettings, rank: int, **kwargs: Any) -> DryRun:
     gc.freeze()  # else each collection copies what the processes share
+    gc.set_threshold(100_000)  # of the many objects that tensors are, few lie in cycles
     logging.disable(logging.INFO)  # DeepSpeed's and megatron-core's, on every rank
     return dry_run(run, rank=rank, **kwargs)
 
