@@ -38,21 +38,31 @@ def start(run):
 RESULT_RTOL, TENSOR_ATOL = 1e-6, 1e-6
 
 
-@pytest.mark.parametrize(("precision", "ranks_after"), [("fp32", (2, 1, 4)), ("bf16", (2,))])
-def test_resume_on_any_number_of_ranks(tmp_path, precision, ranks_after):
+HYBRID = Layout("FSDP2 hybrid 2x2", 4, ("engine=fsdp2", "fsdp2.shard_ranks=2"))
+
+
+@pytest.mark.parametrize(
+    ("precision", "before", "after"),
+    [
+        ("fp32", layout(2), [layout(2), layout(1), layout(4)]),
+        ("bf16", layout(2), [layout(2)]),
+        pytest.param("fp32", HYBRID, [HYBRID, layout(4)], marks=pytest.mark.slow),
+    ],
+)
+def test_resume_on_any_number_of_ranks(tmp_path, precision, before, after):
     override = f"train.precision={precision}"
-    run = settings(2, override)
+    run = runs.settings(before, STEPS, override)
     results, expected = run_steps(
-        layout(2), run, range(STEPS), save=Folder(tmp_path), saved_at=SAVED_AT
+        before, run, range(STEPS), save=Folder(tmp_path), saved_at=SAVED_AT
     )
     checkpoint = Folder(tmp_path) / folder_name(SAVED_AT)
-    for ranks in ranks_after:
-        run = settings(ranks, override)
+    for resumed in after:
+        run = runs.settings(resumed, STEPS, override)
         resumed_results, tensors = run_steps(
-            layout(ranks), run, range(SAVED_AT, STEPS), resume=checkpoint
+            resumed, run, range(SAVED_AT, STEPS), resume=checkpoint
         )
         assert tensors.keys() == expected.keys()
-        rtol, atol = (0, 0) if ranks == 2 else (RESULT_RTOL, TENSOR_ATOL)
+        rtol, atol = (0, 0) if resumed == before else (RESULT_RTOL, TENSOR_ATOL)
         actual, wanted = (
             torch.tensor(rows, dtype=torch.float64)
             for rows in (resumed_results, results[SAVED_AT:])
