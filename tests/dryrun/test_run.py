@@ -26,12 +26,11 @@ from tests.ranks import run_on_ranks
 from tests.seen import seen
 
 LAYOUT = {layout.name: layout for layout in LAYOUTS}
-PIPELINE = "TP2 x PP2 interleaved SP"
 NAMES = [
-    PIPELINE,
+    "PP2 interleaved",
     *(
         pytest.param(name, marks=pytest.mark.slow)
-        for name in ("ZeRO-3 hpZ 2x2", "FSDP2 hybrid 2x2")
+        for name in ("TP2 x PP2 interleaved SP", "ZeRO-3 hpZ 2x2", "FSDP2 hybrid 2x2")
     ),
 ]
 BATCH = random_batch(1, samples=2)

@@ -172,6 +172,7 @@ def test_a_run_from_training_to_report(capsys, tiny_run, tiny_run_file):
     assert run_on_ranks(1, lambda _: main(other_model), groups=False) == [2]
 
 
+@pytest.mark.slow
 def test_every_engine_sees_the_same_samples_and_learns_the_same(tiny_run, tiny_run_file):
     """From the same shards to the same curves; the last run continues the one before."""
     small_steps = ["optimizer.epsilon=1e-5"]

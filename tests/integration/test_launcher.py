@@ -6,6 +6,8 @@ import subprocess
 import sys
 import time
 
+import pytest
+
 from megavlm.checkpoint.folder import Folder
 from megavlm.checkpoint.storage import read_state
 from megavlm.checkpoint.store import latest_checkpoint
@@ -31,6 +33,7 @@ def kill_all(process):
     process.wait()
 
 
+@pytest.mark.slow
 def test_a_killed_run_continues_from_its_last_checkpoint(tiny_run, tiny_run_file, tmp_path):
     hostfile = tmp_path / "hostfile"
     hostfile.write_text("localhost slots=2\n")

@@ -39,10 +39,8 @@ def curriculum(run, engine, steps=3):
     )
 
 
-@pytest.mark.parametrize(
-    "engine",
-    [name if name == "fsdp2" else pytest.param(name, marks=pytest.mark.slow) for name in LAYOUTS],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", LAYOUTS)
 def test_resuming_anywhere_is_bit_identical(tiny_run, engine):
     """In the middle of every stage, and exactly at both boundaries."""
     plan, ranks = curriculum(tiny_run, engine), LAYOUTS[engine]

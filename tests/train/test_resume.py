@@ -79,10 +79,10 @@ def test_a_resumed_run_is_bit_identical(tiny_run, tmp_path, engine, precision):
 
 
 def test_every_sample_once_whatever_the_number_of_ranks(tiny_run):
-    """One epoch of 40 samples, 8 a step, over 1, 2, 4 and again 1 ranks and three engines."""
+    """One epoch of 40 samples, 8 a step, over 1, 4 and 2 ranks and three engines."""
     seen = []
     run = replace(tiny_run, checkpoint=replace(tiny_run.checkpoint, every=1))
-    plan = [(1, 1, "zero3"), (2, 2, "fsdp2"), (3, 4, "megatron"), (4, 4, "zero3"), (5, 1, "fsdp2")]
+    plan = [(1, 1, "zero3"), (3, 4, "megatron"), (5, 2, "fsdp2")]
     for steps, ranks, engine in plan:
         part = replace(run, engine=engine, train=replace(run.train, steps=steps))
         seen += [number for read in trained(plan_of(part), ranks) for number in read]
