@@ -106,8 +106,8 @@ def check_planned(hostfile: Path, hosts: int, gpus_per_host: int) -> None:
     slots_by_host = read_hostfile(hostfile)
     if len(slots_by_host) != hosts:
         raise LaunchError(
-            f"the hosts in {hostfile} are {len(slots_by_host)} and the plan is for {hosts}; change "
-            f"the hostfile, or plan with --hosts {len(slots_by_host)}"
+            f"hosts in {hostfile}: {len(slots_by_host)}, and the plan is for {hosts}; change the "
+            f"hostfile, or plan with --hosts {len(slots_by_host)}"
         )
     for host, slots in slots_by_host.items():
         if slots != gpus_per_host:

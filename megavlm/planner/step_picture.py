@@ -36,10 +36,10 @@ PALEST = 0.65  # share of white in the colour of a rank's last chunk
 HATCHED: dict[str, Any] = {"hatch": "/////", "edgecolor": "#9A9A9A", "linewidth": 0}  # idle
 STREAMS = ("compute", "network")
 SUMMED = {
-    "compute": "computing",
-    "recompute": "recomputing",
+    "compute": "compute",
+    "recompute": "recompute",
     "communication": "communication",
-    "bubble": "pipeline bubble",
+    "bubble": "bubble",
     "optimizer": "optimiser",
 }
 
@@ -219,9 +219,7 @@ def _draw_sum(axes: Any, step: Step, *, pipelined: bool) -> None:
             start += seconds
     told = "milliseconds, predicted; communication: waiting, and computing slowed down beside it"
     if pipelined:
-        told = (
-            "milliseconds, predicted, of the rank that computes longest; pipeline bubble: its idle "
-        )
+        told = "milliseconds, predicted, of the rank that computes longest; bubble: its idle "
         told += "time; communication: within passes and after them"
     axes.set_xlabel(told, loc="left")
     _legend(axes, parts)

@@ -104,7 +104,7 @@ def run_on_one_host(tiny_run_file, tmp_path):
 def test_deepspeed(run_on_one_host, tiny_run, tiny_run_file, tmp_path):
     hostfile = tmp_path / "hostfile"
     hostfile.write_text("node-1 slots=1\nnode-2 slots=1\n")
-    program, *words = launch_command(hostfile, tiny_run_file, OVERRIDES)
+    program, *words = launch_command(hostfile, ["node-1", "node-2"], tiny_run_file, OVERRIDES)
     no_ssh = ["--no_ssh", "--master_addr=127.0.0.1", f"--master_port={launch.PORT}"]
     finish(
         [
