@@ -57,6 +57,9 @@ def test_every_preset_runs_on_its_hosts_and_fits(path, capsys):
         assert getattr(run, name) == getattr(recipe, name), name
     assert run.train.samples_per_step == recipe.train.samples_per_step
     # What its first lines say.
+    count = run.train.micro_batches
+    differs = f"# Micro-batches: {count}, where the recipe" in path.read_text()
+    assert differs == (count != recipe.train.micro_batches)
     told = re.search(r"Predicted: (\S+) s a step, .* utilisation (\d+)%", path.read_text())
     prediction = candidate.prediction
     assert float(told[1]) == pytest.approx(prediction.seconds, abs=0.006)
