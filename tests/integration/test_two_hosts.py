@@ -168,7 +168,7 @@ def test_slurm_hears_of_failures(slurm, tiny_run_file, tmp_path, hosts, code):
     process = start(batch_script(tmp_path, tiny_run_file, hosts), env=slurm)
     output, _ = process.communicate(timeout=TIMEOUT_SECONDS)
     assert process.returncode == code, output
-    assert ("this script is for 3 hosts, not 2" in output) == (code == 2)
+    assert ("and this script is for 3; plan anew" in output) == (code == 2)
 
 
 def test_ranks_without_a_hostfile_check_their_own_host(tiny_run_file):
