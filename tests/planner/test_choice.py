@@ -1,9 +1,11 @@
 from dataclasses import replace
+from statistics import mean
 
 import pytest
 
 from megavlm.config.load import load_plan
 from megavlm.planner.choice import (
+    MEAN_ERROR,
     best_of_each_layout,
     largest_part,
     layout_name,
@@ -15,6 +17,7 @@ from megavlm.planner.choice import (
 from megavlm.planner.hardware import cluster_of
 from megavlm.planner.search import candidate_of, search
 from tests.planner import recipe
+from tests.planner.published import ROWS
 from tests.planner.test_cut import RUN
 from tests.runs import load_run
 
@@ -65,7 +68,7 @@ def test_what_a_layout_loses_by():
         "the optimiser": "optimizer_seconds",
     }
     reasons = set()
-    ties = [c for c in slower if c.prediction.seconds <= 1.035 * best.prediction.seconds]
+    ties = [c for c in slower if c.prediction.seconds <= (1 + MEAN_ERROR) * best.prediction.seconds]
     assert {why_not(candidate, best) for candidate in ties} == {"within the planner's error"}
     for candidate in slower[len(ties) :]:
         told, _, name = why_not(candidate, best).partition(" ms of ")
@@ -76,6 +79,12 @@ def test_what_a_layout_loses_by():
         assert float(told) == pytest.approx(1e3 * more[name], abs=0.5) and told[0] == "+"
         reasons.add(name)
     assert reasons >= {"computing", "recomputing", "communication", "pipeline bubble"}
+
+
+def test_the_planners_error_is_that_of_published_runs():
+    held_back = [row for row in ROWS if row.held_back]
+    errors = [abs(row.predicted() / row.tokens_per_second - 1) for row in held_back]
+    assert mean(errors) == pytest.approx(MEAN_ERROR, abs=0.0005)  # measured 0.0348
 
 
 def test_what_does_not_fit_names_what_is_largest():
