@@ -6,8 +6,9 @@ import re
 import shlex
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 USER_ERROR = 2
 INTERRUPTED = 130
+ONLY_WITH_GPU = ("hosts", "gpus_per_host", "tokens_per_text", "calibrate", "out")
 OVERRIDE = re.compile(r"[a-z_0-9]+(\.[a-z_0-9]+)*=")
 
 
@@ -60,11 +62,12 @@ def _train(plan: Plan, options: argparse.Namespace) -> None:
         return
     import torch
 
-    from megavlm.dist.launch import launch_command, ranks_of
+    from megavlm.dist.launch import launch_command, ranks_of, read_hostfile
     from megavlm.train.preflight import check_plan
 
     check_plan(plan, ranks_of(plan, options.hostfile))
-    command = launch_command(options.hostfile, options.run_file, options.overrides)
+    hosts = read_hostfile(options.hostfile)
+    command = launch_command(options.hostfile, hosts, options.run_file, options.overrides)
     print(shlex.join(command), flush=True)
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -73,20 +76,10 @@ def _train(plan: Plan, options: argparse.Namespace) -> None:
 
 
 def _plan(plan: Plan, options: argparse.Namespace) -> None:
-    from megavlm.dist.launch import launch_command, ranks_of
+    from megavlm.dist.launch import launch_command, ranks_of, read_hostfile
     from megavlm.planner.report import print_plan, write_deepspeed_json
 
-    print_plan(plan, ranks=ranks_of(plan, options.hostfile) if options.hostfile else 0)
-    if options.gpu:
-        _choose(plan, options)
-    elif options.hosts or options.gpus_per_host or options.calibrate or options.out:
-        raise ConfigError(
-            "--hosts, --gpus-per-host, --calibrate and --out compare layouts; name a --gpu, too"
-        )
-    if options.hostfile:
-        print(shlex.join(launch_command(options.hostfile, options.run_file, options.overrides)))
-    if options.ds_json:
-        write_deepspeed_json(plan.last, options.ds_json)
+    # What is wrong with an option comes to light before anything takes long.
     if options.picture and len(plan.stages) > 1:
         from megavlm.planner.timeline import draw_timeline
 
@@ -95,34 +88,67 @@ def _plan(plan: Plan, options: argparse.Namespace) -> None:
         from megavlm.planner.picture import draw_layout
 
         draw_layout(plan.first, options.picture)
+    if options.ds_json:
+        write_deepspeed_json(plan.last, options.ds_json)
+    if options.gpu:
+        choose = _choice(plan, options)
+        print_plan(plan, ranks=0)
+        choose()
+        return
+    if any(getattr(options, name) for name in ONLY_WITH_GPU):
+        *names, last = (f"--{name.replace('_', '-')}" for name in ONLY_WITH_GPU)
+        raise ConfigError(f"{', '.join(names)} and {last} compare layouts; name a --gpu, too")
+    print_plan(plan, ranks=ranks_of(plan, options.hostfile) if options.hostfile else 0)
+    if options.hostfile:
+        hosts = read_hostfile(options.hostfile)
+        command = launch_command(options.hostfile, hosts, options.run_file, options.overrides)
+        print(shlex.join(command))
 
 
-def _choose(plan: Plan, options: argparse.Namespace) -> None:
-    from megavlm.dist.launch import check_planned, read_hostfile
+def _choice(plan: Plan, options: argparse.Namespace) -> Callable[[], None]:
+    """What compares layouts on a cluster, with that cluster's options checked."""
+    from megavlm.dist.launch import check_planned, named_hosts, read_hostfile
     from megavlm.planner.choice_report import print_choice
+    from megavlm.planner.cut import TOKENS_PER_TEXT
     from megavlm.planner.hardware import cluster_of, save_gpu
 
-    hosts, gpus_per_host = options.hosts, options.gpus_per_host
+    count, slots = options.hosts, options.gpus_per_host
     if options.hostfile:
-        slots = list(read_hostfile(options.hostfile).values())
-        hosts, gpus_per_host = hosts or len(slots), gpus_per_host or slots[0]
-        check_planned(options.hostfile, hosts, gpus_per_host)
-    cluster = cluster_of(options.gpu, hosts or 1, gpus_per_host or 8)
+        hosts = read_hostfile(options.hostfile)
+        count, slots = count or len(hosts), slots or next(iter(hosts.values()))
+        check_planned(options.hostfile, count, slots)
+    else:
+        count, slots = count or 1, slots or 8
+        hosts = named_hosts(count, slots)
+    cluster = cluster_of(options.gpu, count, slots)
+    row_tokens = plan.last.data.row_tokens
+    tokens_per_text = options.tokens_per_text or min(TOKENS_PER_TEXT, row_tokens)
+    if tokens_per_text > row_tokens:
+        raise ConfigError(
+            f"--tokens-per-text {tokens_per_text} is more than data.row_tokens={row_tokens}, which "
+            "a text must fit in; lower it, or raise data.row_tokens"
+        )
     if options.calibrate:
         from megavlm.planner.calibrate import measure, print_calibration
 
-        precision = plan.last.train.precision
-        measured = measure(cluster.gpu, cluster.gpus_per_host, precision)
+        if options.calibrate.suffix != ".json":
+            raise ConfigError(
+                f"--calibrate {options.calibrate} must end in .json, by which --gpu knows the file"
+            )
+        measured = measure(cluster.gpu, slots, plan.last.train.precision)
         print_calibration(measured, cluster.gpu)
         save_gpu(measured, options.calibrate)
         print(f"wrote {options.calibrate}; --gpu {options.calibrate} uses it again")
         cluster = replace(cluster, gpu=measured)
-    print_choice(
+    return partial(
+        print_choice,
         plan,
         cluster,
-        options.tokens_per_text,
-        run_file=options.run_file,
-        given=options.overrides,
+        tokens_per_text,
+        hosts,
+        options.run_file,
+        options.overrides,
+        hostfile=options.hostfile,
         folder=options.out,
     )
 
@@ -326,7 +352,9 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--hosts", type=_positive, help="of the cluster (1)")
     plan.add_argument("--gpus-per-host", type=_positive, help="of each of them (8)")
     plan.add_argument(
-        "--tokens-per-text", type=_positive, default=64, help="mean length, with the prompt (64)"
+        "--tokens-per-text",
+        type=_positive,
+        help="mean length, with the prompt (64, or data.row_tokens if that is less)",
     )
     plan.add_argument(
         "--calibrate",

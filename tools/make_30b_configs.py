@@ -33,7 +33,14 @@ def files_of(gpu: str, engine: str) -> Iterator[tuple[Path, str]]:
 
 
 def _header(best: Candidate, gpu: str) -> str:
-    prediction = best.prediction
+    prediction, micro_batches = best.prediction, best.run.train.micro_batches
+    recipes = load_plan(TEMPLATE).last.train.micro_batches
+    differs = ""
+    if micro_batches != recipes:
+        differs = (
+            f"# Micro-batches: {micro_batches}, where the recipe ({TEMPLATE.name}) has {recipes}; "
+            "same gradient, but for rounding.\n"
+        )
     return (
         f"# The fastest layout for 30.5 billion parameters on {HOSTS} hosts of {GPUS_PER_HOST} "
         f"{best.cluster.gpu.name}\n# that the planner finds for this engine: "
@@ -41,7 +48,7 @@ def _header(best: Candidate, gpu: str) -> str:
         f"# `megavlm plan configs/vlm-30b.yaml --hosts {HOSTS} --gpu {gpu}`.\n"
         f"# Predicted: {prediction.seconds:.2f} s a step, model-FLOPs utilisation "
         f"{prediction.utilisation(best.cluster):.0%}, {best.fullest.total / GIB:.0f} of "
-        f"{best.cluster.gpu.memory_bytes / GIB:.0f} GiB on the fullest GPU.\n"
+        f"{best.cluster.gpu.memory_bytes / GIB:.0f} GiB on the fullest GPU.\n{differs}"
     )
 
 

@@ -8,7 +8,7 @@ import os
 import re
 import shlex
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -53,6 +53,11 @@ def read_hostfile(path: Path) -> dict[str, int]:
     if not slots_by_host:
         raise LaunchError(f"hostfile {path} names no host")
     return slots_by_host
+
+
+def named_hosts(hosts: int, slots: int) -> dict[str, int]:
+    """Slots by host, under names that stand for those of the real hosts."""
+    return {f"node-{number:02d}": slots for number in range(1, hosts + 1)}
 
 
 def ranks_of(plan: Plan, hostfile: Path) -> int:
@@ -101,7 +106,7 @@ def check_planned(hostfile: Path, hosts: int, gpus_per_host: int) -> None:
     slots_by_host = read_hostfile(hostfile)
     if len(slots_by_host) != hosts:
         raise LaunchError(
-            f"{hostfile} names {len(slots_by_host)} hosts and the plan is for {hosts}; change the "
+            f"hosts in {hostfile}: {len(slots_by_host)}, and the plan is for {hosts}; change the "
             f"hostfile, or plan with --hosts {len(slots_by_host)}"
         )
     for host, slots in slots_by_host.items():
@@ -184,13 +189,15 @@ def set_environment(run: RunSettings) -> None:
             os.environ.setdefault(variable.name, variable.value)
 
 
-def launch_command(hostfile: Path, run_file: Path, overrides: Sequence[str]) -> list[str]:
+def launch_command(
+    hostfile: Path, hosts: Iterable[str], run_file: Path, overrides: Sequence[str]
+) -> list[str]:
     """The `deepspeed` command that trains a run on all hosts of a hostfile.
 
-    A hostfile that names only `localhost` needs no ssh, and its run gets a free port, so that
+    hosts: what it names, or will once it is written. A hostfile that names only `localhost` needs no ssh, and its run gets a free port, so that
     several fit on one machine.
     """
-    hosts, arguments = list(read_hostfile(hostfile)), [str(run_file), *overrides]
+    hosts, arguments = list(hosts), [str(run_file), *overrides]
     local: list[str] = []
     if hosts == ["localhost"]:
         local += ["--no_ssh_check", "--master_addr", "127.0.0.1"]
@@ -275,7 +282,7 @@ def sbatch_script(
 set -eu
 
 if [ "$SLURM_JOB_NUM_NODES" != {hosts} ]; then
-  echo "this script is for {hosts} hosts, not $SLURM_JOB_NUM_NODES; plan anew for those" >&2
+  echo "hosts: $SLURM_JOB_NUM_NODES, and this script is for {hosts}; plan anew for those" >&2
   exit 2
 fi
 

@@ -7,9 +7,12 @@ from typing import NamedTuple
 
 from megavlm.config.run import RunSettings
 from megavlm.planner.hardware import GIB
-from megavlm.planner.memory import Memory
 from megavlm.planner.predict import Prediction
-from megavlm.planner.search import Candidate, candidate_of
+from megavlm.planner.report import counted
+from megavlm.planner.search import Candidate
+
+MEAN_ERROR = 0.035
+"""Of predicted step times, against the published runs that chose no constant: docs/planner.md."""
 
 
 class Remedy(NamedTuple):
@@ -39,6 +42,9 @@ def layout_name(run: RunSettings) -> str:
             names += [f"optimiser on {zero3.offload_optimizer}"] * (
                 zero3.offload_optimizer != "none"
             )
+            names += [f"parameters on {zero3.offload_parameters}"] * (
+                zero3.offload_parameters != "none"
+            )
             return ", ".join(["ZeRO-3", *names])
 
 
@@ -46,21 +52,25 @@ def best_of_each_layout(ranked: Sequence[Candidate]) -> list[Candidate]:
     """Of those that differ only in micro-batches, recomputation and interleaving, the first."""
     first: dict[str, Candidate] = {}
     for candidate in ranked:
-        name = layout_name(candidate.run).partition(" x VP")[0]
-        first.setdefault(name, candidate)
+        run = candidate.run
+        if run.zero3.secondary_partition == candidate.cluster.ranks:  # of all ranks: plain ZeRO-3
+            run = replace(run, zero3=replace(run.zero3, secondary_partition=1))
+        first.setdefault(layout_name(run).partition(" x VP")[0], candidate)
     return list(first.values())
 
 
-def why_not(candidate: Candidate, best: Candidate) -> str:
-    """What a candidate loses by, in a few words."""
-    if candidate.run == best.run:
+def why_not(candidate: Candidate, best: Candidate | None) -> str:
+    """What a candidate loses by, in a few words. best: None if none fits."""
+    if best is not None and candidate.run == best.run:
         return "chosen"
-    memory = candidate.fullest
     if not candidate.fits:
-        name, size = _largest(memory)
-        return f"does not fit: {size / GIB:.0f} GiB of {name}"
-    if candidate.rounds and candidate.prediction.seconds < best.prediction.seconds:
+        return f"does not fit: {largest_part(candidate)}"
+    if best is None or (
+        candidate.rounds and candidate.prediction.seconds < best.prediction.seconds
+    ):
         return "rounds weights and gradients: results differ"
+    if candidate.prediction.seconds <= (1 + MEAN_ERROR) * best.prediction.seconds:
+        return "within the planner's error"
     its = _seconds_by_part(best.prediction)
     mine = _seconds_by_part(candidate.prediction)
     more = {name: seconds - its[name] for name, seconds in mine.items()}
@@ -82,10 +92,14 @@ def _seconds_by_part(prediction: Prediction) -> dict[str, float]:
     }
 
 
-def _largest(memory: Memory) -> tuple[str, float]:
-    sizes = asdict(memory)
+def largest_part(candidate: Candidate) -> str:
+    """What fills most of the fullest GPU, and in which stage if not in the one that is planned."""
+    fullest = candidate.fullest
+    sizes = asdict(fullest)
     name = max(sizes, key=lambda name: sizes[name])
-    return name.replace("gathered", "gathered weights"), sizes[name]
+    stages = [stage for stage, memory in candidate.other_stages.items() if memory is fullest]
+    part = name.replace("gathered", "gathered weights").replace("optimizer", "optimiser states")
+    return f"{sizes[name] / GIB:.0f} GiB of {part}" + "".join(f" in {stage}" for stage in stages)
 
 
 def waits_for_communication(candidate: Candidate) -> bool:
@@ -94,31 +108,28 @@ def waits_for_communication(candidate: Candidate) -> bool:
     return step.communication_seconds > step.compute_seconds + step.recompute_seconds
 
 
-def remedies(
-    candidate: Candidate, ranked: Sequence[Candidate], tokens_per_text: float
-) -> list[Remedy]:
+def remedies(candidate: Candidate, ranked: Sequence[Candidate]) -> list[Remedy]:
     """What would make a run faster that waits for communication, of what fits."""
     run, cluster = candidate.run, candidate.cluster
     micro_batches = run.train.micro_batches
+    count = counted(micro_batches, "micro-batch", "micro-batches")
     tried: list[tuple[str, RunSettings]] = []
     packed = _fewest_micro_batches(candidate, ranked)
     near = replace(run.zero3, secondary_partition=cluster.gpus_per_host)
     if packed is not None:
-        count = packed.train.micro_batches
-        some = "1 micro-batch" if count == 1 else f"{count} micro-batches"
-        name = f"a rank's samples packed into {some}{_recompute_changed(packed, run)}"
+        fewer = counted(packed.train.micro_batches, "micro-batch", "micro-batches")
+        name = f"a rank's samples packed into {fewer}{_recompute_changed(packed, run)}"
         tried.append((name, packed))
-    if run.engine == "zero3" and run.zero3.secondary_partition == 1 < cluster.gpus_per_host:
+    if run.engine == "zero3" and run.zero3.secondary_partition == 1:
         tried.append(
             (f"zero3.secondary_partition={near.secondary_partition}", replace(run, zero3=near))
         )
         if packed is not None:
             tried.append(("both", replace(packed, zero3=near)))
-    found = [Remedy(name, candidate_of(r, cluster, tokens_per_text)) for name, r in tried]
+    found = [Remedy(name, other) for name, r in tried for other in ranked if other.run == r]
     for megatron in ranked:
         if megatron.run.engine == "megatron" and megatron.run.train.micro_batches == micro_batches:
-            name = f"{layout_name(megatron.run)}, in {micro_batches} micro-batches"
-            name += _recompute_changed(megatron.run, run)
+            name = f"{layout_name(megatron.run)}, in {count}{_recompute_changed(megatron.run, run)}"
             found.append(Remedy(name, megatron))
             break
     before = candidate.prediction.seconds
@@ -132,13 +143,14 @@ def _recompute_changed(run: RunSettings, before: RunSettings) -> str:
 
 def _fewest_micro_batches(candidate: Candidate, ranked: Sequence[Candidate]) -> RunSettings | None:
     """The run with as few as fit, if that is fewer."""
-    name = layout_name(candidate.run)
+    run = candidate.run
+    own = getattr(run, run.engine)
     same = [
         other.run
         for other in ranked
-        if layout_name(other.run) == name
+        if (other.run.engine, getattr(other.run, run.engine)) == (run.engine, own)
         and other.fits
-        and other.run.train.micro_batches < candidate.run.train.micro_batches
+        and other.run.train.micro_batches < run.train.micro_batches
     ]
     return min(same, key=lambda run: run.train.micro_batches, default=None)
 

@@ -1,4 +1,4 @@
-"""Prints how a plan would best run on a cluster, and writes what starts it. All is predicted."""
+"""Prints how a plan would best run on a cluster, and what starts it. All is predicted."""
 
 import shlex
 from collections.abc import Sequence
@@ -7,25 +7,25 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from megavlm.config.load import load_plan
+from megavlm.config.objectives import is_pretraining
 from megavlm.config.plan import Plan
-from megavlm.config.run import data_parallel_ranks, samples_per_micro_batch
-from megavlm.dist.launch import check_hosts, environment, sbatch_script, torchrun_lines
+from megavlm.config.run import RunSettings, data_parallel_ranks, samples_per_micro_batch
+from megavlm.dist.launch import check_hosts, environment, launch_command, torchrun_lines
 from megavlm.errors import ConfigError, LaunchError
 from megavlm.planner.choice import (
+    MEAN_ERROR,
     best_of_each_layout,
+    largest_part,
     layout_name,
     overrides,
     remedies,
     waits_for_communication,
     why_not,
 )
+from megavlm.planner.choice_files import HOSTFILE, make_folder, write_choice
 from megavlm.planner.hardware import GIB, Cluster
-from megavlm.planner.memory_picture import draw_memory, labels_of
-from megavlm.planner.predict import predict
-from megavlm.planner.report import deepspeed_json
-from megavlm.planner.search import Candidate, Found, candidate_of, search
-from megavlm.planner.step_picture import draw_step
+from megavlm.planner.report import counted, words
+from megavlm.planner.search import FILLED, Candidate, Found, candidate_of, search
 from megavlm.planner.work import tokens_of
 
 MOST_FITTING, MOST_TOO_LARGE = 12, 3
@@ -38,58 +38,73 @@ def print_choice(
     plan: Plan,
     cluster: Cluster,
     tokens_per_text: float,
+    hosts: dict[str, int],
     run_file: Path,
     given: Sequence[str],
+    *,
+    hostfile: Path | None,
     folder: Path | None,
 ) -> None:
     """Print a ranked table of layouts for the last stage, and the settings of the fastest.
 
-    given: overrides of the run file. folder: where pictures, DeepSpeed's settings, a hostfile and
-    a batch script go. Raises ConfigError where nothing divides or fits.
+    hosts: slots by host, those of the hostfile if there is one. given: overrides of the run file.
+    folder: where pictures, DeepSpeed's settings, a hostfile and a batch script go. Raises
+    ConfigError where nothing divides or fits.
     """
+    if folder is not None:
+        make_folder(folder)
     console = Console()
-    run = plan.last
-    others = [stage.run for stage in plan.stages[:-1]]
+    run, others = plan.last, plan.stages[:-1]
     found = search(run, cluster, tokens_per_text, other_stages=others)
     try:
-        check_hosts(run, hosts_of(cluster), cluster.ranks)
-        own = candidate_of(run, cluster, tokens_per_text)
+        check_hosts(run, hosts, cluster.ranks)
+        own = candidate_of(run, cluster, tokens_per_text, others)
         told = _about_the_run(own, found, tokens_per_text)
     except (ConfigError, LaunchError) as error:
-        own, told = None, [f"\nAs it stands, it cannot run there: {error}"]
+        own, told = None, [f"As it stands, it cannot run there: {error}"]
     console.print(_ranking(found, cluster, own))
-    console.print(_counts(found), highlight=False)
-    for line in told:
-        console.print(line, highlight=False, soft_wrap=True, markup=False)
+    legend = _legend(plan, found, tokens_per_text)
+    _print_lines(console, [*legend, "", *told])
     best = found.best
-    stage = f"stages.{plan.stages[-1].name}." if len(plan.stages) > 1 else ""
+    stage = f"stages.{plan.stages[-1].name}." if others else ""
     changes = overrides(best.run, run, stage)
     names = {change.partition("=")[0] for change in changes}
     changes = [*(o for o in given if o.partition("=")[0] not in names), *changes]
     console.print(f"\nChosen: {layout_name(best.run)}", style="bold")
-    for line in _launch_lines(best, run_file, changes):
-        console.print(line, highlight=False, soft_wrap=True, markup=False)
+    named = hostfile or (folder / HOSTFILE if folder else Path("HOSTFILE"))
+    _print_lines(console, _launch_lines(best, hosts, named, run_file, changes))
+    if hostfile is None:
+        host, slots = next(iter(hosts.items()))
+        how = "put the names of your hosts there" if folder else "--out writes one to fill in"
+        _print_lines(console, [f"{named} has lines such as `{host} slots={slots}`: {how}"])
     if folder is not None:
-        try:
-            written = _write(best, tokens_per_text, run_file, changes, folder)
-        except OSError as error:
-            raise ConfigError(f"cannot write to {folder}: {error}; choose another --out") from error
-        for path in written:
-            console.print(f"wrote {path}", highlight=False, soft_wrap=True)
+        written = write_choice(best, tokens_per_text, hosts, run_file, changes, folder)
+        _print_lines(console, [f"wrote {path}" for path in written])
+
+
+def _print_lines(console: Console, lines: Sequence[str]) -> None:
+    for line in lines:
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
 
 
 def _ranking(found: Found, cluster: Cluster, own: Candidate | None) -> Table:
-    table = Table(
-        *("layout", "batch", "recompute", "GiB", "s a step", "MFU", "why"),
-        title=f"Predicted for {cluster.hosts} hosts of {cluster.gpus_per_host} x "
-        f"{cluster.gpu.name} ({cluster.gpu.memory_bytes / GIB:.0f} GiB): the best of each layout",
-    )
-    for column in (3, 4, 5):
-        table.columns[column].justify = "right"
-    best = found.best
+    best = found.chosen
     layouts = best_of_each_layout(found.ranked)
     fitting = [candidate for candidate in layouts if candidate.fits][:MOST_FITTING]
     too_large = [candidate for candidate in layouts if not candidate.fits][:MOST_TOO_LARGE]
+    which = "the best of each layout"
+    if best is None:
+        smallest = sorted(found.ranked, key=lambda candidate: candidate.fullest.total)
+        too_large = best_of_each_layout(smallest)[:MOST_FITTING]
+        fitting, which = [], "none fits; the smallest of each layout"
+    table = Table(
+        *("layout", "batch", "recompute", "GiB", "s a step", "MFU", "why"),
+        title=f"Predicted for {counted(cluster.hosts, 'host', 'hosts')} of "
+        f"{cluster.gpus_per_host} x {cluster.gpu.name} "
+        f"({cluster.gpu.memory_bytes / GIB:.0f} GiB): {which}",
+    )
+    for column in (3, 4, 5):
+        table.columns[column].justify = "right"
     for rows in (fitting, too_large):
         for candidate in rows:
             style = "bold green" if candidate is best else ""
@@ -114,31 +129,54 @@ def _cells(candidate: Candidate) -> list[str]:
     ]
 
 
-def _counts(found: Found) -> str:
+def _legend(plan: Plan, found: Found, tokens_per_text: float) -> list[str]:
+    """What was compared, on which assumptions, and what the columns mean."""
     too_large = sum(not candidate.fits for candidate in found.ranked)
-    lines = [
-        f"{len(found.ranked):,} layouts compared; {too_large:,} of them do not fit",
-        "batch: micro-batches x samples of one; GiB: of the fullest GPU, CUDA and NCCL included; "
-        "MFU: model FLOPs on real tokens over the GPUs' peak",
-    ]
+    told = [f"{len(found.ranked):,} layouts compared; {too_large:,} of them do not fit"]
     if found.refused:
         rule, count = found.refused.most_common(1)[0]
         rest = sum(found.refused.values())
-        lines.insert(1, f"{rest:,} more do not divide, such as {count:,} in which {rule}")
-    return "\n".join(lines)
+        told.append(f"{rest:,} more do not divide, such as {count:,} in which {rule}")
+    told += [
+        "batch: micro-batches x samples of one; GiB: of the fullest GPU, CUDA and NCCL included; "
+        "MFU: model FLOPs on real tokens over the GPUs' peak",
+        f"within the planner's error: at most {MEAN_ERROR:.1%} slower than the chosen one, by "
+        "which predictions of published runs err on average",
+        f"texts: {tokens_per_text:g} tokens each on average, with the prompt; --tokens-per-text "
+        "sets it to your data's",
+    ]
+    *others, last = plan.stages
+    if others:
+        checks = [
+            f"{stage.name} is checked to divide"
+            + (" only" if is_pretraining(stage.run.objectives) else " and to fit")
+            for stage in others
+        ]
+        told.append(f"stages: {last.name} is planned; {'; '.join(checks)}")
+    return told
 
 
 def _about_the_run(own: Candidate, found: Found, tokens_per_text: float) -> list[str]:
-    """Where the run waits, in words, and what would help."""
+    """Whether the run fits, where it waits, in words, and what would help."""
     step, prediction = own.prediction.step, own.prediction
-    told = [
-        f"\nAs it stands, a step is predicted to take {prediction.seconds:.2f} s: "
-        f"{step.compute_seconds:.2f} s of computing, {step.recompute_seconds:.2f} of recomputing, "
-        f"{step.communication_seconds:.2f} of waiting for communication, "
-        f"{step.bubble_seconds:.2f} of pipeline bubble, {step.optimizer_seconds:.2f} of the "
-        f"optimiser, {prediction.checkpoint_seconds:.3f} of checkpoints; loading takes "
+    told: list[str] = []
+    stands = "As it stands"
+    if not own.fits:
+        told.append(
+            f"As it stands, it does not fit: the fullest GPU would hold "
+            f"{own.fullest.total / GIB:.1f} GiB, {largest_part(own)} among them, and a plan fills "
+            f"at most {FILLED:.0%} of {own.cluster.gpu.memory_bytes / GIB:.0f} GiB"
+        )
+        stands = "Had it room"
+    # z: what rounds to 0 has no sign.
+    told.append(
+        f"{stands}, a step is predicted to take {prediction.seconds:.2f} s: "
+        f"{step.compute_seconds:z.2f} s of computing, {step.recompute_seconds:z.2f} of "
+        f"recomputing, {step.communication_seconds:z.2f} that communication adds, "
+        f"{step.bubble_seconds:z.2f} of pipeline bubble, {step.optimizer_seconds:z.2f} of the "
+        f"optimiser, {prediction.checkpoint_seconds:z.3f} of checkpoints; loading takes "
         f"{prediction.data_seconds:.2f} s beside it"
-    ]
+    )
     run = own.run
     samples = samples_per_micro_batch(run.train, data_parallel_ranks(run, own.cluster.ranks))
     tokens = tokens_of(run, samples, tokens_per_text)
@@ -156,10 +194,10 @@ def _about_the_run(own: Candidate, found: Found, tokens_per_text: float) -> list
     of_one = 1e3 / run.train.micro_batches
     told.append(
         f"It is bound by communication: a rank computes for {of_one * step.compute_seconds:.0f} ms "
-        f"on the {samples} samples of a micro-batch, and waits for "
-        f"{of_one * step.communication_seconds:.0f} ms, because {_what_travels(own)}"
+        f"on the {counted(samples, 'sample', 'samples')} of a micro-batch, and communication adds "
+        f"{of_one * step.communication_seconds:.0f} ms, because {_what_travels(run)}"
     )
-    helps = remedies(own, found.ranked, tokens_per_text)
+    helps = remedies(own, found.ranked)
     if helps:
         told.append("What helps, predicted:")
     for name, candidate in helps:
@@ -169,59 +207,41 @@ def _about_the_run(own: Candidate, found: Found, tokens_per_text: float) -> list
     return told
 
 
-def _what_travels(own: Candidate) -> str:
-    run = own.run
+def _what_travels(run: RunSettings) -> str:
     if run.engine == "megatron":
-        return "tensor-parallel ranks exchange every layer's activations"
+        if run.megatron.tensor_parallel > 1:
+            return "tensor-parallel ranks exchange every layer's activations"
+        return "copies of the model exchange gradients and weights in every step"
+    backward, gradients = "backward", "all gradients"
+    if run.train.frozen:
+        backward = "backward where gradients pass"
+        gradients = f"the gradients of {words(run.trained_parts)}"
+    if run.engine == "zero3" and run.zero3.secondary_partition > 1:
+        near = run.zero3.secondary_partition
+        backward += f" (among {near} neighbours, but for a step's first forward pass)"
     return (
-        "each micro-batch gathers all weights anew, forward and backward, and reduces all gradients"
+        f"each micro-batch gathers all weights anew, forward and {backward}, and reduces "
+        f"{gradients}"
     )
 
 
-def hosts_of(cluster: Cluster) -> dict[str, int]:
-    """Slots by host, with names that stand for those of the real hosts."""
-    return {f"node-{n:02d}": cluster.gpus_per_host for n in range(1, cluster.hosts + 1)}
-
-
-def _launch_lines(best: Candidate, run_file: Path, changes: Sequence[str]) -> list[str]:
-    cluster = best.cluster
-    words = shlex.join(["megavlm", "train", str(run_file), *changes])
-    [torchrun, *_] = torchrun_lines(hosts_of(cluster), run_file, changes).values()
-    deepspeed = shlex.join(["--module", "megavlm", "train", str(run_file), *changes])
-    told = [
-        f"  {words} --hostfile hostfile",
-        "which checks hosts and settings, and becomes",
-        f"  deepspeed --hostfile hostfile {deepspeed}",
-        "or on every host, node-01 being one of them:",
-        f"  {torchrun}",
-        "Environment:",
-    ]
-    for name, value, reason in environment(best.run, "CORES"):
-        told.append(f"  {name}={value}: {reason}" if value else f"  {name}: {reason}")
-    return told
-
-
-def _write(
+def _launch_lines(
     best: Candidate,
-    tokens_per_text: float,
+    hosts: dict[str, int],
+    hostfile: Path,
     run_file: Path,
     changes: Sequence[str],
-    folder: Path,
-) -> list[Path]:
-    """Pictures and files of the chosen layout."""
-    folder.mkdir(parents=True, exist_ok=True)
-    run, cluster = best.run, best.cluster
-    step, memory = folder / "step.svg", folder / "memory.svg"
-    draw_step(predict(run, cluster, tokens_per_text), run, cluster, step)
-    draw_memory(best.memory, labels_of(run, cluster), cluster, memory)
-    texts = {
-        "hostfile": "".join(f"{host} slots={slots}\n" for host, slots in hosts_of(cluster).items()),
-        "run.sbatch": sbatch_script(
-            load_plan(run_file, changes), cluster.hosts, cluster.gpus_per_host, run_file, changes
-        ),
-    }
-    if run.engine == "zero3":
-        texts["deepspeed.json"] = deepspeed_json(run)
-    for name, text in texts.items():
-        (folder / name).write_text(text)
-    return [step, memory, *(folder / name for name in texts)]
+) -> list[str]:
+    train = ["megavlm", "train", str(run_file), *changes, "--hostfile", str(hostfile)]
+    first, slots = next(iter(hosts.items()))
+    told = [
+        f"  {shlex.join(train)}",
+        "which checks hosts and settings, and becomes",
+        f"  {shlex.join(launch_command(hostfile, hosts, run_file, changes))}",
+        f"or on every host, {first} being one of them:",
+        f"  {torchrun_lines(hosts, run_file, changes)[first]}",
+        "Environment:",
+    ]
+    for name, value, reason in environment(best.run, f"<cores of a host / {slots}>"):
+        told.append(f"  {name}={value}: {reason}" if value else f"  {name}: {reason}")
+    return told

@@ -13,6 +13,7 @@ from megavlm.config.deepspeed_json import deepspeed_config
 from megavlm.config.objectives import Part, is_pretraining, parts_of
 from megavlm.config.plan import Plan, Stage
 from megavlm.config.run import RunSettings, data_parallel_ranks, samples_per_micro_batch
+from megavlm.errors import ConfigError
 from megavlm.model.params import (
     Parameter,
     all_parameters,
@@ -84,13 +85,12 @@ def _column(plan: Plan, stage: Stage, ranks: int) -> dict[str, str]:
     names = (f"{weight:g} x {o}" if several else o for o, weight in run.objectives.items())
     loss = f" ({run.contrastive.loss})" if "contrastive" in run.objectives else ""
     steps = plan.steps if settings.schedule == "plan" else train.steps
-    batch = f"{train.samples_per_step:,} samples in {train.micro_batches} micro-batches"
+    micro_batches = counted(train.micro_batches, "micro-batch", "micro-batches")
+    batch = f"{counted(train.samples_per_step, 'sample', 'samples')} in {micro_batches}"
     if ranks:
         copies = data_parallel_ranks(run, ranks)
-        batch = (
-            f"{copies} copies of the model x {train.micro_batches} micro-batches "
-            f"x {samples_per_micro_batch(train, copies)} samples"
-        )
+        samples = counted(samples_per_micro_batch(train, copies), "sample", "samples")
+        batch = f"{counted(copies, 'copy', 'copies')} of the model x {micro_batches} x {samples}"
     scales = [f"{part} x {scale:g}" for part, scale in settings.scales.items()]
     if settings.encoder_layer_decay < 1:
         scales.append(f"x {settings.encoder_layer_decay:g} for each encoder layer below the last")
@@ -107,7 +107,7 @@ def _column(plan: Plan, stage: Stage, ranks: int) -> dict[str, str]:
         "trained": _parts(run, run.trained_parts),
         "frozen": _parts(run, train.frozen) or "nothing",
         "learning rate": f"up to {settings.learning_rate:g} over "
-        f"{math.ceil(steps * settings.warmup_fraction):,} steps, then cosine to "
+        f"{counted(math.ceil(steps * settings.warmup_fraction), 'step', 'steps')}, then cosine to "
         f"{settings.minimum_learning_rate:g}"
         + (" over the plan" if settings.schedule == "plan" and len(plan.stages) > 1 else "")
         + "".join(f"\n{scale}" for scale in scales),
@@ -193,6 +193,11 @@ def words(parts: Iterable[Part]) -> str:
     return ", ".join(part.replace("_", " ") for part in parts)
 
 
+def counted(count: int, one: str, many: str) -> str:
+    """A number of things, as in `1 host` and `16 hosts`."""
+    return f"{count:,} {one if count == 1 else many}"
+
+
 def short_count(count: int) -> str:
     """A number in three digits."""
     for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
@@ -257,6 +262,9 @@ def deepspeed_json(run: RunSettings) -> str:
 
 
 def write_deepspeed_json(run: RunSettings, path: Path) -> None:
-    """Write the DeepSpeed configuration that the run uses."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(deepspeed_json(run))
+    """Write the DeepSpeed configuration that the run uses. Raises ConfigError if that fails."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(deepspeed_json(run))
+    except OSError as error:
+        raise ConfigError(f"cannot write {path}: {error}; choose another --ds-json") from error

@@ -1,16 +1,18 @@
 """All ways to run a model on a cluster, and which is fastest of those that fit."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any, NamedTuple
 
 from megavlm.config.engines import MegatronSettings, Zero3Settings
 from megavlm.config.objectives import is_pretraining
+from megavlm.config.plan import Stage
 from megavlm.config.run import RunSettings, data_parallel_ranks, samples_per_micro_batch
 from megavlm.config.sizes import divisors
-from megavlm.errors import ConfigError
+from megavlm.dist.launch import check_hosts, named_hosts
+from megavlm.errors import ConfigError, LaunchError
 from megavlm.planner.hardware import GIB, Cluster
 from megavlm.planner.memory import Memory, memory_of
 from megavlm.planner.predict import Prediction, predict
@@ -32,11 +34,13 @@ class Candidate:
     """Of each pipeline rank."""
     prediction: Prediction
     """Without the spans of its step."""
+    other_stages: Mapping[str, Memory] = field(default_factory=dict)
+    """Of the fullest rank in each other stage of the plan whose memory is predicted."""
 
     @property
     def fullest(self) -> Memory:
-        """Of the rank that holds most."""
-        return max(self.memory, key=lambda memory: memory.total)
+        """Of the rank that holds most, in the stage in which it does."""
+        return max((*self.memory, *self.other_stages.values()), key=_total)
 
     @property
     def fits(self) -> bool:
@@ -59,22 +63,42 @@ class Found(NamedTuple):
     """How many ways do not divide, by the rule that they break."""
 
     @property
+    def chosen(self) -> Candidate | None:
+        """The fastest that fits and rounds nothing, if there is one."""
+        return next((c for c in self.ranked if c.fits and not c.rounds), None)
+
+    @property
     def best(self) -> Candidate:
-        """The fastest that fits and rounds nothing. Raises ConfigError if there is none."""
-        for candidate in self.ranked:
-            if candidate.fits and not candidate.rounds:
-                return candidate
+        """The same. Raises ConfigError if there is none."""
+        if self.chosen is not None:
+            return self.chosen
         cluster = self.ranked[0].cluster
-        least = min(self.ranked, key=lambda c: c.fullest.total).fullest.total
+        least = min(candidate.fullest.total for candidate in self.ranked)
         raise ConfigError(
             f"no layout fits {cluster.ranks} x {cluster.gpu.name}: the smallest needs "
             f"{least / GIB:.0f} GiB a GPU; take more hosts or GPUs with more memory"
         )
 
 
-def candidate_of(run: RunSettings, cluster: Cluster, tokens_per_text: float) -> Candidate:
-    """A run as it stands. Raises ConfigError where it does not divide over the cluster's ranks."""
+def candidate_of(
+    run: RunSettings,
+    cluster: Cluster,
+    tokens_per_text: float,
+    other_stages: Sequence[Stage] = (),
+) -> Candidate:
+    """A run as it stands.
+
+    other_stages: of the same plan; they run in its layout, whatever their own is.
+    Raises ConfigError where one of them does not divide over the cluster's ranks.
+    """
     _require_predictable(run)
+    others = _memory_by_stage(other_stages, run, cluster, tokens_per_text)
+    return _candidate(run, cluster, tokens_per_text, others)
+
+
+def _candidate(
+    run: RunSettings, cluster: Cluster, tokens_per_text: float, other_stages: Mapping[str, Memory]
+) -> Candidate:
     prediction = predict(run, cluster, tokens_per_text)
     return Candidate(
         run=run,
@@ -82,7 +106,32 @@ def candidate_of(run: RunSettings, cluster: Cluster, tokens_per_text: float) -> 
         memory=tuple(memory_of(run, cluster, tokens_per_text)),
         # Of a thousand candidates the spans alone would take hundreds of megabytes.
         prediction=prediction._replace(step=replace(prediction.step, spans=())),
+        other_stages=other_stages,
     )
+
+
+def _memory_by_stage(
+    stages: Sequence[Stage], layout: RunSettings, cluster: Cluster, tokens_per_text: float
+) -> dict[str, Memory]:
+    """Of the fullest rank in each stage in the layout of another; pre-training is not predicted.
+
+    Raises ConfigError, pre-training's too, where a stage does not divide.
+    """
+    engine = {name: getattr(layout, name) for name in ("engine", "zero3", "fsdp2", "megatron")}
+    found: dict[str, Memory] = {}
+    for stage in stages:
+        try:
+            run = replace(stage.run, **engine)
+            samples_per_micro_batch(run.train, data_parallel_ranks(run, cluster.ranks))
+        except ConfigError as error:
+            raise ConfigError(f"stages.{stage.name}: {error}") from error
+        if not is_pretraining(run.objectives):
+            found[stage.name] = max(memory_of(run, cluster, tokens_per_text), key=_total)
+    return found
+
+
+def _total(memory: Memory) -> float:
+    return memory.total
 
 
 def _require_predictable(run: RunSettings) -> None:
@@ -99,22 +148,25 @@ def search(
     tokens_per_text: float,
     engines: Sequence[str] = ("zero3", "fsdp2", "megatron"),
     *,
-    other_stages: Sequence[RunSettings] = (),
+    other_stages: Sequence[Stage] = (),
 ) -> Found:
-    """Every layout, whatever the run's own is. Raises ConfigError if none divides.
+    """Every layout, the run's own among them. Raises ConfigError if none divides.
 
-    other_stages: of the same plan; they share engine and layout, so these must divide them, too.
+    other_stages: of the same plan; they share engine and layout, so these must divide them and
+    have room for them, too.
     """
     _require_predictable(run)
     ranked: list[Candidate] = []
     refused: Counter[str] = Counter()
+    others: dict[Any, Mapping[str, Memory]] = {}  # all that differ in the batch alone share it
     for layout in _layouts(run, cluster):
         if layout.engine not in engines:
             continue
         try:
-            for stage in other_stages:
-                _require_divides(stage, layout, cluster.ranks)
-            ranked.append(candidate_of(layout, cluster, tokens_per_text))
+            key = layout.engine, getattr(layout, layout.engine)
+            if key not in others:
+                others[key] = _memory_by_stage(other_stages, layout, cluster, tokens_per_text)
+            ranked.append(_candidate(layout, cluster, tokens_per_text, others[key]))
         except ConfigError as error:
             refused[str(error).partition(";")[0]] += 1
     if not ranked:
@@ -126,18 +178,6 @@ def search(
     return Found(ranked, refused)
 
 
-def _require_divides(stage: RunSettings, layout: RunSettings, ranks: int) -> None:
-    """Raise ConfigError unless a stage can run in the layout of another."""
-    run = replace(
-        stage,
-        engine=layout.engine,
-        zero3=layout.zero3,
-        fsdp2=layout.fsdp2,
-        megatron=layout.megatron,
-    )
-    samples_per_micro_batch(run.train, data_parallel_ranks(run, ranks))
-
-
 def _layouts(run: RunSettings, cluster: Cluster) -> Iterator[RunSettings]:
     """Runs that differ in engine, layout, recomputation and micro-batches."""
     engines: list[dict[str, Any]] = [
@@ -146,6 +186,9 @@ def _layouts(run: RunSettings, cluster: Cluster) -> Iterator[RunSettings]:
     ]
     engines += [{"engine": "zero3", "zero3": zero3} for zero3 in _zero3(run, cluster)]
     engines += [{"engine": "megatron", "megatron": m} for m in _divisions(run, cluster)]
+    own: dict[str, Any] = {"engine": run.engine, run.engine: getattr(run, run.engine)}
+    if own not in engines and _can_start(run, cluster):
+        engines.append(own)
     modes = ("none", "selective", "full")
     for engine, micro_batches, recompute in product(engines, _micro_batches(run), modes):
         train = replace(run.train, micro_batches=micro_batches, recompute=recompute)
@@ -153,6 +196,15 @@ def _layouts(run: RunSettings, cluster: Cluster) -> Iterator[RunSettings]:
             yield replace(run, train=train, **engine)
         except ConfigError:
             continue  # this model has no such parts
+
+
+def _can_start(run: RunSettings, cluster: Cluster) -> bool:
+    """Whether ranks that must share a host do."""
+    try:
+        check_hosts(run, named_hosts(cluster.hosts, cluster.gpus_per_host), cluster.ranks)
+    except LaunchError:
+        return False
+    return True
 
 
 def _some_hosts(cluster: Cluster) -> list[int]:
@@ -173,8 +225,9 @@ def _zero3(run: RunSettings, cluster: Cluster) -> Iterator[Zero3Settings]:
     )
     yield plain
     yield replace(plain, offload_optimizer="cpu")
-    near = replace(plain, secondary_partition=cluster.gpus_per_host)
-    if cluster.gpus_per_host > 1:
+    near = plain
+    if 1 < cluster.gpus_per_host < cluster.ranks:  # all ranks hold the weights once already
+        near = replace(plain, secondary_partition=cluster.gpus_per_host)
         yield near
         yield replace(near, offload_optimizer="cpu")
     yield replace(near, quantized_weights=True, quantized_gradients=True)

@@ -114,7 +114,7 @@ def _figure(step: Step, run: RunSettings, cluster: Cluster) -> Figure:
         shown = _draw_pipeline(axes[0], step, run)
     else:
         shown = _draw_micro_batch(axes[0], axes[1], step, run)
-    _draw_sum(axes[-1], step)
+    _draw_sum(axes[-1], step, pipelined=run.engine == "megatron")
     title = f"Predicted: a step takes {_milliseconds(step.seconds)} on {cluster.ranks} GPUs"
     title += f" ({cluster.gpu.name})"
     write_title(figure, title, shown)
@@ -191,11 +191,11 @@ def _draw_micro_batch(whole: Any, near: Any, step: Step, run: RunSettings) -> st
     _legend(
         whole,
         {kind: [COLOURS[kind]] for kind in ("forward", "backward", "gather", "reduce")}
-        | {"compute idle": ["white"]},
+        | {"waiting for the network": ["white"]},
     )
     busy = sum(span.end - span.start for span in computed)
     beside: dict[str, Any] = {"transform": whole.get_yaxis_transform(), "va": "center"}
-    whole.text(1.01, 0, f"{_share(1 - busy / ended)}\nidle", **beside)
+    whole.text(1.01, 0, f"{_share(1 - busy / ended)}\nwaiting", **beside)
     shown = f"the first of {run.train.micro_batches} micro-batches"
     if run.train.micro_batches == 1:
         shown = "its only micro-batch"
@@ -204,7 +204,7 @@ def _draw_micro_batch(whole: Any, near: Any, step: Step, run: RunSettings) -> st
     return shown
 
 
-def _draw_sum(axes: Any, step: Step) -> None:
+def _draw_sum(axes: Any, step: Step, *, pipelined: bool) -> None:
     """What the whole step adds up to."""
     _set_lanes(axes, ["whole step"], 0, step.seconds)
     parts: dict[str, list[str]] = {}
@@ -217,7 +217,11 @@ def _draw_sum(axes: Any, step: Step) -> None:
             told = f"{name} {_milliseconds(seconds)}, {_share(seconds / step.seconds)}"
             parts[told] = [COLOURS[kind]]
             start += seconds
-    axes.set_xlabel("milliseconds, predicted, of the rank that computes longest", loc="left")
+    told = "milliseconds, predicted; communication: waiting, and computing slowed down beside it"
+    if pipelined:
+        told = "milliseconds, predicted, of the rank that computes longest; bubble: its idle "
+        told += "time; communication: within passes and after them"
+    axes.set_xlabel(told, loc="left")
     _legend(axes, parts)
 
 

@@ -107,7 +107,7 @@ def test_shards_of_fsdp2_lie_on_one_host_or_on_whole_ones(tmp_path):
     [
         ("a slots=8\nb slots=8\n", None),
         ("a slots=8\nb slots=4\n", "host b has slots=4 in .* and the plan is for 8 GPUs a host"),
-        ("a slots=8\n", "names 1 hosts and the plan is for 2; .* plan with --hosts 1"),
+        ("a slots=8\n", "hosts in .*: 1, and the plan is for 2; .* plan with --hosts 1"),
     ],
 )
 def test_a_hostfile_is_the_one_that_was_planned_for(tmp_path, text, says):
@@ -121,7 +121,7 @@ def test_a_hostfile_is_the_one_that_was_planned_for(tmp_path, text, says):
 
 def test_command_line(tmp_path):
     path = write(tmp_path, "node-1 slots=8\nnode-2 slots=8\n")
-    command = launch_command(path, Path("run.yaml"), ["train.steps=2"])
+    command = launch_command(path, read_hostfile(path), Path("run.yaml"), ["train.steps=2"])
     assert command[0] == "deepspeed"
     assert " ".join(command).endswith(
         f"--hostfile {path} --module megavlm train run.yaml train.steps=2"
@@ -129,7 +129,7 @@ def test_command_line(tmp_path):
 
 
 def test_one_local_host_needs_no_ssh(tmp_path):
-    command = launch_command(write(tmp_path, "localhost slots=2\n"), Path("run.yaml"), [])
+    command = launch_command(tmp_path / "hostfile", ["localhost"], Path("run.yaml"), [])
     assert "--no_ssh_check" in command and "127.0.0.1" in command
 
 
@@ -145,8 +145,7 @@ def test_the_shells_of_the_hosts_change_no_word(tmp_path):
     from deepspeed.launcher.multinode_runner import PDSHRunner
     from deepspeed.launcher.runner import parse_args
 
-    hostfile = write(tmp_path, "a slots=1\nb slots=1\n")
-    command = launch_command(hostfile, Path("my run.yaml"), AWKWARD)
+    command = launch_command(tmp_path / "hostfile", "ab", Path("my run.yaml"), AWKWARD)
     words = " ".join(PDSHRunner(parse_args(command[1:]), "").user_arguments)
     read = subprocess.check_output(["bash", "-c", f"printf '%s\\n' {words}"], text=True)
     assert read.splitlines() == ["train", "my run.yaml", *AWKWARD]

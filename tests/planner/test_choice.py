@@ -1,10 +1,13 @@
 from dataclasses import replace
+from statistics import mean
 
 import pytest
 
 from megavlm.config.load import load_plan
 from megavlm.planner.choice import (
+    MEAN_ERROR,
     best_of_each_layout,
+    largest_part,
     layout_name,
     overrides,
     remedies,
@@ -12,9 +15,11 @@ from megavlm.planner.choice import (
     why_not,
 )
 from megavlm.planner.hardware import cluster_of
-from megavlm.planner.search import search
+from megavlm.planner.search import candidate_of, search
 from tests.planner import recipe
+from tests.planner.published import ROWS
 from tests.planner.test_cut import RUN
+from tests.runs import load_run
 
 # Searched in no time, and divided as the larger one is.
 HEADS = ("encoder.heads", "decoder.heads", "decoder.kv_heads")
@@ -63,7 +68,9 @@ def test_what_a_layout_loses_by():
         "the optimiser": "optimizer_seconds",
     }
     reasons = set()
-    for candidate in slower:
+    ties = [c for c in slower if c.prediction.seconds <= (1 + MEAN_ERROR) * best.prediction.seconds]
+    assert {why_not(candidate, best) for candidate in ties} == {"within the planner's error"}
+    for candidate in slower[len(ties) :]:
         told, _, name = why_not(candidate, best).partition(" ms of ")
         steps = candidate.prediction.step, best.prediction.step
         more = {k: getattr(steps[0], key) - getattr(steps[1], key) for k, key in keys.items()}
@@ -74,12 +81,18 @@ def test_what_a_layout_loses_by():
     assert reasons >= {"computing", "recomputing", "communication", "pipeline bubble"}
 
 
+def test_the_planners_error_is_that_of_published_runs():
+    held_back = [row for row in ROWS if row.held_back]
+    errors = [abs(row.predicted() / row.tokens_per_second - 1) for row in held_back]
+    assert mean(errors) == pytest.approx(MEAN_ERROR, abs=0.0005)  # measured 0.0348
+
+
 def test_what_does_not_fit_names_what_is_largest():
     found = recipe.searched()
     for candidate in [c for c in found.ranked if not c.fits][::20]:
         memory = max(candidate.memory, key=lambda m: m.total)
         parts = {"weights": memory.weights, "gradients": memory.gradients}
-        parts |= {"optimizer": memory.optimizer, "activations": memory.activations}
+        parts |= {"optimiser states": memory.optimizer, "activations": memory.activations}
         parts |= {"gathered weights": memory.gathered, "buffers": memory.buffers}
         told, _, name = why_not(candidate, found.best).partition(" GiB of ")
         assert parts[name] == max(parts.values())
@@ -107,7 +120,7 @@ def test_what_helps_the_recipe():
     own = recipe.candidate("zero3.secondary_partition=1")
     assert own.prediction.step.communication_seconds > 3 * own.prediction.step.compute_seconds
     assert waits_for_communication(own)
-    found = remedies(own, recipe.searched().ranked, recipe.TOKENS_PER_TEXT)
+    found = remedies(own, recipe.searched().ranked)
     packed, near, both, megatron = (remedy.candidate for remedy in found)
     names = [remedy.name for remedy in found]
     assert names[:3] == [
@@ -133,7 +146,44 @@ def test_what_would_not_help_is_not_told():
     ranked = recipe.searched().ranked
     best = recipe.searched().best
     assert not waits_for_communication(best)
-    assert remedies(best, ranked, recipe.TOKENS_PER_TEXT) == []
+    assert remedies(best, ranked) == []
     packed = recipe.candidate("train.micro_batches=1", "zero3.secondary_partition=1")
-    names = [remedy.name for remedy in remedies(packed, ranked, recipe.TOKENS_PER_TEXT)]
+    names = [remedy.name for remedy in remedies(packed, ranked)]
     assert names and not any("packed" in name or name == "both" for name in names)
+
+
+@pytest.mark.parametrize(
+    "layout", [["zero3.secondary_partition=4"], ["engine=fsdp2", "fsdp2.shard_ranks=24"]]
+)
+def test_a_layout_of_the_users_own_has_remedies(layout):
+    """One that is no host's nor several hosts' is compared because it is the run's own."""
+    cluster = cluster_of("h100-80", 6, 8)
+    run = load_run(RUN, [*layout, "train.samples_per_step=768"])
+    own = candidate_of(run, cluster, 64)
+    assert waits_for_communication(own)
+    packed, *_ = remedies(own, search(run, cluster, 64, [run.engine]).ranked)
+    assert packed.name.startswith("a rank's samples packed into ")
+    assert replace(packed.candidate.run, train=run.train) == run
+
+
+def test_a_partition_of_all_ranks_is_plain_zero3():
+    cluster = cluster_of("h100-80", 1, 8)
+    run = load_run(RUN, ["train.samples_per_step=64"])
+    assert run.zero3.secondary_partition == cluster.ranks
+    shown = best_of_each_layout(search(run, cluster, 64, ["zero3"]).ranked)
+    names = {layout_name(candidate.run) for candidate in shown}
+    assert names == {"ZeRO-3", "ZeRO-3, quantised", "ZeRO-3, optimiser on cpu"}
+
+
+def test_another_stage_that_is_too_large_is_named():
+    best = recipe.searched().best
+    larger = replace(best.fullest, activations=1000 * 2**30)
+    candidate = replace(best, other_stages={"pairs": best.fullest, "chats": larger})
+    assert best.fits and not candidate.fits
+    assert largest_part(candidate) == "1000 GiB of activations in chats"
+    other = replace(candidate, run=recipe.PLAIN)
+    assert (
+        why_not(other, best)
+        == why_not(other, None)
+        == ("does not fit: 1000 GiB of activations in chats")
+    )

@@ -14,8 +14,8 @@ from megavlm.config.load import load_plan
 from megavlm.config.run import data_parallel_ranks, samples_per_micro_batch
 from megavlm.dist.launch import read_hostfile
 from megavlm.planner.choice import layout_name
-from megavlm.planner.choice_report import _about_the_run
-from megavlm.planner.hardware import H100_80, cluster_of, load_gpu
+from megavlm.planner.choice_report import _about_the_run, _what_travels
+from megavlm.planner.hardware import H100_80, cluster_of, load_gpu, save_gpu
 from megavlm.planner.search import search
 from megavlm.planner.zero3 import with_bucket_sizes
 from tests import runs
@@ -57,13 +57,14 @@ def rows_of(told):
 
 
 def launched(told):
-    """The words of the line that trains the chosen layout."""
-    [line] = re.findall(r"^  (megavlm train .*) --hostfile hostfile$", told, re.MULTILINE)
+    """The words of the line that trains the chosen layout, without its hostfile."""
+    [line] = re.findall(r"^  (megavlm train .*) --hostfile \S+$", told, re.MULTILINE)
     return shlex.split(line)
 
 
 def test_the_table_ranks_what_fits_and_shows_the_run_as_it_stands(capsys, run_file):
     told = told_of(capsys, run_file, *ON_TWO_HOSTS)
+    assert "texts: 64 tokens each on average, with the prompt; --tokens-per-text sets it" in told
     run = load_plan(run_file).last
     found = search(run, cluster_of("h100-80", 2, 4), TEXT)
     title = "Predicted for 2 hosts of 4 x H100 80 GB (80 GiB): the best of each layout"
@@ -97,8 +98,9 @@ def test_the_lines_start_what_was_chosen(capsys, run_file):
     names = [change.partition("=")[0] for change in changes]
     assert len(set(names)) == len(names)
     words = shlex.join(changes)
-    deepspeed = f"deepspeed --hostfile hostfile --module megavlm train {run_file} {words}"
-    assert f"\n  {deepspeed}\n" in told
+    arguments = f"--hostfile HOSTFILE --module megavlm train {run_file} {words}"
+    assert f"\n  deepspeed --log_level warning {arguments}\n" in told
+    assert "HOSTFILE has lines such as `node-01 slots=4`: --out writes one to fill in" in told
     torchrun = "torchrun --nnodes=2 --nproc-per-node=4 --rdzv-backend=c10d --rdzv-endpoint=node-01"
     assert torchrun in told and told.count(words) == 3
     assert "PYTORCH_ALLOC_CONF=expandable_segments:True: " in told
@@ -115,6 +117,8 @@ def test_what_is_written(capsys, tmp_path, run_file, monkeypatch, engine):
     names |= {"deepspeed.json"} if engine == "zero3" else set()
     assert {path.name for path in folder.iterdir()} == names
     assert all(f"wrote {folder / name}\n" in told for name in names)
+    assert told.count(f"--hostfile {folder / 'hostfile'}") == 2
+    assert f"{folder / 'hostfile'} has lines such as `node-01 slots=4`: put the names" in told
     assert read_hostfile(folder / "hostfile") == {"node-01": 4, "node-02": 4}
     _, _, _, *changes = launched(told)
     assert load_plan(run_file, changes).last == chosen.best.run
@@ -139,10 +143,10 @@ def test_the_recipe_is_bound_by_communication_in_words():
     remedies = told[told.index("What helps, predicted:") + 1 :]
     step = own.prediction.step
     assert f"a step is predicted to take {own.prediction.seconds:.2f} s" in stands
-    assert f"{step.communication_seconds:.2f} of waiting for communication" in stands
+    assert f"{step.communication_seconds:.2f} that communication adds" in stands
     computed = 1e3 * step.compute_seconds / 8
     assert f"a rank computes for {computed:.0f} ms on the 2 samples of a micro-batch" in bound
-    assert f"waits for {1e3 * step.communication_seconds / 8:.0f} ms" in bound
+    assert f"communication adds {1e3 * step.communication_seconds / 8:.0f} ms" in bound
     assert "each micro-batch gathers all weights anew" in bound
     names = ["packed into 1 micro-batch", "zero3.secondary_partition=8", "both", "Megatron TP"]
     assert len(remedies) == 4
@@ -182,8 +186,9 @@ def test_the_last_stage_is_planned_and_all_can_run(capsys, run_file):
     for stage in plan.stages:
         samples_per_micro_batch(stage.run.train, data_parallel_ranks(stage.run, 8))
     cluster = cluster_of("h100-80", 2, 4)
-    others = [plan.first]
+    others = plan.stages[:-1]
     assert plan.last == search(plan.last, cluster, TEXT, other_stages=others).best.run
+    assert "stages: chats is planned; pairs is checked to divide and to fit" in told
 
 
 @pytest.mark.parametrize(
@@ -191,8 +196,15 @@ def test_the_last_stage_is_planned_and_all_can_run(capsys, run_file):
     [
         (
             ("--hosts", "2"),
-            "--hosts, --gpus-per-host, --calibrate and --out compare layouts; name a --gpu, too",
+            "--hosts, --gpus-per-host, --tokens-per-text, --calibrate and --out compare layouts; "
+            "name a --gpu, too",
         ),
+        (
+            (*ON_TWO_HOSTS, "--tokens-per-text", "65"),
+            "--tokens-per-text 65 is more than data.row_tokens=64, which a text must fit in",
+        ),
+        ((*ON_TWO_HOSTS, "--calibrate", "here"), "--calibrate here must end in .json"),
+        ((*ON_TWO_HOSTS, "--picture", "a.svg"), "engine=zero3 has no stages to draw"),
         (("--gpu", "v100"), "--gpu v100 is unknown; choose from a100-40, a100-80, h100-80, h200"),
         (("--gpu", "none.json"), "cannot read GPU file none.json"),
         (
@@ -209,6 +221,15 @@ def test_mistakes(capsys, run_file, options, says):
     assert says in told_of(capsys, run_file, *options, code=2)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [("--gpu", "v100"), (*ON_TWO_HOSTS, "--picture", "a.svg"), (*ON_TWO_HOSTS, "--out", __file__)],
+)
+def test_mistakes_are_told_before_the_search(capsys, run_file, monkeypatch, options):
+    monkeypatch.setattr("megavlm.planner.choice_report.search", lambda *_, **__: pytest.fail())
+    told_of(capsys, run_file, *options, code=2)
+
+
 def test_a_file_in_place_of_the_folder(capsys, run_file):
     told = told_of(capsys, run_file, *ON_TWO_HOSTS, "--out", str(run_file), code=2)
     assert f"cannot write to {run_file}: " in told and "choose another --out" in told
@@ -217,7 +238,7 @@ def test_a_file_in_place_of_the_folder(capsys, run_file):
 @pytest.mark.parametrize(
     ("text", "options", "says"),
     [
-        ("a slots=4\nb slots=4\n", ("--hosts", "3"), "names 2 hosts and the plan is for 3"),
+        ("a slots=4\nb slots=4\n", ("--hosts", "3"), ": 2, and the plan is for 3"),
         ("a slots=4\nb slots=4\n", ("--gpus-per-host", "2"), "host a has slots=4"),
         ("a slots=4\nb slots=2\nc slots=2\n", (), "host b has slots=2"),
     ],
@@ -230,10 +251,55 @@ def test_a_hostfile_that_differs(capsys, tmp_path, run_file, text, options, says
 
 
 def test_a_hostfile_tells_the_hosts(capsys, tmp_path, run_file):
-    hostfile = tmp_path / "hostfile"
+    hostfile, folder = tmp_path / "hosts", tmp_path / "out"
     hostfile.write_text("a slots=4\nb slots=4\n")
-    told = told_of(capsys, run_file, "--gpu", "h200", "--hostfile", hostfile)
+    # It would not divide over these hosts as it stands, and is planned all the same.
+    arguments = ("train.micro_batches=16", "--gpu", "h200", "--out", folder)
+    told = told_of(capsys, run_file, *arguments, "--hostfile", hostfile)
     assert "Predicted for 2 hosts of 4 x H200 141 GB (131 GiB)" in told
+    assert told.count(f" --hostfile {hostfile}") == 2 and "has lines such as" not in told
+    assert "--rdzv-endpoint=a:" in told and "node-01" not in told
+    assert read_hostfile(folder / "hostfile") == {"a": 4, "b": 4}
+    same = told_of(capsys, run_file, *arguments[:3], "--hosts", "2", "--gpus-per-host", "4")
+    assert rows_of(told) == rows_of(same)
+    assert told.partition("Predicted")[0] == same.partition("Predicted")[0]
+
+
+def test_where_nothing_fits_what_is_smallest_is_shown(capsys, tmp_path, run_file):
+    small = tmp_path / "small.json"
+    save_gpu(replace(H100_80, memory_bytes=2**30), small)
+    options = ("plan", run_file, "--gpu", small, *ON_TWO_HOSTS[2:])
+    assert main([str(option) for option in options]) == 2
+    captured = capsys.readouterr()
+    assert "none fits; the smallest of each layout" in captured.out
+    *rows, own = rows_of(captured.out)
+    sizes = [float(row[3]) for row in rows]
+    assert len(rows) == 12 and sizes == sorted(sizes)
+    assert all(row[-1].startswith("does not fit: ") for row in [*rows, own])
+    assert "As it stands, it does not fit: the fullest GPU would hold 2." in captured.out
+    assert "a plan fills at most 93% of 1 GiB\nHad it room, a step is predicted" in captured.out
+    assert "Chosen" not in captured.out
+    assert captured.err.startswith("megavlm: error: no layout fits 8 x ")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        ((), "forward and backward, and reduces all gradients"),
+        (
+            ("zero3.secondary_partition=8", "train.frozen=[encoder, decoder]"),
+            "forward and backward where gradients pass (among 8 neighbours, but for a step's first "
+            "forward pass), and reduces the gradients of projector, cross attention",
+        ),
+        (("engine=megatron",), "copies of the model exchange gradients and weights"),
+        (
+            ("engine=megatron", "megatron.tensor_parallel=2"),
+            "tensor-parallel ranks exchange every layer's activations",
+        ),
+    ],
+)
+def test_what_travels(run_file, overrides, says):
+    assert says in _what_travels(load_plan(run_file, overrides).last)
 
 
 def test_a_measured_machine_is_used_and_used_again(capsys, tmp_path, run_file, monkeypatch):

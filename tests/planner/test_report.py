@@ -169,9 +169,7 @@ def test_a_column_says_all_of_a_stage(capsys, tmp_path, wide):
     instruction = columns["instruction"]
     assert instruction["samples"] == "32"
     assert instruction["data"] == "75% data/[chats]; 25% data/pairs: caption, keywords"
-    assert instruction["learning rate"].endswith(
-        "over 1 steps, then cosine to 1e-06; encoder x 0.1"
-    )
+    assert instruction["learning rate"].endswith("over 1 step, then cosine to 1e-06; encoder x 0.1")
     assert instruction["further"].endswith("z-loss 0.0001, average of weights 0.999")
     assert instruction["measured after"] == "captions, vqa"
 
@@ -218,8 +216,8 @@ def test_the_batch_of_each_stage_on_its_hosts(capsys, tmp_path, wide):
     # The ranks of a pipeline hold further copies in pre-training.
     assert [column["batch"] for column in columns.values()] == [
         "2 copies of the model x 2 micro-batches x 16 samples",
-        "1 copies of the model x 1 micro-batches x 32 samples",
-        "1 copies of the model x 1 micro-batches x 32 samples",
+        "1 copy of the model x 1 micro-batch x 32 samples",
+        "1 copy of the model x 1 micro-batch x 32 samples",
     ]
 
 

@@ -1,8 +1,10 @@
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from megavlm.config.plan import Stage
 from megavlm.config.run import data_parallel_ranks, samples_per_micro_batch
 from megavlm.errors import ConfigError
 from megavlm.planner.choice import layout_name
@@ -18,6 +20,10 @@ HOST = ("none", "cpu")
 
 def tiny(*overrides):
     return load_run(RUN, [*TINY, *overrides])
+
+
+def stage(*overrides):
+    return Stage("other", tiny(*overrides), 0)
 
 
 def smaller_gpus(memory_bytes):
@@ -63,7 +69,14 @@ def test_all_of_zero3_is_compared_whatever_the_run_has():
     assert found == {
         *((near, False, False, host, "none", None, 77) for near in (1, 4) for host in HOST),
         (4, True, True, "none", "none", None, 77),
+        (2, True, True, "nvme", "cpu", Path("/disk"), 77),  # as it stands
     }
+
+
+def test_a_layout_that_cannot_start_is_not_compared():
+    """A partition of 8 would span two hosts."""
+    ranked = search(tiny("zero3.secondary_partition=8"), CLUSTER, TEXT, ["zero3"]).ranked
+    assert {candidate.run.zero3.secondary_partition for candidate in ranked} == {1, 4}
 
 
 def test_every_candidate_is_a_run_that_divides(found):
@@ -170,7 +183,7 @@ def test_only_the_engines_asked_for():
 
 def test_all_stages_of_a_plan_divide():
     """They share the layout, each with a batch of its own."""
-    short = tiny("train.samples_per_step=8", "train.micro_batches=1")
+    short = stage("train.samples_per_step=8", "train.micro_batches=1")
     alone, shared = (
         search(tiny(), CLUSTER, TEXT, other_stages=stages).ranked for stages in ([], [short])
     )
@@ -178,6 +191,25 @@ def test_all_stages_of_a_plan_divide():
     # One micro-batch cannot be interleaved.
     left = [c for c in alone if c.run.engine != "megatron" or c.run.megatron.virtual_pipeline == 1]
     assert [candidate.run for candidate in shared] == [candidate.run for candidate in left]
-    with pytest.raises(ConfigError, match=r"^no layout divides: train.samples_per_step=4 is not"):
-        stages = [tiny("train.samples_per_step=4", "train.micro_batches=1")]
+    told = r"^no layout divides: stages.other: train.samples_per_step=4 is not"
+    with pytest.raises(ConfigError, match=told):
+        stages = [stage("train.samples_per_step=4", "train.micro_batches=1")]
         search(tiny(), CLUSTER, TEXT, ["fsdp2"], other_stages=stages)
+
+
+def test_all_stages_of_a_plan_fit():
+    """One of longer rows decides; one of pre-training is not predicted."""
+    long = stage("data.row_tokens=64", "train.micro_batches=1", "train.samples_per_step=64")
+    pretraining = Stage("first", tiny("objectives={mim: 1}"), 0)
+    alone = search(tiny(), CLUSTER, TEXT, ["fsdp2"]).ranked
+    shared = search(tiny(), CLUSTER, TEXT, ["fsdp2"], other_stages=[pretraining, long]).ranked
+    for before, after in zip(alone, shared, strict=True):
+        assert set(after.other_stages) == {"other"}
+        same = replace(long.run, engine="fsdp2", fsdp2=after.run.fsdp2)
+        [memory] = candidate_of(same, CLUSTER, TEXT).memory
+        assert after.fullest == memory and memory.total > before.fullest.total
+        assert after == candidate_of(after.run, CLUSTER, TEXT, [pretraining, long])
+    cluster = smaller_gpus(max(c.fullest.total for c in alone) / FILLED + 1)
+    assert all(c.fits for c in search(tiny(), cluster, TEXT, ["fsdp2"]).ranked)
+    both = search(tiny(), cluster, TEXT, ["fsdp2"], other_stages=[long])
+    assert not any(c.fits for c in both.ranked) and both.chosen is None

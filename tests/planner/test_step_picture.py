@@ -148,7 +148,7 @@ def test_both_streams_are_drawn_and_the_compute_streams_idle_time_hatched(case):
         assert not any(one[4] and two[4] for one, two in pairwise(lane))
         assert {bar[0] for bar in bars if bar[4]} == {0}
     busy = sum(span.end - span.start for span in compute)
-    assert whole.texts[-1].get_text() == f"{1 - busy / ended:.0%}\nidle"
+    assert whole.texts[-1].get_text() == f"{1 - busy / ended:.0%}\nwaiting"
     [frame] = [patch for patch in whole.patches if not isinstance(patch, PathPatch)]
     assert frame.get_x() == window[0] and frame.get_x() + frame.get_width() == window[1]
 

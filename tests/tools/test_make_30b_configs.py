@@ -57,8 +57,15 @@ def test_every_preset_runs_on_its_hosts_and_fits(path, capsys):
         assert getattr(run, name) == getattr(recipe, name), name
     assert run.train.samples_per_step == recipe.train.samples_per_step
     # What its first lines say.
+    count = run.train.micro_batches
+    differs = f"# Micro-batches: {count}, where the recipe" in path.read_text()
+    assert differs == (count != recipe.train.micro_batches)
     told = re.search(r"Predicted: (\S+) s a step, .* utilisation (\d+)%", path.read_text())
     prediction = candidate.prediction
+    # And docs/parallelism.md after them.
+    table = (CONFIGS.parent / "docs" / "parallelism.md").read_text()
+    [row] = [line for line in table.splitlines() if line.startswith(f"| `{gpu}` |")]
+    assert row.split("|")[2 + ENGINES.index(engine)].split(",")[0].strip() == told[1]
     assert float(told[1]) == pytest.approx(prediction.seconds, abs=0.006)
     assert float(told[2]) == pytest.approx(
         100 * prediction.utilisation(candidate.cluster), abs=0.51
