@@ -75,8 +75,8 @@ class ShardFolder:
     def __init__(self, folder: Path) -> None:
         if not folder.is_dir():
             raise DataError(
-                f"data folder {folder} does not exist; build the sample set with `make data` or "
-                "set data.train / data.heldout to a folder of tar shards"
+                f"data folder {folder} does not exist; set data.train or data.heldout to a folder "
+                "of tar shards, or make the sample set with `make data`"
             )
         self.paths = sorted(folder.glob("*.tar"))
         if not self.paths:

@@ -31,6 +31,7 @@ from megavlm.dryrun.run import (
 )
 from megavlm.errors import ConfigError
 from megavlm.model.params import parameters_of
+from megavlm.planner.report import counted
 
 
 def print_dry_run(
@@ -106,12 +107,13 @@ def _run_all(one: Any, engine: str, numbers: Sequence[int], console: Console) ->
 
 def _what(run: RunSettings, whole: RunSettings, shapes: Shapes) -> str:
     done, all_of_them = run.train.micro_batches, whole.train.micro_batches
-    text = f"a step of {all_of_them} micro-batches"
+    text = f"a step of {counted(all_of_them, 'micro-batch', 'micro-batches')}"
     if done < all_of_them:
         text = (
             f"{done} of a step's {all_of_them} micro-batches (the last stands for all later ones)"
         )
-    return f"{text}, each of {shapes.rows} rows and {shapes.images} images"
+    rows = counted(shapes.rows, "row", "rows")
+    return f"{text}, each of {rows} and {counted(shapes.images, 'image', 'images')}"
 
 
 def _print_memory(results: Sequence[DryRun], console: Console) -> None:
