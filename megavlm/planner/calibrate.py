@@ -44,23 +44,23 @@ class Rates(NamedTuple):
     """As NCCL and gloo count it; 0 if there is but one rank."""
 
 
-def measure(gpu: Gpu, ranks: int, precision: str) -> Gpu:
-    """What the GPUs of this host, or its CPU, reach: as many at a time as ranks, or as there are.
+def measure(gpu: Gpu, ranks: int | None, precision: str) -> Gpu:
+    """What the GPUs of this host, or its CPU, reach.
 
+    ranks: that measure at a time, at most as many as there are GPUs; None is one on each GPU, or
+    one on the CPU.
     gpu: what is assumed. Where this machine has such GPUs its nominal figures stay and their
     efficiencies change; of other devices the nominal figures are the measured ones. What one host
     cannot tell stays as assumed: the network, and with one rank the link.
     """
-    if torch.cuda.is_available():
-        ranks = min(ranks, torch.cuda.device_count())
+    if gpus := torch.cuda.device_count():
+        ranks = min(ranks or gpus, gpus)
+    ranks = ranks or 1
     with tempfile.TemporaryDirectory() as folder:
         spawn(_on_rank, (ranks, precision, MEASURE_SECONDS, folder), nprocs=ranks)
         rates = Rates(*json.loads((Path(folder) / "rates.json").read_text()))
-    assumed = (
-        gpu
-        if (here := gpu_here()) and here.name == gpu.name
-        else _this_device(gpu, ranks, precision)
-    )
+    here = gpu_here()
+    assumed = gpu if here and here.name == gpu.name else _this_device(gpu, ranks, precision)
     measured = with_rates(assumed, rates, precision)
     if torch.cuda.is_available():
         return measured
@@ -71,7 +71,8 @@ def measure(gpu: Gpu, ranks: int, precision: str) -> Gpu:
 def with_rates(gpu: Gpu, rates: Rates, precision: str) -> Gpu:
     """The same GPU reaching these rates; where it has no nominal one (0), that is the nominal.
 
-    precision: in which they were measured. Shares of the nominal rates hold for the other one, too.
+    precision: in which they were measured. The other one is assumed to reach the same share of its
+    nominal rate, and where there is none, the same rate.
     """
     bf16 = gpu.matmul_flops_per_second or rates.matmul_flops_per_second
     fp32 = gpu.fp32_matmul_flops_per_second or rates.matmul_flops_per_second

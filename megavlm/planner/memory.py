@@ -214,9 +214,9 @@ def _zero3(run: RunSettings, tokens: Tokens, ranks: int) -> Memory:
         optimizer=0.0 if states_in_host else 12 * trained / ranks,
         activations=max(activations, stepping - gathered - size * bucket),
         gathered=gathered,
-        # The bucket that gradients are collected in, and the one, or the gradient, to be reduced
-        # where activations are most: at the head.
-        buffers=(1 + blocks[-1].trained) * size * bucket,
+        # The bucket that gradients are collected in; and the one, or the gradient, to be reduced,
+        # unless most is there while the head is, which is frozen.
+        buffers=(1 + (blocks[-1].trained or stays > 0)) * size * bucket,
     )
 
 

@@ -42,7 +42,7 @@ def forked(function, arguments, nprocs):
 def test_the_cpu_is_measured_and_what_it_cannot_tell_is_kept(monkeypatch, capfd):
     monkeypatch.setattr(calibrate, "spawn", forked)
     monkeypatch.setattr(calibrate, "MEASURE_SECONDS", 0.01)
-    gpu = calibrate.measure(H100_80, 1, "bf16")
+    gpu = calibrate.measure(H100_80, None, "bf16")
     assert "matrix products ... " in capfd.readouterr().out
     assert gpu.name.startswith("CPU") and gpu.name.endswith("bf16")
     assert gpu.matmul_efficiency == gpu.memory_efficiency == 1
