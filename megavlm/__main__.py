@@ -135,8 +135,9 @@ def _choice(plan: Plan, options: argparse.Namespace) -> Callable[[], None]:
             raise ConfigError(
                 f"--calibrate {options.calibrate} must end in .json, by which --gpu knows the file"
             )
-        measured = measure(cluster.gpu, slots, plan.last.train.precision)
-        print_calibration(measured, cluster.gpu)
+        precision = plan.last.train.precision
+        measured = measure(cluster.gpu, options.gpus_per_host, precision)
+        print_calibration(measured, cluster.gpu, precision)
         save_gpu(measured, options.calibrate)
         print(f"wrote {options.calibrate}; --gpu {options.calibrate} uses it again")
         cluster = replace(cluster, gpu=measured)

@@ -42,14 +42,14 @@ from megavlm.dryrun.record import Recorder
 from megavlm.dryrun.run import with_micro_batches
 from megavlm.engine.start import start_engine
 from megavlm.errors import ConfigError, MegavlmError
-from megavlm.planner.calibrate import measure
+from megavlm.planner.calibrate import gpu_here, measure
 from megavlm.planner.compute import block_seconds
 from megavlm.planner.cut import TOKENS_PER_TEXT, with_cut
 from megavlm.planner.hardware import GIB, GPUS, H100_80, Cluster, Gpu, cluster_of
 from megavlm.planner.memory import memory_of
 from megavlm.planner.predict import cut_blocks
 from megavlm.planner.step import ADAM_BYTES
-from megavlm.planner.work import model_blocks, tokens_of
+from megavlm.planner.work import model_blocks, tokens_of, value_bytes
 
 RECEIVED = 0.02
 """Standard deviation of the noise that stands for what other pipeline ranks send."""
@@ -213,11 +213,11 @@ def _resident_bytes(name: str) -> int:
     return sum(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
 
 
-def rows_of(found: Figures, expected: Figures, seen_flops: float, gpu: Gpu) -> list[Row]:
+def rows_of(found: Figures, expected: Figures, seen_flops: float, peak_flops: float) -> list[Row]:
     """Each figure, measured and predicted."""
 
     def utilisation(figures: Figures) -> float:
-        return seen_flops / (figures.step_seconds * gpu.matmul_flops_per_second)
+        return seen_flops / (figures.step_seconds * peak_flops)
 
     figures: dict[str, Any] = {
         "forward, backward, recomputation, s": lambda f: f.compute_seconds,
@@ -247,16 +247,11 @@ def table_of(rows: Sequence[Row]) -> str:
     return markdown_table(lines)
 
 
-def gpu_of(name: str | None, device: torch.device, precision: str) -> Gpu:
+def gpu_of(name: str | None, precision: str) -> Gpu:
     """What the prediction is for: the named GPU, or this machine's device."""
     if name is not None:
         return cluster_of(name, 1, 1).gpu
-    if device.type == "cuda":
-        here, memory = torch.cuda.get_device_name(), torch.cuda.get_device_properties(0)
-        same = [gpu for gpu in GPUS.values() if gpu.name.split()[0] in here]
-        if same:
-            return min(same, key=lambda g: abs(g.memory_bytes - memory.total_memory))
-    return measure(H100_80, 1, precision)
+    return gpu_here() or measure(H100_80, 1, precision)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -283,12 +278,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if not 0 <= options.rank < options.ranks:
             raise ConfigError(f"--rank {options.rank} must be below --ranks {options.ranks}")
         device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
-        gpu = gpu_of(options.gpu, device, run.train.precision)
+        gpu = gpu_of(options.gpu, run.train.precision)
+        peak = gpu.peak_flops_per_second(value_bytes(run))
         expected, seen_flops = predicted(run, gpu, options.rank, options.ranks)
         found = measured(run, options.rank, options.ranks, options.steps, device)
     except (MegavlmError, FloatingPointError) as error:
         sys.exit(f"bench_rank: {error}")
-    rows = rows_of(found, expected, seen_flops, gpu)
+    rows = rows_of(found, expected, seen_flops, peak)
     about = machine(device) | {
         "run": str(options.run_file),
         "engine": run.engine,

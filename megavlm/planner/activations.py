@@ -1,6 +1,6 @@
 """What blocks keep for their backward pass, and what they need while they run.
 
-Counted tensor by tensor, in bf16, from megatron-core's layers as `model/` puts them together.
+Counted tensor by tensor from megatron-core's layers as `model/` puts them together.
 Letters as in the code's shapes: t tensor-parallel ranks, s parts of the tokens between matrices.
 """
 
@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from megavlm.config.engines import MegatronSettings
 from megavlm.config.run import RunSettings
-from megavlm.planner.work import Block, Tokens
+from megavlm.planner.work import BF16_BYTES, Block, Tokens
 
 
 class BlockBytes(NamedTuple):
@@ -34,11 +34,6 @@ class BlockBytes(NamedTuple):
         }[mode]
 
 
-def activation_bytes(run: RunSettings) -> int:
-    """Of a value."""
-    return 2 if run.train.precision == "bf16" else 4
-
-
 def block_bytes(
     run: RunSettings,
     block: Block,
@@ -46,8 +41,12 @@ def block_bytes(
     parallel: MegatronSettings,
     weight_gradients: bool,
 ) -> BlockBytes:
-    """Of a block of the vision-language model; with a matrix's gradient, until it is added up."""
-    g = 2 if weight_gradients else 0
+    """Of a block of the vision-language model; with a matrix's gradient, until it is added up.
+
+    What a matrix multiplies is kept only where it is trained.
+    """
+    b, x = block.value_bytes, block.trained
+    g = b if weight_gradients and block.trained else 0
     encoder, decoder = run.model.encoder, run.model.decoder
     t, s = parallel.tensor_parallel, parallel.token_shards
     rows, states = tokens.row_total, tokens.images * encoder.tokens
@@ -56,41 +55,45 @@ def block_bytes(
     match block.name:
         case "encoder layer":
             # Two norms' inputs and outputs; queries, keys, values and what is attended; the MLP.
-            mlp = padded * 4 * encoder.mlp_width / t
+            mlp = padded * 2 * b * encoder.mlp_width / t
             statistics = padded * 4 * encoder.heads / t
-            kept = padded * 8 * e * (1 / s + 1 / t) + mlp + statistics
-            backward = kept + _mlp_backward(padded, e, encoder.mlp_width, t, s, g, gated=False)
-            return _layer(kept, padded * 2 * e / s, statistics, backward)
+            kept = padded * 4 * b * e * (1 / s + 1 / t) + mlp + statistics
+            backward = kept + _mlp_backward(block, padded, e, encoder.mlp_width, t, s, g, up=1)
+            return _layer(kept, padded * b * e / s, statistics, backward)
         case "self-attention layer":
             # The same; queries and keys are rotated into new tensors, the MLP has a gate.
-            core = rows * (4 * decoder.heads / t + 2 * tokens.row_tokens)
-            kept = rows * (8 * w / s + (6 * w + 6 * kv + 10 * f) / t) + core
-            backward = kept + _mlp_backward(rows, w, f, t, s, g, gated=True)
-            return _layer(kept, rows * 2 * w / s, core, backward)
+            core = rows * (4 * decoder.heads / t + b * tokens.row_tokens)
+            norms = (2 + 2 * x) * w / s
+            kept = rows * b * (norms + (3 * w + 3 * kv + (4 + x) * f) / t) + core
+            backward = kept + _mlp_backward(block, rows, w, f, t, s, g, up=2)
+            return _layer(kept, rows * b * w / s, core, backward)
         case "cross-attention layer":
             # Besides: both branches before their gates, and each image's keys, normed, and values.
-            mlp = rows * 10 * f / t
-            of_images = states * 6 * kv / t
-            kept = rows * (12 * w / s + 4 * w / t) + mlp + of_images
+            mlp = rows * b * (4 + x) * f / t
+            of_images = states * 3 * b * kv / t
+            kept = rows * b * ((4 + 2 * x) * w / s + 2 * w / t) + mlp + of_images
             # The gradient of keys and values, and of the states they came from.
-            to_images = kept - mlp + states * (4 * kv / t + 2 * w)
-            backward = max(kept + _mlp_backward(rows, w, f, t, s, g, gated=True), to_images)
-            return _layer(kept, rows * 2 * w / s, 0.0, backward)
+            to_images = kept - mlp + states * b * (2 * kv / t + w)
+            backward = max(kept + _mlp_backward(block, rows, w, f, t, s, g, up=2), to_images)
+            return _layer(kept, rows * b * w / s, 0.0, backward)
         case "patches":
             # Pixels, and what is normed first.
-            kept = tokens.images * 6 * encoder.image_pixels**2 + padded * 2 * e
-            return BlockBytes(kept, kept, kept, 2 * kept, kept + padded * 2 * e)
+            kept = tokens.images * 3 * b * encoder.image_pixels**2 + padded * b * e
+            return BlockBytes(kept, kept, kept, 2 * kept, kept + padded * b * e)
         case "projector":
             # The last norm's input, and its output in the order of the states.
-            kept = padded * 2 * e / s + states * 2 * (e + w / s)
-            whole = padded * 2 * e + states * 2 * w if s > 1 else 0.0
-            return BlockBytes(kept, kept, kept, kept + whole, kept + states * 2 * (e + w))
+            kept = padded * b * e / s + states * b * (x * e + w / s)
+            whole = b * (padded * e + states * w) if s > 1 else 0.0
+            return BlockBytes(kept, kept, kept, kept + whole, kept + states * b * (e + w))
         case "head":
             logits = rows * decoder.vocabulary / t
-            kept = rows * 4 * w / s + 4 * logits
+            # The loss is computed in fp32, into which logits in bf16 are copied, and back.
+            copied = b * logits if b == BF16_BYTES else 0.0
+            normed = rows * (1 + x) * b * w / s
+            kept = normed + 4 * logits
             weight_gradient = g * w * decoder.vocabulary / t
-            backward = max(6 * logits, 2 * logits + weight_gradient + rows * 2 * w)
-            return BlockBytes(kept, kept, kept, kept + 2 * logits, rows * 4 * w / s + backward)
+            backward = max(4 * logits + copied, b * logits + weight_gradient + rows * b * w)
+            return BlockBytes(kept, kept, kept, kept + copied, normed + backward)
         case _:  # the embedding
             kept = rows * tokens.row_tokens  # the mask that tells texts apart
             weight_gradient = g * w * decoder.vocabulary / t
@@ -107,15 +110,16 @@ def _layer(kept: float, kept_input: float, core: float, backward: float) -> Bloc
     )
 
 
-def _mlp_backward(rows: float, w: int, f: int, t: int, s: int, g: int, *, gated: bool) -> float:
+def _mlp_backward(
+    block: Block, rows: float, w: int, f: int, t: int, s: int, g: int, *, up: int
+) -> float:
     """What the last layer of an MLP, or the first, has in its backward pass beside what was kept.
 
-    Sequence parallelism gathers the gradient of the output. Weights' gradients are made in bf16
-    before they are added up.
+    up: matrices of the first one, a gate's included. Sequence parallelism gathers the gradient of
+    the output. Weights' gradients are made in the weights' type before they are added up.
     """
-    up = 2 * f if gated else f
-    gathered = rows * 2 * w if s > 1 else rows * 2 * w / s
-    second = gathered + 2 * rows * f / t + g * f * w / t
-    freed = (6 if gated else 2) * rows * f / t
-    first = 2 * rows * up / t - freed + rows * 2 * w + g * up * w / t
+    b = block.value_bytes
+    second = rows * b * (w + f / t) + g * f * w / t
+    freed = (block.trained + 2 * (up - 1)) * b * rows * f / t
+    first = b * rows * up * f / t - freed + b * rows * w + g * up * f * w / t
     return max(second, first)

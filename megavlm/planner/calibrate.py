@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from megavlm.dist import groups
 from megavlm.planner.compute import ATTENTION_BACKWARD
-from megavlm.planner.hardware import Gpu
+from megavlm.planner.hardware import Gpu, gpu_named
 from megavlm.planner.work import Attention
 
 MEASURE_SECONDS = 0.6
@@ -44,33 +44,45 @@ class Rates(NamedTuple):
     """As NCCL and gloo count it; 0 if there is but one rank."""
 
 
-def measure(gpu: Gpu, ranks: int, precision: str) -> Gpu:
-    """What the GPUs of this host, or its CPU, reach: as many at a time as ranks, or as there are.
+def measure(gpu: Gpu, ranks: int | None, precision: str) -> Gpu:
+    """What the GPUs of this host, or its CPU, reach.
 
+    ranks: that measure at a time, at most as many as there are GPUs; None is one on each GPU, or
+    one on the CPU.
     gpu: what is assumed. Where this machine has such GPUs its nominal figures stay and their
     efficiencies change; of other devices the nominal figures are the measured ones. What one host
     cannot tell stays as assumed: the network, and with one rank the link.
     """
-    if torch.cuda.is_available():
-        ranks = min(ranks, torch.cuda.device_count())
+    if gpus := torch.cuda.device_count():
+        ranks = min(ranks or gpus, gpus)
+    ranks = ranks or 1
     with tempfile.TemporaryDirectory() as folder:
         spawn(_on_rank, (ranks, precision, MEASURE_SECONDS, folder), nprocs=ranks)
         rates = Rates(*json.loads((Path(folder) / "rates.json").read_text()))
-    measured = with_rates(gpu if _is_here(gpu) else _this_device(gpu, ranks, precision), rates)
+    here = gpu_here()
+    assumed = gpu if here and here.name == gpu.name else _this_device(gpu, ranks, precision)
+    measured = with_rates(assumed, rates, precision)
     if torch.cuda.is_available():
         return measured
     own = measured.memory_bytes_per_second  # a CPU's memory is that of its host
     return replace(measured, host_link_bytes_per_second=own, host_memory_bytes_per_second=own)
 
 
-def with_rates(gpu: Gpu, rates: Rates) -> Gpu:
-    """The same GPU reaching these rates; where it has no nominal one (0), that is the nominal."""
-    flops = gpu.matmul_flops_per_second or rates.matmul_flops_per_second
+def with_rates(gpu: Gpu, rates: Rates, precision: str) -> Gpu:
+    """The same GPU reaching these rates; where it has no nominal one (0), that is the nominal.
+
+    precision: in which they were measured. The other one is assumed to reach the same share of its
+    nominal rate, and where there is none, the same rate.
+    """
+    bf16 = gpu.matmul_flops_per_second or rates.matmul_flops_per_second
+    fp32 = gpu.fp32_matmul_flops_per_second or rates.matmul_flops_per_second
+    flops = bf16 if precision == "bf16" else fp32
     memory = gpu.memory_bytes_per_second or rates.memory_bytes_per_second
     link = gpu.link_bytes_per_second or rates.link_bytes_per_second
     measured = replace(
         gpu,
-        matmul_flops_per_second=flops,
+        matmul_flops_per_second=bf16,
+        fp32_matmul_flops_per_second=fp32,
         matmul_efficiency=rates.matmul_flops_per_second / flops,
         attention_efficiency=rates.attention_flops_per_second / flops,
         memory_bytes_per_second=memory,
@@ -83,12 +95,14 @@ def with_rates(gpu: Gpu, rates: Rates) -> Gpu:
     return replace(measured, link_bytes_per_second=link, link_efficiency=efficiency)
 
 
-def print_calibration(measured: Gpu, assumed: Gpu) -> None:
-    """A table of both."""
+def print_calibration(measured: Gpu, assumed: Gpu, precision: str) -> None:
+    """A table of both, at the precision that was measured."""
     table = Table("", "measured", "assumed", "ratio", title=f"{measured.name} / {assumed.name}")
     for column in table.columns[1:]:
         column.justify = "right"
-    for (name, value), (_, before) in zip(_figures(measured), _figures(assumed), strict=True):
+    for (name, value), (_, before) in zip(
+        _figures(measured, precision), _figures(assumed, precision), strict=True
+    ):
         if value == before:
             table.add_row(name, "not measured", f"{before:,.4g}", "")
         else:
@@ -96,8 +110,9 @@ def print_calibration(measured: Gpu, assumed: Gpu) -> None:
     Console().print(table)
 
 
-def _figures(gpu: Gpu) -> list[tuple[str, float]]:
-    flops, memory = gpu.matmul_flops_per_second, gpu.memory_bytes_per_second
+def _figures(gpu: Gpu, precision: str) -> list[tuple[str, float]]:
+    flops = gpu.peak_flops_per_second(2 if precision == "bf16" else 4)
+    memory = gpu.memory_bytes_per_second
     return [
         ("matrix products, TFLOP/s", flops * gpu.matmul_efficiency / 1e12),
         ("attention, TFLOP/s", flops * gpu.attention_efficiency / 1e12),
@@ -108,9 +123,12 @@ def _figures(gpu: Gpu) -> list[tuple[str, float]]:
     ]
 
 
-def _is_here(gpu: Gpu) -> bool:
-    """Whether this machine has such GPUs, by their first word: A100, H100."""
-    return torch.cuda.is_available() and gpu.name.split()[0] in torch.cuda.get_device_name()
+def gpu_here() -> Gpu | None:
+    """What is known of this machine's first GPU; None if it has none, or another one."""
+    if not torch.cuda.is_available():
+        return None
+    properties: Any = torch.cuda.get_device_properties(0)
+    return gpu_named(properties.name, properties.total_memory)
 
 
 def _this_device(gpu: Gpu, ranks: int, precision: str) -> Gpu:
@@ -128,6 +146,7 @@ def _this_device(gpu: Gpu, ranks: int, precision: str) -> Gpu:
         memory_bytes=memory,
         multiprocessors=multiprocessors,
         matmul_flops_per_second=0.0,
+        fp32_matmul_flops_per_second=0.0,
         memory_bytes_per_second=0.0,
         link_bytes_per_second=0.0 if ranks > 1 else gpu.link_bytes_per_second,
     )

@@ -24,6 +24,7 @@ from megavlm.planner.choice import (
 )
 from megavlm.planner.choice_files import HOSTFILE, make_folder, write_choice
 from megavlm.planner.hardware import GIB, Cluster
+from megavlm.planner.memory import host_bytes
 from megavlm.planner.report import counted, words
 from megavlm.planner.search import FILLED, Candidate, Found, candidate_of, search
 from megavlm.planner.work import tokens_of
@@ -61,7 +62,7 @@ def print_choice(
         own = candidate_of(run, cluster, tokens_per_text, others)
         told = _about_the_run(own, found, tokens_per_text)
     except (ConfigError, LaunchError) as error:
-        own, told = None, [f"As it stands, it cannot run there: {error}"]
+        own, told = None, [f"As it stands, it is not compared: {error}"]
     console.print(_ranking(found, cluster, own))
     legend = _legend(plan, found, tokens_per_text)
     _print_lines(console, [*legend, "", *told])
@@ -71,6 +72,7 @@ def print_choice(
     names = {change.partition("=")[0] for change in changes}
     changes = [*(o for o in given if o.partition("=")[0] not in names), *changes]
     console.print(f"\nChosen: {layout_name(best.run)}", style="bold")
+    _print_lines(console, _in_hosts(best))
     named = hostfile or (folder / HOSTFILE if folder else Path("HOSTFILE"))
     _print_lines(console, _launch_lines(best, hosts, named, run_file, changes))
     if hostfile is None:
@@ -177,6 +179,7 @@ def _about_the_run(own: Candidate, found: Found, tokens_per_text: float) -> list
         f"optimiser, {prediction.checkpoint_seconds:z.3f} of checkpoints; loading takes "
         f"{prediction.data_seconds:.2f} s beside it"
     )
+    told += _in_hosts(own)
     run = own.run
     samples = samples_per_micro_batch(run.train, data_parallel_ranks(run, own.cluster.ranks))
     tokens = tokens_of(run, samples, tokens_per_text)
@@ -205,6 +208,13 @@ def _about_the_run(own: Candidate, found: Found, tokens_per_text: float) -> list
         gain = prediction.seconds / seconds
         told.append(f"  {name}: {seconds:.2f} s a step, {gain:.1f} times as fast")
     return told
+
+
+def _in_hosts(candidate: Candidate) -> list[str]:
+    """What hosts must hold, besides loaders and the system."""
+    held = host_bytes(candidate.run, candidate.cluster)
+    told = f"Each host is predicted to hold {held / GIB:,.0f} GiB of what is offloaded"
+    return [told] if held else []
 
 
 def _what_travels(run: RunSettings) -> str:

@@ -5,7 +5,7 @@ from math import ceil
 from typing import NamedTuple
 
 from megavlm.planner.hardware import Gpu
-from megavlm.planner.work import VALUE_BYTES, Block, Matmul
+from megavlm.planner.work import BF16_BYTES, Block, Matmul
 
 TILE = 128
 """Rows and columns of the result that one multiprocessor computes at a time."""
@@ -22,13 +22,15 @@ class BlockSeconds(NamedTuple):
     attention: float
     """The attention cores' part of the forward pass."""
     backward: float
+    recomputed_in_full: float
+    """The forward pass once more, of a layer."""
 
     def recomputed(self, mode: str) -> float:
         """What gradient checkpointing adds to the backward pass."""
-        return {"none": 0.0, "selective": self.attention, "full": self.forward}[mode]
+        return {"none": 0.0, "selective": self.attention, "full": self.recomputed_in_full}[mode]
 
 
-def matmul_seconds(gpu: Gpu, matmul: Matmul) -> float:
+def matmul_seconds(gpu: Gpu, matmul: Matmul, value_bytes: int = BF16_BYTES) -> float:
     """Limited by arithmetic or by memory; few tiles leave multiprocessors idle."""
     tiles = ceil(matmul.rows / TILE) * ceil(matmul.columns / TILE)
     busy = min(1.0, tiles / gpu.multiprocessors)
@@ -36,10 +38,10 @@ def matmul_seconds(gpu: Gpu, matmul: Matmul) -> float:
     rows, columns = (ceil(n / TILE) * TILE if n > TILE else n for n in matmul[::2])
     rows = max(rows, 16.0)
     flops = 2 * rows * matmul.inner * columns
-    arithmetic = flops / (gpu.matmul_flops_per_second * gpu.matmul_efficiency * busy)
+    arithmetic = flops / (gpu.peak_flops_per_second(value_bytes) * gpu.matmul_efficiency * busy)
     values = matmul.rows * matmul.inner + matmul.inner * matmul.columns
     values += matmul.rows * matmul.columns
-    moved = VALUE_BYTES * values / (gpu.memory_bytes_per_second * gpu.memory_efficiency)
+    moved = value_bytes * values / (gpu.memory_bytes_per_second * gpu.memory_efficiency)
     return max(arithmetic, moved)
 
 
@@ -50,21 +52,24 @@ def block_seconds(gpu: Gpu, block: Block) -> BlockSeconds:
     What a GPU computes faster than its host launches takes as long as launching it.
     """
     bandwidth = gpu.memory_bytes_per_second * gpu.memory_efficiency
-    streamed = VALUE_BYTES * block.streamed_values / bandwidth
-    attention_rate = gpu.matmul_flops_per_second * gpu.attention_efficiency
+    size = block.value_bytes
+    streamed = size * block.streamed_values / bandwidth
+    attention_rate = gpu.peak_flops_per_second(size) * gpu.attention_efficiency
     attention = sum(a.flops for a in block.attentions) / attention_rate
-    forward = sum(matmul_seconds(gpu, m) for m in block.matmuls) + attention + streamed
+    forward = sum(matmul_seconds(gpu, m, size) for m in block.matmuls) + attention + streamed
+    forward = max(forward, block.kernels * gpu.launch_seconds)
     backward, kernels = 0.0, 0
     if block.passes_gradients:  # gradients of the inputs: result times weight
-        backward += sum(matmul_seconds(gpu, Matmul(m[0], m[2], m[1])) for m in block.matmuls)
+        backward += sum(matmul_seconds(gpu, Matmul(m[0], m[2], m[1]), size) for m in block.matmuls)
         kernels += block.kernels
     if block.trained:  # gradients of the weights: inputs times result
-        backward += sum(matmul_seconds(gpu, Matmul(m[1], m[0], m[2])) for m in block.matmuls)
+        backward += sum(matmul_seconds(gpu, Matmul(m[1], m[0], m[2]), size) for m in block.matmuls)
         kernels += block.kernels
     if kernels:
         backward += ATTENTION_BACKWARD * attention + STREAMED_BACKWARD * streamed
     return BlockSeconds(
-        forward=max(forward, block.kernels * gpu.launch_seconds),
+        forward=forward,
         attention=attention,
         backward=max(backward, kernels * gpu.launch_seconds),
+        recomputed_in_full=forward if block.is_layer else 0.0,
     )

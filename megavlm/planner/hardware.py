@@ -6,6 +6,7 @@ by `megavlm plan --calibrate` on the machine at hand: see `calibrate`.
 
 import json
 import math
+import re
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, cast
@@ -23,6 +24,8 @@ class Gpu:
     memory_bytes: int
     matmul_flops_per_second: float
     """Dense, in bf16, nominal."""
+    fp32_matmul_flops_per_second: float
+    """The same in fp32, outside of tensor cores: torch does not round to TF32 unless told to."""
     memory_bytes_per_second: float
     """Nominal."""
     multiprocessors: int
@@ -47,6 +50,10 @@ class Gpu:
     host_memory_bytes_per_second: float = 25e9
     """Each GPU's share of the bandwidth of its host's memory."""
 
+    def peak_flops_per_second(self, value_bytes: int) -> float:
+        """Of matrix products in bf16, of 2 bytes a value, or in fp32, of 4; nominal."""
+        return {2: self.matmul_flops_per_second, 4: self.fp32_matmul_flops_per_second}[value_bytes]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Cluster:
@@ -66,6 +73,7 @@ A100_40 = Gpu(
     name="A100 40 GB",
     memory_bytes=40 * GIB,
     matmul_flops_per_second=312e12,
+    fp32_matmul_flops_per_second=19.5e12,  # NVIDIA A100 data sheet, FP32
     memory_bytes_per_second=1.555e12,
     multiprocessors=108,
     link_bytes_per_second=300e9,
@@ -80,6 +88,7 @@ H100_80 = Gpu(
     name="H100 80 GB",
     memory_bytes=80 * GIB,
     matmul_flops_per_second=989e12,
+    fp32_matmul_flops_per_second=67e12,  # NVIDIA H100 and H200 data sheets, SXM, FP32
     memory_bytes_per_second=3.35e12,
     multiprocessors=132,
     link_bytes_per_second=450e9,
@@ -94,6 +103,22 @@ GPUS = {"a100-40": A100_40, "a100-80": A100_80, "h100-80": H100_80, "h200": H200
 
 
 _FILE_KEY = "megavlm_gpu"
+_OTHER_CARDS = {"PCIE", "NVL"}
+"""Of the same names, with other links and clocks."""
+
+
+def gpu_named(device_name: str, memory_bytes: int) -> Gpu | None:
+    """The known GPU that torch calls so, such as NVIDIA A100-SXM4-80GB; None for any other.
+
+    memory_bytes: as torch reports it, which is up to 7 % from what the maker's data sheet says.
+    """
+    words = {*re.split(r"[^A-Z0-9]+", device_name.upper())}
+    if words & _OTHER_CARDS:
+        return None
+    for gpu in GPUS.values():
+        if gpu.name.split()[0] in words and abs(memory_bytes / gpu.memory_bytes - 1) < 0.1:
+            return gpu
+    return None
 
 
 def cluster_of(gpu: str, hosts: int, gpus_per_host: int) -> Cluster:

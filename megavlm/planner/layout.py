@@ -14,6 +14,7 @@ from megavlm.model.params import (
     parameters,
 )
 from megavlm.planner.cut import costs_per_image, with_cut
+from megavlm.planner.work import value_bytes
 
 GRADIENT_BYTES = 4  # gradients are summed in fp32
 _LAYER = re.compile(r"^language\.decoder\.layers\.(\d+)\.")
@@ -124,7 +125,7 @@ def layout_of(run: RunSettings) -> Layout:
         pipeline=parallel.pipeline_parallel,
         virtual=parallel.virtual_pipeline,
         micro_batches=run.train.micro_batches,
-        weight_bytes=2 if run.train.precision == "bf16" else 4,
+        weight_bytes=value_bytes(run),
         chunks=tuple(chunks),
     )
 

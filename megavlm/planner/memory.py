@@ -10,12 +10,21 @@ from typing import NamedTuple
 
 from megavlm.config.engines import UNDIVIDED, MegatronSettings
 from megavlm.config.run import RunSettings, data_parallel_ranks, samples_per_micro_batch
-from megavlm.planner.activations import BlockBytes, activation_bytes, block_bytes
+from megavlm.model.params import parameters_of
+from megavlm.planner.activations import BlockBytes, block_bytes
 from megavlm.planner.cut import with_cut
 from megavlm.planner.hardware import GIB, Cluster
 from megavlm.planner.pipeline import most_in_flight
 from megavlm.planner.predict import cut_blocks
-from megavlm.planner.work import Block, Tokens, model_blocks, tokens_of
+from megavlm.planner.work import (
+    BF16_BYTES,
+    Block,
+    Tokens,
+    model_blocks,
+    passed_on_bytes,
+    tokens_of,
+    value_bytes,
+)
 from megavlm.planner.zero3 import with_bucket_sizes
 
 RUNTIME_BYTES = int(2.0 * GIB)
@@ -67,6 +76,25 @@ def memory_of(run: RunSettings, cluster: Cluster, tokens_per_text: float) -> lis
             return [_fsdp2(run, tokens, cluster.ranks)]
 
 
+def host_bytes(run: RunSettings, cluster: Cluster) -> float:
+    """Of one host's memory: what all of its ranks offload. Loaders' and the system's are not in it.
+
+    Gradients twice, in fp32: as they add up, and as the optimiser takes them.
+    """
+    zero3 = run.zero3
+    if run.engine != "zero3":
+        return 0.0
+    entries = parameters_of(run)
+    held = sum(entry.numel for entry in entries)
+    trained = sum(entry.numel for entry in entries if entry.setting in run.trained_parts)
+    states = (12 + 8) * trained if zero3.offload_optimizer == "cpu" else 0.0
+    weights = 0.0
+    if zero3.offload_parameters == "cpu":
+        again = cluster.ranks / zero3.secondary_partition if zero3.secondary_partition > 1 else 0.0
+        weights = value_bytes(run) * held * (1 + again)
+    return (weights + states) / cluster.hosts
+
+
 class _Chunk(NamedTuple):
     """Blocks that run one after another, and what each of them takes."""
 
@@ -116,10 +144,9 @@ def _megatron(run: RunSettings, tokens: Tokens, copies: int) -> list[Memory]:
     parallel = with_cut(run)
     cut = cut_blocks(run, model_blocks(run, tokens, parallel), parallel)
     chunks = [_chunk(run, blocks, tokens, parallel) for blocks in cut]
-    ranks, value_bytes = parallel.pipeline_parallel, activation_bytes(run)
-    width = run.model.decoder.width / parallel.token_shards
-    images = value_bytes * tokens.images * run.model.encoder.tokens * width
-    sent = value_bytes * tokens.row_total * width + images if ranks > 1 else 0.0
+    ranks, size = parallel.pipeline_parallel, value_bytes(run)
+    texts, images = passed_on_bytes(run, tokens, parallel)
+    sent = texts + images if ranks > 1 else 0.0
     found: list[Memory] = []
     for rank in range(ranks):
         own = {chunk: chunks[chunk] for chunk in range(rank, len(chunks), ranks)}
@@ -137,14 +164,14 @@ def _megatron(run: RunSettings, tokens: Tokens, copies: int) -> list[Memory]:
         held = sum(block.parameters for block in blocks)
         trained = sum(block.parameters for block in blocks if block.trained)
         ends = (rank == 0) + (rank == ranks - 1)
-        regathered = max(max(block.gathered, default=0.0) for block in blocks)
+        regathered = size * max(max(block.gathered, default=0.0) for block in blocks)
         # Where gradients are clipped, one tensor's are copied; no activations are left then.
         clipped = 4 * min(trained / copies, max(block.largest_matrix for block in blocks))
         found.append(
             Memory(
-                weights=value_bytes * held,
+                weights=size * held,
                 gradients=4 * trained,
-                optimizer=(12 if value_bytes == 2 else 8) * trained / copies,
+                optimizer=(12 if size == BF16_BYTES else 8) * trained / copies,
                 activations=max(at_rest + at_work, clipped),
                 gathered=0.0,
                 # Gradients of what was received and sent, and of the image states as they add up;
@@ -167,10 +194,13 @@ def _zero3(run: RunSettings, tokens: Tokens, ranks: int) -> Memory:
     secondary = held / zero3.secondary_partition if zero3.secondary_partition > 1 else 0.0
     in_host = zero3.offload_parameters != "none"
     states_in_host = zero3.offload_optimizer != "none"
-    value_bytes = activation_bytes(run)
+    size = value_bytes(run)
     activations = _chunk(run, blocks, tokens, UNDIVIDED, weight_gradients=False).most()
-    # It gathers ahead while fewer are alive, a bucket at a time.
-    gathered = value_bytes * min(live + ahead, held)
+    # It gathers ahead while fewer are alive, a bucket at a time. Frozen layers that are recomputed
+    # stay until the backward pass is over: DeepSpeed ascribes them to modules that end only then.
+    frozen = sum(b.parameters for b in blocks if b.is_layer and b.keeps and not b.trained)
+    stays = frozen if run.train.recompute == "full" else 0.0
+    gathered = size * min(live + ahead + stays, held)
     # The optimiser goes over one part of the model after another, with a copy of its gradients; all
     # that was gathered, and one bucket, are free by then.
     parts = {
@@ -179,13 +209,14 @@ def _zero3(run: RunSettings, tokens: Tokens, ranks: int) -> Memory:
     }
     stepping = 0.0 if states_in_host else 4 * max(parts.values()) / ranks
     return Memory(
-        weights=value_bytes * (0.0 if in_host else held / ranks + secondary),
+        weights=size * (0.0 if in_host else held / ranks + secondary),
         gradients=0.0 if states_in_host else 4 * trained / ranks,
         optimizer=0.0 if states_in_host else 12 * trained / ranks,
-        activations=max(activations, stepping - gathered - value_bytes * bucket),
+        activations=max(activations, stepping - gathered - size * bucket),
         gathered=gathered,
-        # The bucket that gradients are collected in, and the one, or the gradient, to be reduced.
-        buffers=2 * value_bytes * bucket,
+        # The bucket that gradients are collected in; and the one, or the gradient, to be reduced,
+        # unless most is there while the head is, which is frozen.
+        buffers=(1 + (blocks[-1].trained or stays > 0)) * size * bucket,
     )
 
 
@@ -194,7 +225,7 @@ def _fsdp2(run: RunSettings, tokens: Tokens, ranks: int) -> Memory:
     shards = run.fsdp2.shard_ranks or ranks
     held = sum(block.parameters for block in blocks)
     trained = [block.parameters * block.trained for block in blocks]
-    value_bytes, ahead = activation_bytes(run), run.fsdp2.prefetch_layers
+    size, ahead = value_bytes(run), run.fsdp2.prefetch_layers
     one = run.train.micro_batches == 1
     beside: list[float] = []
     for n, block in enumerate(blocks):
@@ -203,7 +234,7 @@ def _fsdp2(run: RunSettings, tokens: Tokens, ranks: int) -> Memory:
         reduced = 4 * sum(trained[n + 1 : n + 2])
         # The shards that gradients are summed in come into being in the first micro-batch.
         summed = 4 * sum(trained[n + 1 :] if one else trained) / shards
-        beside.append(value_bytes * (weights + trained[n]) + reduced + summed)
+        beside.append(size * (weights + trained[n]) + reduced + summed)
     chunk = _chunk(run, blocks, tokens, UNDIVIDED, weight_gradients=False)
     activations, most = chunk.most(), chunk.most(beside)
     gradients = min(4 * sum(trained) / shards, most - activations)

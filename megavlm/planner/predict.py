@@ -5,11 +5,19 @@ from typing import NamedTuple
 
 from megavlm.config.engines import MegatronSettings
 from megavlm.config.run import RunSettings, data_parallel_ranks, samples_per_micro_batch
+from megavlm.errors import ConfigError
 from megavlm.planner.cut import with_cut
 from megavlm.planner.hardware import Cluster
 from megavlm.planner.network import Group, neighbours, send_seconds
 from megavlm.planner.step import Division, Sharding, Step, divided_step, sharded_step
-from megavlm.planner.work import VALUE_BYTES, Block, Tokens, model_blocks, tokens_of
+from megavlm.planner.work import (
+    Block,
+    Tokens,
+    model_blocks,
+    passed_on_bytes,
+    tokens_of,
+    value_bytes,
+)
 
 GRADIENT_BYTES = 4
 SAMPLES_PER_WORKER_SECOND = 165
@@ -28,6 +36,8 @@ class Prediction(NamedTuple):
     """What the loader's workers take for a step's samples, while the step before goes on."""
     checkpoint_seconds: float
     """A step's share of the time in which training waits for a checkpoint's copies in the host."""
+    value_bytes: int
+    """Of what matrix products multiply."""
 
     @property
     def seconds(self) -> float:
@@ -36,12 +46,20 @@ class Prediction(NamedTuple):
 
     def utilisation(self, cluster: Cluster) -> float:
         """Model-FLOPs utilisation: 0 to 1, recomputation and padding left out."""
-        peak = cluster.gpu.matmul_flops_per_second * cluster.ranks
+        peak = cluster.gpu.peak_flops_per_second(self.value_bytes) * cluster.ranks
         return self.seen_flops / (self.seconds * peak)
 
 
 def predict(run: RunSettings, cluster: Cluster, tokens_per_text: float) -> Prediction:
-    """Raises ConfigError where the model or the batch does not divide over the cluster's ranks."""
+    """Raises ConfigError where the model or the batch does not divide over the cluster's ranks.
+
+    And for an optimiser on NVMe: no rate of such disks is known or measured here.
+    """
+    if run.engine == "zero3" and run.zero3.offload_optimizer == "nvme":
+        raise ConfigError(
+            "zero3.offload_optimizer=nvme is not predicted: no rate of the hosts' disks is known; "
+            "plan with zero3.offload_optimizer=cpu, which is faster"
+        )
     copies = data_parallel_ranks(run, cluster.ranks)
     tokens = tokens_of(run, samples_per_micro_batch(run.train, copies), tokens_per_text)
     shape = {"micro_batches": run.train.micro_batches, "recompute": run.train.recompute}
@@ -62,11 +80,13 @@ def predict(run: RunSettings, cluster: Cluster, tokens_per_text: float) -> Predi
         seen_flops=run.train.micro_batches * copies * seen,
         data_seconds=own / (SAMPLES_PER_WORKER_SECOND * max(1, run.data.workers)),
         checkpoint_seconds=written / cluster.gpu.host_link_bytes_per_second / run.checkpoint.every,
+        value_bytes=value_bytes(run),
     )
 
 
 def _sharding(run: RunSettings, cluster: Cluster) -> Sharding:
     world, alone = Group(cluster.ranks, cluster.gpus_per_host), Group(1, 1)
+    size = value_bytes(run)
     if run.engine == "zero3":
         zero3 = run.zero3
         host = zero3.secondary_partition
@@ -75,9 +95,12 @@ def _sharding(run: RunSettings, cluster: Cluster) -> Sharding:
             later=neighbours(cluster, host) if host > 1 else world,
             reduce=world,
             replicas=alone,
-            reduced_bytes=VALUE_BYTES / 4 if zero3.quantized_gradients else VALUE_BYTES,
-            gathered_bytes=VALUE_BYTES / 2 if zero3.quantized_weights else VALUE_BYTES,
-            offloaded=zero3.offload_optimizer != "none",
+            reduced_bytes=0.5 if zero3.quantized_gradients else size,
+            gathered_bytes=1 if zero3.quantized_weights else size,
+            states_in_host=zero3.offload_optimizer != "none",
+            weights_in_host=zero3.offload_parameters != "none",
+            ahead=0 if zero3.prefetch_bucket == 0 else 1,
+            overlapped=zero3.overlap_communication,
         )
     shards = run.fsdp2.shard_ranks or cluster.ranks
     near = neighbours(cluster, shards)
@@ -87,6 +110,7 @@ def _sharding(run: RunSettings, cluster: Cluster) -> Sharding:
         reduce=near,
         replicas=neighbours(cluster, cluster.ranks // shards, stride=shards),
         reduced_bytes=GRADIENT_BYTES,
+        gathered_bytes=size,
         ahead=run.fsdp2.prefetch_layers,
     )
 
@@ -94,8 +118,7 @@ def _sharding(run: RunSettings, cluster: Cluster) -> Sharding:
 def _division(run: RunSettings, cluster: Cluster, tokens: Tokens, copies: int) -> Division:
     parallel = run.model_parallel
     tensor, pipeline = parallel.tensor_parallel, parallel.pipeline_parallel
-    states = tokens.row_total + tokens.images * run.model.encoder.tokens
-    sent = VALUE_BYTES * states * run.model.decoder.width / parallel.token_shards
+    sent = sum(passed_on_bytes(run, tokens, parallel))
     within_host = tensor * copies * pipeline <= cluster.gpus_per_host
     return Division(
         tensor=neighbours(cluster, tensor),

@@ -12,7 +12,7 @@ from megavlm.planner.network import Group, all_reduce_seconds, ring_seconds
 from megavlm.planner.pipeline import run_pipeline
 from megavlm.planner.span import Span
 from megavlm.planner.streams import CONTENTION, ShardedBlock, run_micro_batch
-from megavlm.planner.work import VALUE_BYTES, Block
+from megavlm.planner.work import BF16_BYTES, Block
 
 ADAM_BYTES = 32
 """Read and written for each parameter by AdamW: gradient, master weight, two moments, weight."""
@@ -48,12 +48,16 @@ class Sharding:
     """Ranks that hold the same part, and reduce its gradient once a step."""
     reduced_bytes: float
     """Of each gradient, as it travels."""
-    gathered_bytes: float = VALUE_BYTES
+    gathered_bytes: float = BF16_BYTES
     """Of each weight, as it travels among the ranks of `first`."""
-    offloaded: bool = False
+    states_in_host: bool = False
     """Whether the optimiser's states lie in the memory of the host, which then updates them."""
+    weights_in_host: bool = False
+    """Whether a rank's share of the weights does, from which it is copied to be gathered."""
     ahead: int = 1
     """Blocks whose weights are gathered ahead of their use."""
+    overlapped: bool = True
+    """Whether ranks compute while they communicate."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +105,7 @@ def sharded_step(
             ],
             recompute,
             sharding.ahead,
+            overlapped=sharding.overlapped,
         )
 
     spans = timed(sharding.first)
@@ -109,7 +114,10 @@ def sharded_step(
     passes += all_reduce_seconds(cluster, sharding.replicas, sharding.reduced_bytes * own)
     compute = micro_batches * sum(s.forward + s.backward for s in seconds)
     again = micro_batches * _recomputed(seconds, recompute)
-    optimizer = _optimizer_seconds(cluster, own, offloaded=sharding.offloaded)
+    if sharding.states_in_host:
+        optimizer = _host_optimizer_seconds(cluster, own, blocks[0].value_bytes)
+    else:
+        optimizer = _optimizer_seconds(cluster, own)
     return Step(
         seconds=passes + optimizer,
         compute_seconds=compute,
@@ -152,7 +160,7 @@ def divided_step(
     held = [[block for c in own for block in chunks[c]] for own in on]
     trained = max(sum(block.parameters for block in own if block.trained) for own in held)
     reduce = ring_seconds(cluster, division.copies, division.reduced_bytes * trained)
-    gather = ring_seconds(cluster, division.copies, VALUE_BYTES * trained)
+    gather = ring_seconds(cluster, division.copies, chunks[0][0].value_bytes * trained)
     waits = reduce + gather
     if division.overlapped_copies:
         # Weights travel in the forward pass, gradients in the last backward pass; behind the first
@@ -183,32 +191,42 @@ def _chunk_seconds(
     """Forward and backward of a chunk on one micro-batch, tensor-parallel messages included."""
     forward_seconds = backward_seconds = 0.0
     for block, s in zip(blocks, seconds, strict=True):
-        gathers = sum(ring_seconds(cluster, division.tensor, size) for size in block.gathered)
-        again = sum(ring_seconds(cluster, division.tensor, size) for size in block.regathered)
+        gathers, again = (
+            sum(ring_seconds(cluster, division.tensor, block.value_bytes * n) for n in values)
+            for values in (block.gathered, block.regathered)
+        )
         if division.overlapped_tensor:
             gathers, again = CONTENTION * gathers, CONTENTION * again
         forward_seconds += s.forward + gathers
         if s.backward:
             backward_seconds += s.backward + s.recomputed(recompute) + gathers + again
-            backward_seconds += gathers if recompute == "full" else 0.0
+            backward_seconds += gathers if recompute == "full" and block.is_layer else 0.0
     return forward_seconds, backward_seconds
 
 
 def _gather(cluster: Cluster, group: Group, sharding: Sharding, block: Block) -> float:
-    value_bytes = sharding.gathered_bytes if group == sharding.first else VALUE_BYTES
-    return ring_seconds(cluster, group, value_bytes * block.parameters)
+    value_bytes = sharding.gathered_bytes if group == sharding.first else block.value_bytes
+    seconds = ring_seconds(cluster, group, value_bytes * block.parameters)
+    if sharding.weights_in_host:
+        own = block.value_bytes * block.parameters / group.ranks
+        seconds += own / cluster.gpu.host_link_bytes_per_second
+    return seconds
 
 
 def _recomputed(seconds: Sequence[BlockSeconds], mode: str) -> float:
     return sum(s.recomputed(mode) for s in seconds if s.backward)
 
 
-def _optimizer_seconds(cluster: Cluster, parameters: float, *, offloaded: bool = False) -> float:
+def _optimizer_seconds(cluster: Cluster, parameters: float) -> float:
     gpu = cluster.gpu
-    if offloaded:  # gradients go to the host in fp32, weights come back in bf16
-        moved = (4 + VALUE_BYTES) * parameters / gpu.host_link_bytes_per_second
-        return moved + ADAM_BYTES * parameters / gpu.host_memory_bytes_per_second
     return ADAM_BYTES * parameters / (gpu.memory_bytes_per_second * gpu.memory_efficiency)
+
+
+def _host_optimizer_seconds(cluster: Cluster, parameters: float, value_bytes: int) -> float:
+    """Gradients go to the host in fp32, new weights come back."""
+    gpu = cluster.gpu
+    moved = (4 + value_bytes) * parameters / gpu.host_link_bytes_per_second
+    return moved + ADAM_BYTES * parameters / gpu.host_memory_bytes_per_second
 
 
 def _end(spans: Sequence[Span]) -> float:

@@ -21,22 +21,27 @@ class ShardedBlock:
     reduce: float
 
 
-def run_micro_batch(blocks: Sequence[ShardedBlock], recompute: str, ahead: int) -> list[Span]:
+def run_micro_batch(
+    blocks: Sequence[ShardedBlock], recompute: str, ahead: int, *, overlapped: bool = True
+) -> list[Span]:
     """Forward and backward of one micro-batch, from 0 on.
 
     A block's weights are gathered while one of the `ahead` blocks before it computes; its gradients
-    are reduced as soon as they are there, on the same stream.
+    are reduced as soon as they are there, on the same stream; on that of the computation unless
+    both are `overlapped`.
     """
     spans: list[Span] = []
     compute_free = network_free = 0.0
     starts: list[float] = []
 
     def communicate(name: str, kind: str, earliest: float, seconds: float) -> float:
-        nonlocal network_free
+        nonlocal compute_free, network_free
         if seconds == 0:
             return earliest
-        start = max(earliest, network_free)
+        start = max(earliest, network_free, 0.0 if overlapped else compute_free)
         network_free = start + seconds
+        if not overlapped:
+            compute_free = network_free
         spans.append(Span("network", name, kind, start, network_free))
         return network_free
 

@@ -13,8 +13,12 @@ from megavlm.config.objectives import Part
 from megavlm.config.run import RunSettings
 from megavlm.config.sizes import DecoderSizes, EncoderSizes
 
-VALUE_BYTES = 2
-"""Of a weight or an activation: bf16."""
+BF16_BYTES = 2
+
+
+def value_bytes(run: RunSettings) -> int:
+    """Of a weight or an activation, as layers compute with it and messages carry it."""
+    return BF16_BYTES if run.train.precision == "bf16" else 4
 
 
 class Matmul(NamedTuple):
@@ -58,8 +62,8 @@ class Block:
     kernels: int = 0
     """Launched in the forward pass, matrix products included."""
     gathered: tuple[float, ...] = ()
-    """Bytes of each tensor that tensor-parallel ranks gather, or reduce and scatter, in the forward
-    pass: whole tensors."""
+    """Values of each whole tensor that tensor-parallel ranks gather, or reduce and scatter, in the
+    forward pass."""
     regathered: tuple[float, ...] = ()
     """Those that sequence parallelism gathers once more in the backward pass: inputs of matrices
     whose weights have gradients."""
@@ -68,6 +72,13 @@ class Block:
     trained: bool = True
     passes_gradients: bool = True
     """Whether something before it is trained."""
+    value_bytes: int = BF16_BYTES
+    """Of a weight or an activation."""
+
+    @property
+    def is_layer(self) -> bool:
+        """Layers attend. They alone are recomputed in full."""
+        return bool(self.attentions)
 
     @property
     def seen_training_flops(self) -> float:
@@ -110,6 +121,14 @@ def tokens_of(run: RunSettings, samples: int, tokens_per_text: float) -> Tokens:
     return Tokens(samples, max(1, ceil(texts / per_row)), row_tokens, text_tokens, texts)
 
 
+def passed_on_bytes(
+    run: RunSettings, tokens: Tokens, parallel: MegatronSettings
+) -> tuple[float, float]:
+    """Of the states of texts and of images that a pipeline rank sends to the next one."""
+    of_token = value_bytes(run) * run.model.decoder.width / parallel.token_shards
+    return of_token * tokens.row_total, of_token * tokens.images * run.model.encoder.tokens
+
+
 def transformer_layer(
     name: str,
     part: Part,
@@ -130,7 +149,7 @@ def transformer_layer(
     """Pre-norm self-attention and feed-forward network on so many tokens.
 
     pairs: of a query and a key that attention multiplies, over all heads' sequences. norm_passes,
-    rotary_passes: how often kernels read or write, in bf16, each value of a norm (a fused one once
+    rotary_passes: how often kernels read or write each value of a norm (a fused one once
     each), and each query and key.
     """
     t, own = tensor, tokens / token_shards
@@ -153,8 +172,8 @@ def transformer_layer(
         streamed_values=norms_and_residuals + rotations + activation,
         kernels=30 if rotary else 20,
         # A gather and a scatter around the attention, and around the feed-forward network.
-        gathered=(VALUE_BYTES * tokens * width,) * 4 if t > 1 else (),
-        regathered=(VALUE_BYTES * tokens * width,) * 2 if token_shards > 1 else (),
+        gathered=(tokens * width,) * 4 if t > 1 else (),
+        regathered=(tokens * width,) * 2 if token_shards > 1 else (),
     )
 
 
@@ -171,7 +190,7 @@ def head(
         # Logits in bf16, then in fp32, which count twice: maximum, exponential, sum, division.
         streamed_values=(1 + 2 * 6) * tokens * vocabulary / tensor,
         kernels=15,
-        gathered=(VALUE_BYTES * tokens * width,) if tensor > 1 else (),
+        gathered=(tokens * width,) if tensor > 1 else (),
     )
 
 
@@ -183,7 +202,7 @@ def embedding(width: int, vocabulary: int, tokens: float, tensor: int = 1) -> Bl
         parameters=width * vocabulary / tensor,
         streamed_values=2 * tokens * width,
         kernels=2,
-        gathered=(VALUE_BYTES * tokens * width,) if tensor > 1 else (),
+        gathered=(tokens * width,) if tensor > 1 else (),
     )
 
 
@@ -211,7 +230,16 @@ def model_blocks(run: RunSettings, tokens: Tokens, parallel: MegatronSettings) -
         elif block.part == "cross_attention":
             reached = reached or of_images
         if (block.name, reached) not in same:
-            same[block.name, reached] = replace(block, trained=is_trained, passes_gradients=reached)
+            same[block.name, reached] = replace(
+                block,
+                trained=is_trained,
+                passes_gradients=reached,
+                # Images' gradients are summed here, whether or not the layer is trained.
+                regathered=block.regathered
+                if is_trained or block.part == "cross_attention"
+                else (),
+                value_bytes=value_bytes(run),
+            )
         out.append(same[block.name, reached])
         reached = reached or is_trained
     return out
@@ -308,7 +336,7 @@ def _cross_layer(run: RunSettings, tokens: Tokens, parallel: MegatronSettings) -
     pairs = tokens.text_tokens * encoder.tokens
     seen = sum(m.flops for m in of_texts) * t * tokens.text_tokens / texts
     seen += of_images.flops * t + 4 * pairs * width
-    text_bytes, image_bytes = (VALUE_BYTES * n * width for n in (texts, states))
+    of_text, of_image = (n * width for n in (texts, states))
     sharded = parallel.token_shards > 1
     return Block(
         name="cross-attention layer",
@@ -318,7 +346,7 @@ def _cross_layer(run: RunSettings, tokens: Tokens, parallel: MegatronSettings) -
         attentions=(Attention(pairs, width / t),),
         streamed_values=10 * own * width + 4 * states * keys / t + 5 * texts * sizes.mlp_width / t,
         kernels=30,
-        gathered=((text_bytes,) * 4 + (image_bytes,) * sharded) if t > 1 else (),
-        regathered=(text_bytes,) * 2 + (image_bytes,) if sharded else (image_bytes,) * (t > 1),
+        gathered=((of_text,) * 4 + (of_image,) * sharded) if t > 1 else (),
+        regathered=(of_text,) * 2 + (of_image,) if sharded else (of_image,) * (t > 1),
         seen_flops=seen,
     )

@@ -6,6 +6,7 @@ ROUND = Gpu(
     name="round",
     memory_bytes=10**12,
     matmul_flops_per_second=1e12,
+    fp32_matmul_flops_per_second=1e12,
     memory_bytes_per_second=1e30,
     multiprocessors=1,
     link_bytes_per_second=1e11,

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from megavlm.planner.hardware import A100_40, A100_80, H100_80, Cluster, Gpu
 from megavlm.planner.network import Group, neighbours, send_seconds
 from megavlm.planner.step import Division, Sharding, Step, divided_step, sharded_step
-from megavlm.planner.work import VALUE_BYTES, Block, embedding, head, transformer_layer
+from megavlm.planner.work import Block, embedding, head, transformer_layer
 
 # Attention's TFLOP/s, forward and backward, causal, heads of 128, by tokens of a sequence.
 # github.com/Dao-AILab/flash-attention, assets: flash2_a100_fwd_bwd, flash2_h100_fwd_bwd and
@@ -178,7 +178,7 @@ class Row:
         chunks = [layers[i * size : (i + 1) * size] for i in range(count)]
         chunks[0] = [before, *chunks[0]]
         chunks[-1] = [*chunks[-1], after]
-        sent = VALUE_BYTES * self.tokens * self.sequences * self.model.width
+        sent = before.value_bytes * self.tokens * self.sequences * self.model.width
         copies = self.gpus // (self.tensor * self.pipeline)
         division = Division(
             tensor=neighbours(self.cluster, self.tensor),

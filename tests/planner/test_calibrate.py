@@ -42,7 +42,7 @@ def forked(function, arguments, nprocs):
 def test_the_cpu_is_measured_and_what_it_cannot_tell_is_kept(monkeypatch, capfd):
     monkeypatch.setattr(calibrate, "spawn", forked)
     monkeypatch.setattr(calibrate, "MEASURE_SECONDS", 0.01)
-    gpu = calibrate.measure(H100_80, 1, "bf16")
+    gpu = calibrate.measure(H100_80, None, "bf16")
     assert "matrix products ... " in capfd.readouterr().out
     assert gpu.name.startswith("CPU") and gpu.name.endswith("bf16")
     assert gpu.matmul_efficiency == gpu.memory_efficiency == 1
@@ -57,7 +57,7 @@ def test_the_cpu_is_measured_and_what_it_cannot_tell_is_kept(monkeypatch, capfd)
 
 
 def test_a_known_gpu_keeps_its_nominal_figures():
-    gpu = with_rates(H100_80, RATES)
+    gpu = with_rates(H100_80, RATES, "bf16")
     assert gpu == replace(
         H100_80,
         matmul_efficiency=600 / 989,
@@ -66,15 +66,29 @@ def test_a_known_gpu_keeps_its_nominal_figures():
         link_efficiency=400 / 450,
         launch_seconds=4e-6,
     )
-    alone = with_rates(H100_80, RATES._replace(link_bytes_per_second=0.0))
+    alone = with_rates(H100_80, RATES._replace(link_bytes_per_second=0.0), "bf16")
     assert alone.link_efficiency == H100_80.link_efficiency
+
+
+def test_what_fp32_reaches_is_a_share_of_its_own_peak(capsys):
+    rates = RATES._replace(matmul_flops_per_second=50e12, attention_flops_per_second=40e12)
+    gpu = with_rates(H100_80, rates, "fp32")
+    assert (gpu.matmul_efficiency, gpu.attention_efficiency) == (50 / 67, 40 / 67)
+    assert gpu.peak_flops_per_second(2) == 989e12 and gpu.peak_flops_per_second(4) == 67e12
+    calibrate.print_calibration(gpu, H100_80, "fp32")
+    [matmul] = [line for line in capsys.readouterr().out.splitlines() if "matrix" in line]
+    assert " 50 " in matmul and "44.89" in matmul
 
 
 def test_an_unknown_device_is_what_was_measured():
     unknown = replace(
-        H100_80, matmul_flops_per_second=0.0, memory_bytes_per_second=0.0, link_bytes_per_second=0.0
+        H100_80,
+        matmul_flops_per_second=0.0,
+        fp32_matmul_flops_per_second=0.0,
+        memory_bytes_per_second=0.0,
+        link_bytes_per_second=0.0,
     )
-    gpu = with_rates(unknown, RATES)
+    gpu = with_rates(unknown, RATES, "bf16")
     assert (gpu.matmul_flops_per_second, gpu.matmul_efficiency) == (600e12, 1)
     assert gpu.attention_efficiency == 0.5
     assert (gpu.memory_bytes_per_second, gpu.memory_efficiency) == (2e12, 1)
@@ -82,7 +96,7 @@ def test_an_unknown_device_is_what_was_measured():
 
 
 def test_the_table_tells_what_was_not_measured(capsys):
-    calibrate.print_calibration(with_rates(H100_80, RATES), H100_80)
+    calibrate.print_calibration(with_rates(H100_80, RATES, "bf16"), H100_80, "bf16")
     lines = capsys.readouterr().out.splitlines()
     [matmul] = [line for line in lines if "matrix" in line]
     assert "600" in matmul and "662.6" in matmul and "0.905" in matmul
@@ -92,7 +106,7 @@ def test_the_table_tells_what_was_not_measured(capsys):
 
 def test_a_gpu_survives_its_file(tmp_path):
     path = tmp_path / "machine.json"
-    gpu = with_rates(A100_80, RATES)
+    gpu = with_rates(A100_80, RATES, "bf16")
     save_gpu(gpu, path)
     assert load_gpu(path) == gpu
     cluster = cluster_of(str(path), 2, 4)

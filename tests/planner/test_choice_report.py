@@ -166,7 +166,7 @@ def test_a_run_that_is_not_bound_is_told_no_remedy():
 
 def test_a_run_that_does_not_divide_as_it_stands_is_planned_all_the_same(capsys, run_file):
     told = told_of(capsys, run_file, *ON_TWO_HOSTS, "train.micro_batches=16")
-    says = "As it stands, it cannot run there: train.samples_per_step=32 is not divisible by"
+    says = "As it stands, it is not compared: train.samples_per_step=32 is not divisible by"
     assert says in told and "(as it stands)" not in told
     assert load_plan(run_file, launched(told)[3:]).last.train.micro_batches == 1
 

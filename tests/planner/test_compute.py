@@ -47,8 +47,27 @@ def test_a_block_has_the_backward_passes_that_it_needs(trained, passes_gradients
     assert seconds.forward == pytest.approx(arithmetic + attention + streamed)
     beside = 2.5 * attention + 2 * streamed
     assert seconds.backward == pytest.approx(passes * arithmetic + bool(passes) * beside)
-    modes = {"none": 0, "selective": attention, "full": seconds.forward}
+    modes = {"none": 0, "selective": attention, "full": seconds.forward}  # of a layer
     assert {mode: seconds.recomputed(mode) for mode in modes} == pytest.approx(modes)
+    without = block_seconds(gpu, replace(block, attentions=()))  # is no layer
+    assert {without.recomputed(mode) for mode in modes} == {0}
     # A host that launches slowly.
     seconds = block_seconds(replace(gpu, launch_seconds=1), block)
     assert (seconds.forward, seconds.backward) == (5, 5 * passes)
+
+
+def test_fp32_has_its_own_rate_and_twice_the_bytes():
+    block = Block(
+        name="block",
+        part="decoder",
+        parameters=1,
+        matmuls=(Matmul(256, 1024, 256),),
+        attentions=(Attention(256 * 64, 128),),
+    )
+    tenth = replace(ROUND, fp32_matmul_flops_per_second=1e11)
+    bf16, fp32 = (block_seconds(tenth, replace(block, value_bytes=size)) for size in (2, 4))
+    assert fp32 == pytest.approx([10 * seconds for seconds in bf16])
+    streams = replace(block, matmuls=(), attentions=(), streamed_values=3e9)
+    slow = replace(ROUND, memory_bytes_per_second=4e12)
+    bf16, fp32 = (block_seconds(slow, replace(streams, value_bytes=size)) for size in (2, 4))
+    assert fp32 == pytest.approx([2 * seconds for seconds in bf16])

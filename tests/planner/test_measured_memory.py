@@ -32,7 +32,23 @@ def test_memory_of_real_ranks(name, recompute):
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_memory_of_a_dry_run(path):
     """The fullest rank of every shipped configuration. Worst measured: 2.6 % (FSDP2, A100 40)."""
-    run = affordable(load_plan(path).last)
+    check_dry_run(load_plan(path).last)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [["train.precision=fp32"], ["train.frozen=[decoder]"]])
+@pytest.mark.parametrize("recompute", ["none", "full"])
+@pytest.mark.parametrize(
+    ("name", "engine"),
+    [("vlm-30b", "zero3"), ("vlm-30b", "fsdp2"), ("vlm-30b-megatron", "megatron")],
+)
+def test_memory_of_a_dry_run_in_fp32_or_partly_frozen(name, engine, recompute, changes):
+    changes = [*changes, f"train.recompute={recompute}", f"engine={engine}"]
+    check_dry_run(load_plan(CONFIGS / f"{name}.yaml", changes).last)
+
+
+def check_dry_run(run: RunSettings) -> None:
+    run = affordable(run)
     memories = memory_of(run, cluster_of("h100-80", RANKS // 8, 8), TOKENS_PER_TEXT)
     fullest = max(range(len(memories)), key=lambda stage: memories[stage].tensors)
     rank = fullest * RANKS // len(memories)

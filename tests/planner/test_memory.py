@@ -3,10 +3,10 @@ from dataclasses import replace
 
 import pytest
 
-from megavlm.model.params import parameters_of
+from megavlm.model.params import SELF_LAYERS, parameters_of
 from megavlm.planner.hardware import cluster_of
 from megavlm.planner.layout import layout_of
-from megavlm.planner.memory import RUNTIME_BYTES, memory_of
+from megavlm.planner.memory import RUNTIME_BYTES, host_bytes, memory_of
 from megavlm.planner.zero3 import with_bucket_sizes
 from tests.planner.test_cut import RUN
 from tests.runs import load_run
@@ -97,6 +97,41 @@ def test_what_is_frozen_before_anything_trained_keeps_nothing(engine):
         # Two norms' inputs and outputs, q, k, v and what is attended; the MLP's, twice; in bf16.
         layers = 48 * states * 2 * (8 * 1664 + 2 * 8192)
         assert first - without == pytest.approx(layers, rel=0.02)  # measured 0.3 %
+
+
+def test_a_host_holds_what_its_ranks_offload():
+    def of(*overrides):
+        return host_bytes(load_run(RUN, ["zero3.secondary_partition=1", *overrides]), CLUSTER)
+
+    whole, trained = counted(load_run(RUN, ["train.frozen=[encoder]"]))
+    frozen = ("train.frozen=[encoder]", "zero3.offload_optimizer=cpu")
+    assert of() == of("engine=fsdp2", "zero3.offload_optimizer=cpu") == 0
+    assert of(*frozen) == 20 * trained / 16
+    weights = ("zero3.offload_parameters=cpu",)
+    assert of(*frozen, *weights) == (20 * trained + 2 * whole) / 16
+    # Each host holds the weights a second time.
+    assert of(*weights, "zero3.secondary_partition=8") == 2 * whole / 16 + 2 * whole
+
+
+def test_fp32_takes_twice_the_activations_and_no_further_masters():
+    for overrides in ENGINES.values():
+        bf16, fp32 = (
+            max(memories(*overrides, f"train.precision={p}"), key=lambda m: m.activations)
+            for p in ("bf16", "fp32")
+        )
+        assert 1.5 * bf16.activations < fp32.activations <= 2 * bf16.activations
+        assert fp32.optimizer <= bf16.optimizer
+
+
+def test_zero3_keeps_frozen_layers_that_it_recomputes():
+    modes = ("train.recompute=none", "train.recompute=full")
+    [none], [full] = (memories("train.frozen=[encoder, decoder]", mode) for mode in modes)
+    layers = [entry.numel for entry in parameters_of(load_run(RUN)) if entry.part == SELF_LAYERS]
+    behind_the_first_cross_layer = 55 / 60 * sum(layers)
+    more = full.gathered - none.gathered
+    assert more == pytest.approx(2 * behind_the_first_cross_layer, rel=LEFT_OUT)
+    [none], [full] = (memories(mode) for mode in modes)
+    assert full.gathered == none.gathered
 
 
 def test_zero3_keeps_what_the_buckets_allow():

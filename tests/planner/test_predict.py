@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 
 from megavlm.config.sizes import DecoderSizes, EncoderSizes, ModelSizes
+from megavlm.errors import ConfigError
 from megavlm.model.params import parameters_of
 from megavlm.planner.hardware import H100_80, Cluster, cluster_of
 from megavlm.planner.predict import predict
@@ -32,7 +33,7 @@ def one_layer(*overrides, micro_batches=2, ranks=1):
 
 
 def by_hand():
-    """FLOPs of the forward pass: of the patches, of all other matrices, of attention; and seen."""
+    """FLOPs, forward: patches, all other matrices, attention; matrices of layers; seen."""
     states, patches, texts = IMAGES * 24, IMAGES * 17, IMAGES * TEXT  # 16, a class token, 7 more
     embed = 2 * patches * (3 * 16 * 16) * 128
     encoder = 4 * 128 * 128 + 2 * 128 * 256
@@ -44,12 +45,13 @@ def by_hand():
     attention = 4 * 128 * (states * 24 + texts * TEXT + texts * 17)
     seen = 2 * (patches * (encoder + of_images) + texts * of_texts)
     seen += 4 * 128 * (patches * 17 + texts * TEXT / 2 + texts * 17)
-    return embed, matrices, attention, seen
+    of_layers = matrices - 2 * (patches * project + texts * head)
+    return embed, matrices, attention, of_layers, seen
 
 
 @pytest.mark.parametrize("engine", ["zero3", "fsdp2", "megatron"])
 def test_one_rank_takes_the_time_of_its_flops(engine):
-    embed, matrices, attention, seen = by_hand()
+    embed, matrices, attention, of_layers, seen = by_hand()
     rate, attention_rate = 0.5e12, 0.25e12
     forward = (embed + matrices) / rate + attention / attention_rate
     # Pictures need no gradients; fused attention's backward pass takes 2.5 times its forward.
@@ -58,7 +60,7 @@ def test_one_rank_takes_the_time_of_its_flops(engine):
     for recompute, again in (
         ("none", 0),
         ("selective", attention / attention_rate),
-        ("full", forward),
+        ("full", of_layers / rate + attention / attention_rate),
     ):
         run = one_layer(f"engine={engine}", f"train.recompute={recompute}")
         prediction = predict(run, alone, TEXT)
@@ -100,6 +102,8 @@ LARGE = CONFIGS / "vlm-30b.yaml"
 # A network card of 100 Gb/s for two GPUs, so that it matters what leaves a host.
 GPU = replace(H100_80, network_bytes_per_second=6.25e9)
 TWO_HOSTS = Cluster(gpu=GPU, hosts=2, gpus_per_host=8)
+SLOW = {"link_bytes_per_second": 1e7, "network_bytes_per_second": 1e7}
+"""So that bytes on their way take all the time."""
 SMALLER = ["train.samples_per_step=256", "train.micro_batches=4"]
 
 
@@ -142,6 +146,43 @@ def test_an_optimiser_on_the_host_moves_gradients_and_weights():
     assert host.seconds - plain.seconds == pytest.approx(expected - on_gpu, rel=0.002)
 
 
+def test_weights_on_the_host_are_copied_for_every_gather():
+    plain = ("zero3.secondary_partition=1", "zero3.overlap_communication=false")
+    moved = 2 * 2 * 30.5e9 / 16 / 25e9  # bf16, forward and backward
+    longer = step_of(*plain, "zero3.offload_parameters=cpu").seconds - step_of(*plain).seconds
+    assert longer == pytest.approx(4 * moved, rel=0.003)
+
+
+def test_an_optimiser_on_nvme_is_not_predicted():
+    with pytest.raises(ConfigError, match="offload_optimizer=nvme is not predicted"):
+        step_of("zero3.offload_optimizer=nvme", "zero3.nvme_folder=/disk")
+
+
+def test_what_zero3_does_not_overlap_or_gather_ahead_takes_longer():
+    plain, no_overlap = step_of(), step_of("zero3.overlap_communication=false")
+    sent = [s.end - s.start for s in no_overlap.spans if s.lane == "network"]
+    computed = [s.end - s.start for s in no_overlap.spans if s.lane == "compute"]
+    ended = max(span.end for span in no_overlap.spans)
+    assert ended == pytest.approx(sum(sent) + sum(computed))
+    assert plain.seconds < step_of("zero3.prefetch_bucket=0").seconds < no_overlap.seconds
+
+
+def test_fp32_sends_twice_the_bytes_and_computes_at_its_own_rate():
+    bf16, fp32 = step_of(), step_of("train.precision=fp32")
+    # Matrix products and attention, and twice the bytes of the rest.
+    assert 0.85 * 989 / 67 < fp32.compute_seconds / bf16.compute_seconds < 989 / 67
+    for overrides in (
+        ("zero3.secondary_partition=1",),
+        ("engine=megatron", "megatron.tensor_parallel=8", "megatron.pipeline_parallel=2"),
+    ):
+        no_latency = replace(TWO_HOSTS, gpu=replace(GPU, **SLOW))
+        pair = [
+            step_of(*overrides, f"train.precision={precision}", cluster=no_latency).seconds
+            for precision in ("bf16", "fp32")
+        ]
+        assert pair[1] == pytest.approx(2 * pair[0], rel=0.02)
+
+
 def test_hybrid_shards_reduce_inside_the_host_and_then_between_hosts():
     full, hybrid = step_of("engine=fsdp2"), step_of("engine=fsdp2", "fsdp2.shard_ranks=8")
     assert hybrid.communication_seconds < full.communication_seconds
@@ -159,8 +200,8 @@ def test_tensor_parallel_ranks_reduce_what_layers_pass_on():
     # An all-reduce, which is two rings, behind attention and behind the MLP of each layer: forward,
     # backward, and recomputed. One more brings the gradient of each cross-attention's images.
     rings = 4 * (48 * seconds(patches, 1664) + 72 * seconds(texts, 6144))
-    rings += 2 * seconds(texts, 6144)  # embedding and head
     expected = 4 * (3 * rings + 12 * seconds(states, 6144))
+    expected += 4 * 2 * 2 * seconds(texts, 6144)  # embedding and head, which are not recomputed
     assert step.communication_seconds == pytest.approx(expected, rel=1e-6)
     assert step.bubble_seconds == pytest.approx(0, abs=1e-9)
     divided = ("engine=megatron", "megatron.tensor_parallel=4", "megatron.sequence_parallel=true")

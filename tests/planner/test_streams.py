@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 
 from megavlm.planner.compute import BlockSeconds
@@ -5,7 +7,7 @@ from megavlm.planner.streams import CONTENTION, ShardedBlock, run_micro_batch
 
 
 def block(name, gather=0.0, reduce=0.0, backward=2.0):
-    compute = BlockSeconds(forward=1.0, attention=0.25, backward=backward)
+    compute = BlockSeconds(forward=1.0, attention=0.25, backward=backward, recomputed_in_full=1.0)
     return ShardedBlock(
         name=name, compute=compute, gather_forward=gather, gather_backward=gather, reduce=reduce
     )
@@ -32,6 +34,14 @@ def test_a_block_waits_for_its_weights_and_is_slowed_by_messages_beside_it():
         *[("gather", 0, 3), ("gather", 3, 6), ("forward", 3, 4 + CONTENTION)],
         *[("backward", 6, 8), ("reduce", 8, 11)],
     ]
+
+
+def test_on_one_stream_nothing_overlaps():
+    blocks = [block(n, gather=3, reduce=2) for n in "ab"]
+    spans = run_micro_batch(blocks, "none", ahead=1, overlapped=False)
+    assert end_of(spans) == pytest.approx(2 * (2 * 3 + 2 + 1 + 2))
+    in_order = sorted(spans, key=lambda span: span.start)
+    assert all(a.end == pytest.approx(b.start) for a, b in pairwise(in_order))
 
 
 @pytest.mark.parametrize("ahead", [0, 1, 3])
