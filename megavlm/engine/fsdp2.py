@@ -7,19 +7,16 @@ runs. What little is left belongs to the root, and stays gathered through a micr
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
-from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.utils import get_total_norm
-from torch.utils.checkpoint import checkpoint
 
 from megavlm.checkpoint.shards import MOMENTS, Shards, State
 from megavlm.config.engines import Fsdp2Settings
@@ -36,7 +33,7 @@ from megavlm.engine.base import (
     step_result,
 )
 from megavlm.engine.optim import adamw, set_learning_rate
-from megavlm.model.cross_attention import CrossAttentionLayer
+from megavlm.engine.recompute import layers_of, recompute, recompute_inside_layers
 from megavlm.model.initial import initial_values
 from megavlm.stages.base import Objective
 from megavlm.stages.start import objective_of
@@ -168,10 +165,10 @@ def _sharded_model(run: RunSettings, objective: Objective, mesh: DeviceMesh) -> 
     """The stage's model on the meta device, in shards: an FSDPModule, too."""
     train = run.train
     with torch.device("meta"):
-        root: Any = objective.build(
-            dtype=torch.float32,
-            recompute="none" if train.recompute == "full" else train.recompute,
-        )
+        root: Any = objective.build(dtype=torch.float32, recompute=recompute_inside_layers(train))
+    if train.recompute == "full":
+        for layer in layers_of(root):
+            recompute(layer)
     units: list[Any] = list(root.units())
     precision = MixedPrecisionPolicy(
         param_dtype=DTYPES[train.precision],
@@ -180,8 +177,6 @@ def _sharded_model(run: RunSettings, objective: Objective, mesh: DeviceMesh) -> 
         cast_forward_inputs=False,
     )
     for unit in units:
-        if train.recompute == "full" and isinstance(unit, TransformerLayer | CrossAttentionLayer):
-            _recompute(unit)
         # The last one's backward pass follows its forward pass.
         after_forward = unit is not units[-1]
         fully_shard(unit, mesh=mesh, mp_policy=precision, reshard_after_forward=after_forward)
@@ -202,19 +197,6 @@ def _sharded_model(run: RunSettings, objective: Objective, mesh: DeviceMesh) -> 
         # An empty list would leave the choice to torch; the module itself is there already.
         backward.set_modules_to_backward_prefetch(later or [backward])
     return root
-
-
-def _recompute(layer: Any) -> None:
-    """Keep only the layer's inputs, and run it again in the backward pass.
-
-    This runs inside `fully_shard`'s hooks. megatron-core's own recomputation would pass them again:
-    a layer's weights are then gathered three times instead of twice, and the forward prefetch of
-    layers that are done already leaves nearly the whole model gathered at the end. The model has no
-    dropout, so there is no random state to preserve.
-    """
-    layer.forward = partial(
-        checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False
-    )
 
 
 def _windows(modules: list[Any], ahead: int) -> Iterator[list[Any]]:

@@ -17,7 +17,7 @@ from deepspeed.utils import (
     safe_set_local_fp32_param,
     safe_set_local_optimizer_state,
 )
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from megavlm.checkpoint.shards import MOMENTS, Shards, State, shards_of_range
@@ -35,6 +35,7 @@ from megavlm.engine.base import (
     step_result,
 )
 from megavlm.engine.optim import adamw, set_learning_rate
+from megavlm.engine.recompute import layers_of, recompute, recompute_inside_layers
 from megavlm.model.initial import initial_values
 from megavlm.planner.zero3 import with_bucket_sizes
 from megavlm.stages.start import objective_of
@@ -56,8 +57,14 @@ class Zero3Engine:
             tensor_overrides=[DeepSpeedTensorOverride.device],
         ):
             model: Any = self._objective.build(
-                dtype=DTYPES[run.train.precision], recompute=run.train.recompute
+                dtype=DTYPES[run.train.precision], recompute=recompute_inside_layers(run.train)
             )
+        if run.train.recompute == "full":
+            for layer in layers_of(model):
+                # DeepSpeed learns from arguments by position alone when a layer's backward pass is
+                # over. The hook must come before DeepSpeed's.
+                layer.register_forward_pre_hook(_by_position, with_kwargs=True)
+                recompute(layer)
         self._ledger = model.ledger()
         for name, parameter in model.named_parameters():
             values = initial_values(self._ledger[name], run.seed, device)
@@ -220,6 +227,14 @@ def _write(parameter: Any, partition: Tensor) -> None:
         parts = [torch.empty_like(own) for _ in range(dist.get_world_size())]
         dist.all_gather(parts, own)
         parameter.data.copy_(torch.cat(parts)[: parameter.ds_numel].view(parameter.ds_shape))
+
+
+def _by_position(
+    _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """megatron-core's blocks name the hidden states, which come first."""
+    others = {name: value for name, value in kwargs.items() if name != "hidden_states"}
+    return (kwargs["hidden_states"], *args), others
 
 
 def _partition(whole: Tensor, parameter: Any) -> Tensor:

@@ -196,11 +196,8 @@ def _zero3(run: RunSettings, tokens: Tokens, ranks: int) -> Memory:
     states_in_host = zero3.offload_optimizer != "none"
     size = value_bytes(run)
     activations = _chunk(run, blocks, tokens, UNDIVIDED, weight_gradients=False).most()
-    # It gathers ahead while fewer are alive, a bucket at a time. Frozen layers that are recomputed
-    # stay until the backward pass is over: DeepSpeed ascribes them to modules that end only then.
-    frozen = sum(b.parameters for b in blocks if b.is_layer and b.keeps and not b.trained)
-    stays = frozen if run.train.recompute == "full" else 0.0
-    gathered = size * min(live + ahead + stays, held)
+    # It gathers ahead while fewer are alive, a bucket at a time.
+    gathered = size * min(live + ahead, held)
     # The optimiser goes over one part of the model after another, with a copy of its gradients; all
     # that was gathered, and one bucket, are free by then.
     parts = {
@@ -216,7 +213,7 @@ def _zero3(run: RunSettings, tokens: Tokens, ranks: int) -> Memory:
         gathered=gathered,
         # The bucket that gradients are collected in; and the one, or the gradient, to be reduced,
         # unless most is there while the head is, which is frozen.
-        buffers=(1 + (blocks[-1].trained or stays > 0)) * size * bucket,
+        buffers=(1 + blocks[-1].trained) * size * bucket,
     )
 
 
