@@ -3,7 +3,7 @@ from dataclasses import replace
 
 import pytest
 
-from megavlm.model.params import SELF_LAYERS, parameters_of
+from megavlm.model.params import parameters_of
 from megavlm.planner.hardware import cluster_of
 from megavlm.planner.layout import layout_of
 from megavlm.planner.memory import RUNTIME_BYTES, host_bytes, memory_of
