@@ -33,7 +33,6 @@ from megavlm.engine.base import (
     step_result,
 )
 from megavlm.engine.optim import adamw, set_learning_rate
-from megavlm.engine.recompute import layers_of, recompute, recompute_inside_layers
 from megavlm.model.initial import initial_values
 from megavlm.stages.base import Objective
 from megavlm.stages.start import objective_of
@@ -165,10 +164,7 @@ def _sharded_model(run: RunSettings, objective: Objective, mesh: DeviceMesh) -> 
     """The stage's model on the meta device, in shards: an FSDPModule, too."""
     train = run.train
     with torch.device("meta"):
-        root: Any = objective.build(dtype=torch.float32, recompute=recompute_inside_layers(train))
-    if train.recompute == "full":
-        for layer in layers_of(root):
-            recompute(layer)
+        root: Any = objective.build(dtype=torch.float32, recompute=train.recompute)
     units: list[Any] = list(root.units())
     precision = MixedPrecisionPolicy(
         param_dtype=DTYPES[train.precision],

@@ -8,6 +8,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.ops.adam import DeepSpeedCPUAdam
+from deepspeed.runtime.zero import parameter_offload
 from deepspeed.runtime.zero.partition_parameters import (
     DeepSpeedTensorOverride,
     MultipleAllGatherHandles,
@@ -17,6 +18,7 @@ from deepspeed.utils import (
     safe_set_local_fp32_param,
     safe_set_local_optimizer_state,
 )
+from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -35,7 +37,7 @@ from megavlm.engine.base import (
     step_result,
 )
 from megavlm.engine.optim import adamw, set_learning_rate
-from megavlm.engine.recompute import layers_of, recompute, recompute_inside_layers
+from megavlm.model.cross_attention import CrossAttentionLayer
 from megavlm.model.initial import initial_values
 from megavlm.planner.zero3 import with_bucket_sizes
 from megavlm.stages.start import objective_of
@@ -57,14 +59,13 @@ class Zero3Engine:
             tensor_overrides=[DeepSpeedTensorOverride.device],
         ):
             model: Any = self._objective.build(
-                dtype=DTYPES[run.train.precision], recompute=recompute_inside_layers(run.train)
+                dtype=DTYPES[run.train.precision], recompute=run.train.recompute
             )
-        if run.train.recompute == "full":
-            for layer in layers_of(model):
+        for module in model.modules():
+            if isinstance(module, TransformerLayer | CrossAttentionLayer):
                 # DeepSpeed learns from arguments by position alone when a layer's backward pass is
                 # over. The hook must come before DeepSpeed's.
-                layer.register_forward_pre_hook(_by_position, with_kwargs=True)
-                recompute(layer)
+                module.register_forward_pre_hook(_by_position, with_kwargs=True)
         self._ledger = model.ledger()
         for name, parameter in model.named_parameters():
             values = initial_values(self._ledger[name], run.seed, device)
@@ -91,6 +92,9 @@ class Zero3Engine:
             reported += losses.reported
             self._engine.backward(losses.backward * scale)
             self._engine.step()
+        # Recomputation stops inside of a module when it has all that it needs; DeepSpeed's hook
+        # that would take the module off again does not run.
+        parameter_offload.FWD_MODULE_STACK.clear()
         sums = groups.sum_over_ranks(*reported)
         gradient_norm = float(self._engine.get_global_grad_norm())
         return step_result(objective, sums, items, gradient_norm)

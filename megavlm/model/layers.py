@@ -186,17 +186,14 @@ def layer_config(
     """megatron-core's configuration for layers of these sizes.
 
     Fusions that need CUDA extensions are off; `style` sets the norm, the activation and biases.
-    Weights stay as they were allocated: `model/initial.py` fills them, alike on every engine.
+    recompute: "full" is left to `recompute_layers`. Weights stay as they were allocated:
+    `model/initial.py` fills them, alike on every engine.
     """
-    recompute_settings: dict[str, Any] = {
-        "none": {},
-        "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
-        "full": {
-            "recompute_granularity": "full",
-            "recompute_method": "uniform",
-            "recompute_num_layers": 1,
-        },
-    }[recompute]
+    recompute_settings: dict[str, Any] = (
+        {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
+        if recompute == "selective"
+        else {}
+    )
     return TransformerConfig(
         init_method=_leave_alone,
         output_layer_init_method=_leave_alone,

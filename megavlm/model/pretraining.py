@@ -22,6 +22,7 @@ from megavlm.config.sizes import ModelSizes, TextTowerSizes
 from megavlm.model.layers import LANGUAGE_STYLE, Norm, layer_config, self_attention_layer_spec
 from megavlm.model.masks import causal_text_mask
 from megavlm.model.params import Parameter, pretraining_parameters
+from megavlm.model.recompute import recompute_layers
 from megavlm.model.shards import freeze, shard
 from megavlm.model.vit import VisionTransformer
 
@@ -66,6 +67,8 @@ class PretrainingModel(MegatronModule):
             self.text_tower = TextTower(tower, sizes.decoder.vocabulary, **style)
             self.contrastive_head = ContrastiveHead(sizes.encoder.width, tower, dtype)
         freeze(self, frozen)
+        if recompute == "full":
+            recompute_layers(self)
         self._encoder_is_trained = "encoder" not in frozen
 
     def ledger(self) -> dict[str, Parameter]:

@@ -22,6 +22,7 @@ from megavlm.model.decoder import build_decoder
 from megavlm.model.masks import causal_text_mask
 from megavlm.model.params import Parameter, parameters
 from megavlm.model.pipeline import join, padded, split
+from megavlm.model.recompute import recompute_layers
 from megavlm.model.shards import freeze, shard
 from megavlm.model.vit import VisionTransformer
 
@@ -71,6 +72,8 @@ class VisionLanguageModel(MegatronModule):
         self.language = language
         self._received: Tensor | None = None
         freeze(self, frozen)
+        if recompute == "full":
+            recompute_layers(self)
         self._encoder_is_trained = "encoder" not in frozen
 
     def ledger(self) -> dict[str, Parameter]:
