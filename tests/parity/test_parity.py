@@ -90,7 +90,13 @@ def test_recompute(layout, recompute):
     check(layout, recompute=recompute)
 
 
-@pytest.mark.parametrize("frozen", [slow("[encoder]"), slow("[decoder]"), "[encoder,decoder]"])
+@pytest.mark.parametrize(
+    "frozen",
+    [
+        *(slow(parts) for parts in ("[encoder]", "[decoder]", "[encoder,decoder]")),
+        "[encoder,projector,decoder]",  # nothing before the first cross-attention is trained
+    ],
+)
 @pytest.mark.parametrize("layout", ["TP2 x PP2 interleaved SP", "ZeRO-3 x2", "FSDP2 x2"])
 def test_frozen_parts(layout, frozen):
     check(layout, recompute="full", frozen=frozen)
