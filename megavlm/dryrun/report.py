@@ -18,6 +18,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from megavlm.config.run import RunSettings
+from megavlm.config.sizes import divisors
+from megavlm.dist.launch import check_hosts, named_hosts
 from megavlm.dryrun.compare import disagreements, ranges
 from megavlm.dryrun.record import HELD, Call
 from megavlm.dryrun.run import (
@@ -45,7 +47,8 @@ def print_dry_run(
 ) -> None:
     """Run ranks, those that are chosen or neighbours of each kind, and print what they do.
 
-    Raises ConfigError if they disagree, or if all ranks together do not hold the model.
+    Raises ConfigError if they disagree, or if all ranks together do not hold the model, and
+    LaunchError if ranks that must share a host do not.
     micro_batches: of the step; None leaves the choice to `affordable`.
     """
     run.zero3.check_device(has_gpu=False)
@@ -56,6 +59,13 @@ def print_dry_run(
     for rank in numbers:
         if not 0 <= rank < ranks:
             raise ConfigError(f"--rank {rank}: {ranks} ranks are numbered 0 to {ranks - 1}")
+    slots = min(ranks, gpus_per_host)
+    if ranks % slots:
+        raise ConfigError(
+            f"--gpus-per-host {gpus_per_host} does not divide --ranks {ranks}; try one of "
+            f"{divisors(ranks)}"
+        )
+    check_hosts(run, named_hosts(ranks // slots, slots), ranks)
     whole, shapes = run, shapes_of(run, ranks)
     if micro_batches is None:
         run = affordable(run)

@@ -11,7 +11,7 @@ import pytest
 from torch import nn
 
 from megavlm.dryrun.report import print_dry_run
-from megavlm.errors import ConfigError
+from megavlm.errors import ConfigError, LaunchError
 from megavlm.model.cross_attention import CrossAttentionLayer
 from megavlm.model.params import parameters
 from tests.batches import TINY
@@ -84,3 +84,10 @@ def test_no_disk(tmp_path):
     overrides = ("zero3.offload_optimizer=nvme", f"zero3.nvme_folder={tmp_path}")
     with pytest.raises(ConfigError, match="offload_optimizer=nvme needs a disk"):
         print_dry_run(settings(LAYOUT["ZeRO-3 x2"], 1, *overrides), 2)
+
+
+def test_ranks_that_must_share_a_host():
+    with pytest.raises(LaunchError, match=r"slots=1, not a multiple of megatron\.tensor_parallel"):
+        print_dry_run(settings(LAYOUT["TP2"], 1), 2, gpus_per_host=1)
+    with pytest.raises(ConfigError, match="--gpus-per-host 3 does not divide --ranks 4; try"):
+        print_dry_run(settings(LAYOUT["FSDP2 x4"], 1), 4, gpus_per_host=3)
