@@ -56,8 +56,8 @@ class Sharding:
     """Whether a rank's share of the weights does, from which it is copied to be gathered."""
     ahead: int = 1
     """Blocks whose weights are gathered ahead of their use."""
-    overlapped: bool = True
-    """Whether ranks compute while they communicate."""
+    overlapped_reduction: bool = True
+    """Whether ranks compute while gradients are reduced; they always do while they gather."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +105,7 @@ def sharded_step(
             ],
             recompute,
             sharding.ahead,
-            overlapped=sharding.overlapped,
+            overlapped_reduction=sharding.overlapped_reduction,
         )
 
     spans = timed(sharding.first)
