@@ -138,20 +138,29 @@ def test_a_secondary_partition_and_fewer_bits_shorten_communication_alone():
 def test_an_optimiser_on_the_host_moves_gradients_and_weights():
     plain, host = step_of(), step_of("zero3.offload_optimizer=cpu")
     own = 30.5e9 / 16
-    # Gradients in fp32 and weights in bf16 over the bus; 32 bytes of AdamW in memory.
-    expected = (4 + 2) * own / 25e9
+    # Over the bus, gradients in fp32, there and back in each of 4 micro-batches and there once
+    # more, and weights in bf16; 32 bytes of AdamW in memory.
+    expected = (4 * 8 + 4 + 2) * own / 25e9
     expected += 32 * own / 25e9
     assert host.optimizer_seconds == pytest.approx(expected, rel=0.002)
     on_gpu = 32 * own / (3.35e12 * 0.85)
     assert plain.optimizer_seconds == pytest.approx(on_gpu, rel=0.002)
     assert host.seconds - plain.seconds == pytest.approx(expected - on_gpu, rel=0.002)
+    # New weights cross only between an optimiser and weights that lie apart.
+    weights = step_of("zero3.offload_parameters=cpu")
+    assert weights.optimizer_seconds == pytest.approx(on_gpu + 2 * own / 25e9, rel=0.002)
+    both = step_of("zero3.offload_optimizer=cpu", "zero3.offload_parameters=cpu")
+    crossing = host.optimizer_seconds - both.optimizer_seconds
+    assert crossing == pytest.approx(2 * own / 25e9, rel=0.002)
 
 
 def test_weights_on_the_host_are_copied_for_every_gather():
     plain = ("zero3.secondary_partition=1", *ONE_AT_A_TIME)
     moved = 2 * 2 * 30.5e9 / 16 / 25e9  # bf16, forward and backward
-    longer = step_of(*plain, "zero3.offload_parameters=cpu").seconds - step_of(*plain).seconds
-    assert longer == pytest.approx(4 * moved, rel=0.003)
+    host, gpu = step_of(*plain, "zero3.offload_parameters=cpu"), step_of(*plain)
+    assert host.communication_seconds - gpu.communication_seconds == pytest.approx(
+        4 * moved, rel=0.003
+    )
 
 
 def test_an_optimiser_on_nvme_is_not_predicted():
