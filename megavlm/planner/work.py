@@ -81,6 +81,11 @@ class Block:
         return bool(self.attentions)
 
     @property
+    def has_core_checkpoint(self) -> bool:
+        """Whether `selective` recomputes its attention core: that of self-attention alone."""
+        return self.is_layer and self.part != "cross_attention"
+
+    @property
     def seen_training_flops(self) -> float:
         """`seen_flops`, and those of the backward passes that it needs."""
         return (1 + self.trained + self.passes_gradients) * self.seen_flops

@@ -49,6 +49,8 @@ def test_a_block_has_the_backward_passes_that_it_needs(trained, passes_gradients
     assert seconds.backward == pytest.approx(passes * arithmetic + bool(passes) * beside)
     modes = {"none": 0, "selective": attention, "full": seconds.forward}  # of a layer
     assert {mode: seconds.recomputed(mode) for mode in modes} == pytest.approx(modes)
+    cross = block_seconds(gpu, replace(block, part="cross_attention"))
+    assert cross == seconds._replace(recomputed_core=0)
     without = block_seconds(gpu, replace(block, attentions=()))  # is no layer
     assert {without.recomputed(mode) for mode in modes} == {0}
     # A host that launches slowly.

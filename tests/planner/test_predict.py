@@ -33,7 +33,7 @@ def one_layer(*overrides, micro_batches=2, ranks=1):
 
 
 def by_hand():
-    """FLOPs, forward: patches, all other matrices, attention; matrices of layers; seen."""
+    """FLOPs, forward: patches, all other matrices, self- and cross-attention; of layers; seen."""
     states, patches, texts = IMAGES * 24, IMAGES * 17, IMAGES * TEXT  # 16, a class token, 7 more
     embed = 2 * patches * (3 * 16 * 16) * 128
     encoder = 4 * 128 * 128 + 2 * 128 * 256
@@ -42,24 +42,26 @@ def by_hand():
     of_images = 128 * 2 * 64 + project
     of_texts = self_layer + cross_layer + head
     matrices = 2 * (states * encoder + patches * of_images + texts * of_texts)
-    attention = 4 * 128 * (states * 24 + texts * TEXT + texts * 17)
+    attention = 4 * 128 * (states * 24 + texts * TEXT)
+    cross_attention = 4 * 128 * texts * 17
     seen = 2 * (patches * (encoder + of_images) + texts * of_texts)
     seen += 4 * 128 * (patches * 17 + texts * TEXT / 2 + texts * 17)
     of_layers = matrices - 2 * (patches * project + texts * head)
-    return embed, matrices, attention, of_layers, seen
+    return embed, matrices, attention, cross_attention, of_layers, seen
 
 
 @pytest.mark.parametrize("engine", ["zero3", "fsdp2", "megatron"])
 def test_one_rank_takes_the_time_of_its_flops(engine):
-    embed, matrices, attention, of_layers, seen = by_hand()
+    embed, matrices, self_attention, cross_attention, of_layers, seen = by_hand()
     rate, attention_rate = 0.5e12, 0.25e12
+    attention = self_attention + cross_attention
     forward = (embed + matrices) / rate + attention / attention_rate
     # Pictures need no gradients; fused attention's backward pass takes 2.5 times its forward.
     backward = (embed + 2 * matrices) / rate + 2.5 * attention / attention_rate
     alone = of_round(1, 1)
     for recompute, again in (
         ("none", 0),
-        ("selective", attention / attention_rate),
+        ("selective", self_attention / attention_rate),
         ("full", of_layers / rate + attention / attention_rate),
     ):
         run = one_layer(f"engine={engine}", f"train.recompute={recompute}")

@@ -5,7 +5,9 @@ from megavlm.planner.streams import CONTENTION, ShardedBlock, run_micro_batch
 
 
 def block(name, gather=0.0, reduce=0.0, backward=2.0):
-    compute = BlockSeconds(forward=1.0, attention=0.25, backward=backward, recomputed_in_full=1.0)
+    compute = BlockSeconds(
+        forward=1.0, backward=backward, recomputed_core=0.25, recomputed_in_full=1.0
+    )
     return ShardedBlock(
         name=name, compute=compute, gather_forward=gather, gather_backward=gather, reduce=reduce
     )
