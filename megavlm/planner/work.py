@@ -65,8 +65,8 @@ class Block:
     """Values of each whole tensor that tensor-parallel ranks gather, or reduce and scatter, in the
     forward pass."""
     regathered: tuple[float, ...] = ()
-    """Those that sequence parallelism gathers once more in the backward pass: inputs of matrices
-    whose weights have gradients."""
+    """Those that only the backward pass gathers, or reduces and scatters: with sequence
+    parallelism inputs of matrices whose weights have gradients; without it images' gradients."""
     seen_flops: float = 0.0
     """Of the forward pass on tokens that are no padding; of the whole model, not of this rank."""
     trained: bool = True
@@ -239,9 +239,9 @@ def model_blocks(run: RunSettings, tokens: Tokens, parallel: MegatronSettings) -
                 block,
                 trained=is_trained,
                 passes_gradients=reached,
-                # Images' gradients are summed here, whether or not the layer is trained.
+                # Frozen matrices gather no inputs; images' gradients are summed behind them, too.
                 regathered=block.regathered
-                if is_trained or block.part == "cross_attention"
+                if is_trained or (of_images and parallel.token_shards == 1)
                 else (),
                 value_bytes=value_bytes(run),
             )
@@ -352,6 +352,7 @@ def _cross_layer(run: RunSettings, tokens: Tokens, parallel: MegatronSettings) -
         streamed_values=10 * own * width + 4 * states * keys / t + 5 * texts * sizes.mlp_width / t,
         kernels=30,
         gathered=((of_text,) * 4 + (of_image,) * sharded) if t > 1 else (),
-        regathered=(of_text,) * 2 + (of_image,) if sharded else (of_image,) * (t > 1),
+        # Without sequence parallelism an all-reduce of images' gradients, which is two rings.
+        regathered=(of_text,) * 2 + (of_image,) if sharded else (of_image,) * (2 * (t > 1)),
         seen_flops=seen,
     )

@@ -209,9 +209,9 @@ def test_tensor_parallel_ranks_reduce_what_layers_pass_on():
         return 15e-6 + 3 * 1.5e-6 + 2 * tokens * width * 3 / 4 / 360e9
 
     # An all-reduce, which is two rings, behind attention and behind the MLP of each layer: forward,
-    # backward, and recomputed. One more brings the gradient of each cross-attention's images.
+    # backward, and recomputed. One more sums the gradient of each cross-attention's images.
     rings = 4 * (48 * seconds(patches, 1664) + 72 * seconds(texts, 6144))
-    expected = 4 * (3 * rings + 12 * seconds(states, 6144))
+    expected = 4 * (3 * rings + 2 * 12 * seconds(states, 6144))
     expected += 4 * 2 * 2 * seconds(texts, 6144)  # embedding and head, which are not recomputed
     assert step.communication_seconds == pytest.approx(expected, rel=1e-6)
     assert step.bubble_seconds == pytest.approx(0, abs=1e-9)

@@ -67,6 +67,31 @@ def test_gradients_pass_through_what_is_frozen_only_behind_what_is_trained():
     assert keeping == {"embedding", "self-attention layer", "cross-attention layer", "head"}
 
 
+@pytest.mark.parametrize(
+    ("frozen", "alone", "sharded"),
+    [
+        ("[]", ["image"] * 2, ["text", "text", "image"]),
+        ("[cross_attention]", ["image"] * 2, []),
+        ("[encoder, projector]", ["image"] * 2, ["text", "text", "image"]),
+        ("[encoder, projector, cross_attention]", [], []),
+    ],
+)
+def test_what_only_the_backward_pass_of_a_cross_layer_sends(frozen, alone, sharded):
+    """Without and with sequence parallelism."""
+    sizes = {16 * 257 * 6144: "image", 4 * 256 * 6144: "text"}  # 16 samples, 4 texts in each row
+    for sequence_parallel, expected in (("false", alone), ("true", sharded)):
+        run = load_run(
+            RUN,
+            [
+                *("engine=megatron", "megatron.tensor_parallel=4", f"train.frozen={frozen}"),
+                f"megatron.sequence_parallel={sequence_parallel}",
+            ],
+        )
+        layers = {block.name: block for block in blocks_of(run)}
+        sent = layers["cross-attention layer"].regathered
+        assert [sizes[values] for values in sent] == expected
+
+
 def test_texts_fill_rows():
     run = load_run(RUN, ["data.texts_per_sample=3"])  # rows of 256 tokens
     tokens = tokens_of(run, 4, 100)
