@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 from megavlm.config.engines import MegatronSettings
 from megavlm.config.run import RunSettings
-from megavlm.planner.work import BF16_BYTES, Block, Tokens
+from megavlm.planner.hardware import BF16_BYTES
+from megavlm.planner.work import Block, Tokens
 
 
 class BlockBytes(NamedTuple):

@@ -5,7 +5,7 @@ from math import ceil
 from typing import NamedTuple
 
 from megavlm.planner.hardware import Gpu
-from megavlm.planner.work import BF16_BYTES, Block, Matmul
+from megavlm.planner.work import Block, Matmul
 
 TILE = 128
 """Rows and columns of the result that one multiprocessor computes at a time."""
@@ -34,7 +34,7 @@ class BlockSeconds(NamedTuple):
         }[mode]
 
 
-def matmul_seconds(gpu: Gpu, matmul: Matmul, value_bytes: int = BF16_BYTES) -> float:
+def matmul_seconds(gpu: Gpu, matmul: Matmul, value_bytes: int) -> float:
     """Limited by arithmetic or by memory; few tiles leave multiprocessors idle."""
     tiles = ceil(matmul.rows / TILE) * ceil(matmul.columns / TILE)
     busy = min(1.0, tiles / gpu.multiprocessors)

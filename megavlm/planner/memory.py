@@ -13,11 +13,10 @@ from megavlm.config.run import RunSettings, data_parallel_ranks, samples_per_mic
 from megavlm.model.params import parameters_of
 from megavlm.planner.activations import BlockBytes, block_bytes
 from megavlm.planner.cut import with_cut
-from megavlm.planner.hardware import GIB, Cluster
+from megavlm.planner.hardware import BF16_BYTES, GIB, Cluster
 from megavlm.planner.pipeline import most_in_flight
 from megavlm.planner.predict import cut_blocks
 from megavlm.planner.work import (
-    BF16_BYTES,
     Block,
     Tokens,
     model_blocks,

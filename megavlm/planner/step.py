@@ -12,7 +12,7 @@ from megavlm.planner.network import Group, all_reduce_seconds, ring_seconds
 from megavlm.planner.pipeline import run_pipeline
 from megavlm.planner.span import Span
 from megavlm.planner.streams import CONTENTION, ShardedBlock, run_micro_batch
-from megavlm.planner.work import BF16_BYTES, Block
+from megavlm.planner.work import Block
 
 ADAM_BYTES = 32
 """Read and written for each parameter by AdamW: gradient, master weight, two moments, weight."""
@@ -49,7 +49,7 @@ class Sharding:
     """Ranks that hold the same part, and reduce its gradient once a step."""
     reduced_bytes: float
     """Of each gradient, as it travels."""
-    gathered_bytes: float = BF16_BYTES
+    gathered_bytes: float
     """Of each weight, as it travels among the ranks of `first`."""
     states_in_host: bool = False
     """Whether the optimiser's states lie in the memory of the host, which then updates them."""
