@@ -11,7 +11,7 @@ from typing import NamedTuple
 from megavlm.config.engines import MegatronSettings
 from megavlm.config.objectives import Part
 from megavlm.config.run import RunSettings
-from megavlm.planner.hardware import precision_bytes
+from megavlm.planner.hardware import BF16_BYTES, FP32_BYTES, precision_bytes
 
 
 def value_bytes(run: RunSettings) -> int:
@@ -58,7 +58,7 @@ class Block:
     """Of the forward pass."""
     attentions: tuple[Attention, ...] = ()
     streamed_values: float = 0.0
-    """Read and written by elementwise kernels in the forward pass."""
+    """Of `value_bytes` each, read and written by elementwise kernels in the forward pass."""
     kernels: int = 0
     """Launched in the forward pass, matrix products included."""
     gathered: tuple[float, ...] = ()
@@ -193,14 +193,15 @@ def head(
 ) -> Block:
     """The last norm, the output layer and the cross entropy."""
     matmul = Matmul(tokens, width, vocabulary / tensor)
+    # In fp32: maximum, exponential, sum, division; before that a copy of logits in bf16.
+    of_logit = 5 * FP32_BYTES + (BF16_BYTES + FP32_BYTES if value_bytes == BF16_BYTES else 0)
     return Block(
         name="head",
         part=part,
         parameters=matmul.inner * matmul.columns + width,
         value_bytes=value_bytes,
         matmuls=(matmul,),
-        # Logits in bf16, then in fp32, which count twice: maximum, exponential, sum, division.
-        streamed_values=(1 + 2 * 6) * tokens * vocabulary / tensor,
+        streamed_values=of_logit / value_bytes * matmul.rows * matmul.columns,
         kernels=15,
         gathered=(tokens * width,) if tensor > 1 else (),
     )

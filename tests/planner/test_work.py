@@ -5,7 +5,7 @@ import pytest
 from megavlm.config.engines import UNDIVIDED, MegatronSettings
 from megavlm.model.params import parameters_of
 from megavlm.planner.predict import cut_blocks
-from megavlm.planner.work import model_blocks, tokens_of
+from megavlm.planner.work import head, model_blocks, tokens_of
 from tests.planner.test_cut import RUN
 from tests.runs import load_run
 
@@ -65,6 +65,16 @@ def test_gradients_pass_through_what_is_frozen_only_behind_what_is_trained():
     blocks = blocks_of(run)
     keeping = {block.name for block in blocks if block.keeps}
     assert keeping == {"embedding", "self-attention layer", "cross-attention layer", "head"}
+
+
+def test_the_loss_streams_fp32_at_either_precision():
+    def bytes_of_logit(value_bytes):
+        block = head(128, 1000, 10, value_bytes=value_bytes)
+        return value_bytes * block.streamed_values / (10 * 1000)
+
+    # 5 passes in fp32; logits in bf16 are read and written in fp32 before.
+    assert bytes_of_logit(4) == pytest.approx(5 * 4)
+    assert bytes_of_logit(2) == pytest.approx(5 * 4 + 2 + 4)
 
 
 @pytest.mark.parametrize(
