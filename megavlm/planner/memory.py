@@ -194,7 +194,15 @@ def _zero3(run: RunSettings, tokens: Tokens, ranks: int) -> Memory:
     in_host = zero3.offload_parameters != "none"
     states_in_host = zero3.offload_optimizer != "none"
     size = value_bytes(run)
-    activations = _chunk(run, blocks, tokens, UNDIVIDED, weight_gradients=False).most()
+    chunk = _chunk(run, blocks, tokens, UNDIVIDED, weight_gradients=False)
+    # The first gradient that finds the bucket full sets off its reduction, which takes as much once
+    # more. The last trained block finds it empty, and has the gradient of one matrix beside it.
+    last = max(n for n, block in enumerate(blocks) if block.trained)
+    passing = [
+        size * block.trained * (bucket if n < last else min(bucket, block.largest_matrix))
+        for n, block in enumerate(blocks)
+    ]
+    activations, most = chunk.most(), chunk.most(passing)
     # It gathers ahead while fewer are alive, a bucket at a time.
     gathered = size * min(live + ahead, held)
     # The optimiser goes over one part of the model after another, with a copy of its gradients; all
@@ -210,9 +218,7 @@ def _zero3(run: RunSettings, tokens: Tokens, ranks: int) -> Memory:
         optimizer=0.0 if states_in_host else 12 * trained / ranks,
         activations=max(activations, stepping - gathered - size * bucket),
         gathered=gathered,
-        # The bucket that gradients are collected in; and the one, or the gradient, to be reduced,
-        # unless most is there while the head is, which is frozen.
-        buffers=(1 + blocks[-1].trained) * size * bucket,
+        buffers=size * bucket + most - activations,
     )
 
 
