@@ -1,14 +1,16 @@
 """What blocks keep for their backward pass, and what they need while they run.
 
 Counted tensor by tensor from megatron-core's layers as `model/` puts them together.
-Letters as in the code's shapes: t tensor-parallel ranks, s parts of the tokens between matrices.
+Letters: t tensor-parallel ranks, s parts of the tokens between matrices; widths w of the decoder,
+e of the encoder, f of an MLP, kv of keys. `size` is of a value, in bytes.
 """
 
 from typing import NamedTuple
 
 from megavlm.config.engines import MegatronSettings
 from megavlm.config.run import RunSettings
-from megavlm.planner.work import BF16_BYTES, Block, Tokens
+from megavlm.planner.hardware import BF16_BYTES
+from megavlm.planner.work import Block, Tokens
 
 
 class BlockBytes(NamedTuple):
@@ -45,8 +47,9 @@ def block_bytes(
 
     What a matrix multiplies is kept only where it is trained.
     """
-    b, x = block.value_bytes, block.trained
-    g = b if weight_gradients and block.trained else 0
+    size = block.value_bytes
+    gradient_size = size if weight_gradients and block.trained else 0
+    inputs_kept = int(block.trained)
     encoder, decoder = run.model.encoder, run.model.decoder
     t, s = parallel.tensor_parallel, parallel.token_shards
     rows, states = tokens.row_total, tokens.images * encoder.tokens
@@ -55,48 +58,52 @@ def block_bytes(
     match block.name:
         case "encoder layer":
             # Two norms' inputs and outputs; queries, keys, values and what is attended; the MLP.
-            mlp = padded * 2 * b * encoder.mlp_width / t
+            mlp = padded * 2 * size * encoder.mlp_width / t
             statistics = padded * 4 * encoder.heads / t
-            kept = padded * 4 * b * e * (1 / s + 1 / t) + mlp + statistics
-            backward = kept + _mlp_backward(block, padded, e, encoder.mlp_width, t, s, g, up=1)
-            return _layer(kept, padded * b * e / s, statistics, backward)
+            kept = padded * 4 * size * e * (1 / s + 1 / t) + mlp + statistics
+            backward = kept + _mlp_backward(
+                block, padded, e, encoder.mlp_width, t, s, gradient_size, up=1
+            )
+            return _layer(kept, padded * size * e / s, statistics, backward)
         case "self-attention layer":
             # The same; queries and keys are rotated into new tensors, the MLP has a gate.
-            core = rows * (4 * decoder.heads / t + b * tokens.row_tokens)
-            norms = (2 + 2 * x) * w / s
-            kept = rows * b * (norms + (3 * w + 3 * kv + (4 + x) * f) / t) + core
-            backward = kept + _mlp_backward(block, rows, w, f, t, s, g, up=2)
-            return _layer(kept, rows * b * w / s, core, backward)
+            core = rows * (4 * decoder.heads / t + size * tokens.row_tokens)
+            norms = (2 + 2 * inputs_kept) * w / s
+            kept = rows * size * (norms + (3 * w + 3 * kv + (4 + inputs_kept) * f) / t) + core
+            backward = kept + _mlp_backward(block, rows, w, f, t, s, gradient_size, up=2)
+            return _layer(kept, rows * size * w / s, core, backward)
         case "cross-attention layer":
             # Besides: both branches before their gates, and each image's keys, normed, and values.
-            mlp = rows * b * (4 + x) * f / t
-            of_images = states * 3 * b * kv / t
-            kept = rows * b * ((4 + 2 * x) * w / s + 2 * w / t) + mlp + of_images
+            mlp = rows * size * (4 + inputs_kept) * f / t
+            of_images = states * 3 * size * kv / t
+            kept = rows * size * ((4 + 2 * inputs_kept) * w / s + 2 * w / t) + mlp + of_images
             # The gradient of keys and values, and of the states they came from.
-            to_images = kept - mlp + states * b * (2 * kv / t + w)
-            backward = max(kept + _mlp_backward(block, rows, w, f, t, s, g, up=2), to_images)
-            return _layer(kept, rows * b * w / s, 0.0, backward)
+            to_images = kept - mlp + states * size * (2 * kv / t + w)
+            backward = max(
+                kept + _mlp_backward(block, rows, w, f, t, s, gradient_size, up=2), to_images
+            )
+            return _layer(kept, rows * size * w / s, 0.0, backward)
         case "patches":
             # Pixels, and what is normed first.
-            kept = tokens.images * 3 * b * encoder.image_pixels**2 + padded * b * e
-            return BlockBytes(kept, kept, kept, 2 * kept, kept + padded * b * e)
+            kept = tokens.images * 3 * size * encoder.image_pixels**2 + padded * size * e
+            return BlockBytes(kept, kept, kept, 2 * kept, kept + padded * size * e)
         case "projector":
             # The last norm's input, and its output in the order of the states.
-            kept = padded * b * e / s + states * b * (x * e + w / s)
-            whole = b * (padded * e + states * w) if s > 1 else 0.0
-            return BlockBytes(kept, kept, kept, kept + whole, kept + states * b * (e + w))
+            kept = padded * size * e / s + states * size * (inputs_kept * e + w / s)
+            whole = size * (padded * e + states * w) if s > 1 else 0.0
+            return BlockBytes(kept, kept, kept, kept + whole, kept + states * size * (e + w))
         case "head":
             logits = rows * decoder.vocabulary / t
             # The loss is computed in fp32, into which logits in bf16 are copied, and back.
-            copied = b * logits if b == BF16_BYTES else 0.0
-            normed = rows * (1 + x) * b * w / s
+            copied = size * logits if size == BF16_BYTES else 0.0
+            normed = rows * (1 + inputs_kept) * size * w / s
             kept = normed + 4 * logits
-            weight_gradient = g * w * decoder.vocabulary / t
-            backward = max(4 * logits + copied, b * logits + weight_gradient + rows * b * w)
+            weight_gradient = gradient_size * w * decoder.vocabulary / t
+            backward = max(4 * logits + copied, size * logits + weight_gradient + rows * size * w)
             return BlockBytes(kept, kept, kept, kept + copied, normed + backward)
         case _:  # the embedding
             kept = rows * tokens.row_tokens  # the mask that tells texts apart
-            weight_gradient = g * w * decoder.vocabulary / t
+            weight_gradient = gradient_size * w * decoder.vocabulary / t
             return BlockBytes(kept, kept, kept, kept, kept + weight_gradient)
 
 
@@ -111,15 +118,15 @@ def _layer(kept: float, kept_input: float, core: float, backward: float) -> Bloc
 
 
 def _mlp_backward(
-    block: Block, rows: float, w: int, f: int, t: int, s: int, g: int, *, up: int
+    block: Block, rows: float, w: int, f: int, t: int, s: int, gradient_size: int, *, up: int
 ) -> float:
     """What the last layer of an MLP, or the first, has in its backward pass beside what was kept.
 
     up: matrices of the first one, a gate's included. Sequence parallelism gathers the gradient of
     the output. Weights' gradients are made in the weights' type before they are added up.
     """
-    b = block.value_bytes
-    second = rows * b * (w + f / t) + g * f * w / t
-    freed = (block.trained + 2 * (up - 1)) * b * rows * f / t
-    first = b * rows * up * f / t - freed + b * rows * w + g * up * f * w / t
+    size = block.value_bytes
+    second = rows * size * (w + f / t) + gradient_size * f * w / t
+    freed = (block.trained + 2 * (up - 1)) * size * rows * f / t
+    first = size * rows * up * f / t - freed + size * rows * w + gradient_size * up * f * w / t
     return max(second, first)

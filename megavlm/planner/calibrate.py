@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from megavlm.dist import groups
 from megavlm.planner.compute import ATTENTION_BACKWARD
-from megavlm.planner.hardware import Gpu, gpu_named
+from megavlm.planner.hardware import Gpu, gpu_named, precision_bytes
 from megavlm.planner.work import Attention
 
 MEASURE_SECONDS = 0.6
@@ -74,18 +74,20 @@ def with_rates(gpu: Gpu, rates: Rates, precision: str) -> Gpu:
     precision: in which they were measured. The other one is assumed to reach the same share of its
     nominal rate, and where there is none, the same rate.
     """
-    bf16 = gpu.matmul_flops_per_second or rates.matmul_flops_per_second
-    fp32 = gpu.fp32_matmul_flops_per_second or rates.matmul_flops_per_second
-    flops = bf16 if precision == "bf16" else fp32
     memory = gpu.memory_bytes_per_second or rates.memory_bytes_per_second
     link = gpu.link_bytes_per_second or rates.link_bytes_per_second
-    measured = replace(
+    matmul = rates.matmul_flops_per_second
+    nominal = replace(
         gpu,
-        matmul_flops_per_second=bf16,
-        fp32_matmul_flops_per_second=fp32,
-        matmul_efficiency=rates.matmul_flops_per_second / flops,
-        attention_efficiency=rates.attention_flops_per_second / flops,
+        matmul_flops_per_second=gpu.matmul_flops_per_second or matmul,
+        fp32_matmul_flops_per_second=gpu.fp32_matmul_flops_per_second or matmul,
         memory_bytes_per_second=memory,
+    )
+    flops = nominal.peak_flops_per_second(precision_bytes(precision))
+    measured = replace(
+        nominal,
+        matmul_efficiency=matmul / flops,
+        attention_efficiency=rates.attention_flops_per_second / flops,
         memory_efficiency=rates.memory_bytes_per_second / memory,
         launch_seconds=rates.launch_seconds,
     )
@@ -111,7 +113,7 @@ def print_calibration(measured: Gpu, assumed: Gpu, precision: str) -> None:
 
 
 def _figures(gpu: Gpu, precision: str) -> list[tuple[str, float]]:
-    flops = gpu.peak_flops_per_second(2 if precision == "bf16" else 4)
+    flops = gpu.peak_flops_per_second(precision_bytes(precision))
     memory = gpu.memory_bytes_per_second
     return [
         ("matrix products, TFLOP/s", flops * gpu.matmul_efficiency / 1e12),

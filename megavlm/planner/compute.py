@@ -5,7 +5,7 @@ from math import ceil
 from typing import NamedTuple
 
 from megavlm.planner.hardware import Gpu
-from megavlm.planner.work import BF16_BYTES, Block, Matmul
+from megavlm.planner.work import Block, Matmul
 
 TILE = 128
 """Rows and columns of the result that one multiprocessor computes at a time."""
@@ -19,18 +19,22 @@ class BlockSeconds(NamedTuple):
     """Of one block and micro-batch."""
 
     forward: float
-    attention: float
-    """The attention cores' part of the forward pass."""
     backward: float
+    recomputed_core: float
+    """The attention core's part of the forward pass, where `selective` recomputes it."""
     recomputed_in_full: float
     """The forward pass once more, of a layer."""
 
     def recomputed(self, mode: str) -> float:
         """What gradient checkpointing adds to the backward pass."""
-        return {"none": 0.0, "selective": self.attention, "full": self.recomputed_in_full}[mode]
+        return {
+            "none": 0.0,
+            "selective": self.recomputed_core,
+            "full": self.recomputed_in_full,
+        }[mode]
 
 
-def matmul_seconds(gpu: Gpu, matmul: Matmul, value_bytes: int = BF16_BYTES) -> float:
+def matmul_seconds(gpu: Gpu, matmul: Matmul, value_bytes: int) -> float:
     """Limited by arithmetic or by memory; few tiles leave multiprocessors idle."""
     tiles = ceil(matmul.rows / TILE) * ceil(matmul.columns / TILE)
     busy = min(1.0, tiles / gpu.multiprocessors)
@@ -69,7 +73,7 @@ def block_seconds(gpu: Gpu, block: Block) -> BlockSeconds:
         backward += ATTENTION_BACKWARD * attention + STREAMED_BACKWARD * streamed
     return BlockSeconds(
         forward=forward,
-        attention=attention,
         backward=max(backward, kernels * gpu.launch_seconds),
+        recomputed_core=attention if block.has_core_checkpoint else 0.0,
         recomputed_in_full=forward if block.is_layer else 0.0,
     )

@@ -14,6 +14,12 @@ from typing import Any, cast
 from megavlm.errors import ConfigError
 
 GIB = 1024**3
+BF16_BYTES, FP32_BYTES = 2, 4
+
+
+def precision_bytes(precision: str) -> int:
+    """Of a value in bf16 or fp32."""
+    return {"bf16": BF16_BYTES, "fp32": FP32_BYTES}[precision]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,8 +57,11 @@ class Gpu:
     """Each GPU's share of the bandwidth of its host's memory."""
 
     def peak_flops_per_second(self, value_bytes: int) -> float:
-        """Of matrix products in bf16, of 2 bytes a value, or in fp32, of 4; nominal."""
-        return {2: self.matmul_flops_per_second, 4: self.fp32_matmul_flops_per_second}[value_bytes]
+        """Of matrix products of values of `precision_bytes`; nominal."""
+        return {
+            BF16_BYTES: self.matmul_flops_per_second,
+            FP32_BYTES: self.fp32_matmul_flops_per_second,
+        }[value_bytes]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,11 +13,10 @@ from megavlm.config.run import RunSettings, data_parallel_ranks, samples_per_mic
 from megavlm.model.params import parameters_of
 from megavlm.planner.activations import BlockBytes, block_bytes
 from megavlm.planner.cut import with_cut
-from megavlm.planner.hardware import GIB, Cluster
+from megavlm.planner.hardware import BF16_BYTES, GIB, Cluster
 from megavlm.planner.pipeline import most_in_flight
 from megavlm.planner.predict import cut_blocks
 from megavlm.planner.work import (
-    BF16_BYTES,
     Block,
     Tokens,
     model_blocks,
@@ -195,7 +194,15 @@ def _zero3(run: RunSettings, tokens: Tokens, ranks: int) -> Memory:
     in_host = zero3.offload_parameters != "none"
     states_in_host = zero3.offload_optimizer != "none"
     size = value_bytes(run)
-    activations = _chunk(run, blocks, tokens, UNDIVIDED, weight_gradients=False).most()
+    chunk = _chunk(run, blocks, tokens, UNDIVIDED, weight_gradients=False)
+    # The first gradient that finds the bucket full sets off its reduction, which takes as much once
+    # more. The last trained block finds it empty, and has the gradient of one matrix beside it.
+    last = max(n for n, block in enumerate(blocks) if block.trained)
+    passing = [
+        size * block.trained * (bucket if n < last else min(bucket, block.largest_matrix))
+        for n, block in enumerate(blocks)
+    ]
+    activations, most = chunk.most(), chunk.most(passing)
     # It gathers ahead while fewer are alive, a bucket at a time.
     gathered = size * min(live + ahead, held)
     # The optimiser goes over one part of the model after another, with a copy of its gradients; all
@@ -211,9 +218,7 @@ def _zero3(run: RunSettings, tokens: Tokens, ranks: int) -> Memory:
         optimizer=0.0 if states_in_host else 12 * trained / ranks,
         activations=max(activations, stepping - gathered - size * bucket),
         gathered=gathered,
-        # The bucket that gradients are collected in; and the one, or the gradient, to be reduced,
-        # unless most is there while the head is, which is frozen.
-        buffers=(1 + blocks[-1].trained) * size * bucket,
+        buffers=size * bucket + most - activations,
     )
 
 

@@ -100,7 +100,7 @@ def _sharding(run: RunSettings, cluster: Cluster) -> Sharding:
             states_in_host=zero3.offload_optimizer != "none",
             weights_in_host=zero3.offload_parameters != "none",
             ahead=0 if zero3.prefetch_bucket == 0 else 1,
-            overlapped=zero3.overlap_communication,
+            overlapped_reduction=zero3.overlap_communication,
         )
     shards = run.fsdp2.shard_ranks or cluster.ranks
     near = neighbours(cluster, shards)

@@ -12,7 +12,7 @@ from megavlm.planner.network import Group, all_reduce_seconds, ring_seconds
 from megavlm.planner.pipeline import run_pipeline
 from megavlm.planner.span import Span
 from megavlm.planner.streams import CONTENTION, ShardedBlock, run_micro_batch
-from megavlm.planner.work import BF16_BYTES, Block
+from megavlm.planner.work import Block
 
 ADAM_BYTES = 32
 """Read and written for each parameter by AdamW: gradient, master weight, two moments, weight."""
@@ -30,6 +30,7 @@ class Step:
     """What communication adds: the wait for it, and what it slows down."""
     bubble_seconds: float
     optimizer_seconds: float
+    """With the copies of gradients and new weights between a GPU and its host."""
     spans: tuple[Span, ...]
     """Of the first micro-batch of sharded ranks; of all of a pipeline's."""
 
@@ -48,7 +49,7 @@ class Sharding:
     """Ranks that hold the same part, and reduce its gradient once a step."""
     reduced_bytes: float
     """Of each gradient, as it travels."""
-    gathered_bytes: float = BF16_BYTES
+    gathered_bytes: float
     """Of each weight, as it travels among the ranks of `first`."""
     states_in_host: bool = False
     """Whether the optimiser's states lie in the memory of the host, which then updates them."""
@@ -56,8 +57,8 @@ class Sharding:
     """Whether a rank's share of the weights does, from which it is copied to be gathered."""
     ahead: int = 1
     """Blocks whose weights are gathered ahead of their use."""
-    overlapped: bool = True
-    """Whether ranks compute while they communicate."""
+    overlapped_reduction: bool = True
+    """Whether ranks compute while gradients are reduced; they always do while they gather."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +106,7 @@ def sharded_step(
             ],
             recompute,
             sharding.ahead,
-            overlapped=sharding.overlapped,
+            overlapped_reduction=sharding.overlapped_reduction,
         )
 
     spans = timed(sharding.first)
@@ -114,10 +115,8 @@ def sharded_step(
     passes += all_reduce_seconds(cluster, sharding.replicas, sharding.reduced_bytes * own)
     compute = micro_batches * sum(s.forward + s.backward for s in seconds)
     again = micro_batches * _recomputed(seconds, recompute)
-    if sharding.states_in_host:
-        optimizer = _host_optimizer_seconds(cluster, own, blocks[0].value_bytes)
-    else:
-        optimizer = _optimizer_seconds(cluster, own)
+    optimizer = _optimizer_seconds(cluster, own, in_host=sharding.states_in_host)
+    optimizer += _offload_seconds(cluster, sharding, own, blocks[0].value_bytes, micro_batches)
     return Step(
         seconds=passes + optimizer,
         compute_seconds=compute,
@@ -169,7 +168,7 @@ def divided_step(
         waits = max(0.0, reduce - hidden)
         waits += max(0.0, gather - sum(both[c][0] for c in on[0]))
         waits += CONTENTION * (reduce + gather - waits)
-    optimizer = _optimizer_seconds(cluster, trained / division.copies.ranks)
+    optimizer = _optimizer_seconds(cluster, trained / division.copies.ranks, in_host=False)
     return Step(
         seconds=_end(spans) + waits + optimizer,
         compute_seconds=compute,
@@ -217,16 +216,30 @@ def _recomputed(seconds: Sequence[BlockSeconds], mode: str) -> float:
     return sum(s.recomputed(mode) for s in seconds if s.backward)
 
 
-def _optimizer_seconds(cluster: Cluster, parameters: float) -> float:
+def _optimizer_seconds(cluster: Cluster, parameters: float, *, in_host: bool) -> float:
     gpu = cluster.gpu
-    return ADAM_BYTES * parameters / (gpu.memory_bytes_per_second * gpu.memory_efficiency)
+    bandwidth = gpu.memory_bytes_per_second * gpu.memory_efficiency
+    if in_host:
+        bandwidth = gpu.host_memory_bytes_per_second
+    return ADAM_BYTES * parameters / bandwidth
 
 
-def _host_optimizer_seconds(cluster: Cluster, parameters: float, value_bytes: int) -> float:
-    """Gradients go to the host in fp32, new weights come back."""
-    gpu = cluster.gpu
-    moved = (4 + value_bytes) * parameters / gpu.host_link_bytes_per_second
-    return moved + ADAM_BYTES * parameters / gpu.host_memory_bytes_per_second
+def _offload_seconds(
+    cluster: Cluster,
+    sharding: Sharding,
+    parameters: float,
+    value_bytes: int,
+    micro_batches: int,
+) -> float:
+    """To copy the gradients and new weights of so many parameters between a GPU and its host.
+
+    DeepSpeed adds up gradients in fp32 on the GPU and keeps them in the host: there and back in
+    every micro-batch, and there once more for the optimiser (`partition_grads` in its stage3.py).
+    """
+    moved = (8 * micro_batches + 4) * sharding.states_in_host
+    if sharding.states_in_host != sharding.weights_in_host:
+        moved += value_bytes
+    return moved * parameters / cluster.gpu.host_link_bytes_per_second
 
 
 def _end(spans: Sequence[Span]) -> float:

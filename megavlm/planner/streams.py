@@ -22,13 +22,13 @@ class ShardedBlock:
 
 
 def run_micro_batch(
-    blocks: Sequence[ShardedBlock], recompute: str, ahead: int, *, overlapped: bool = True
+    blocks: Sequence[ShardedBlock], recompute: str, ahead: int, *, overlapped_reduction: bool = True
 ) -> list[Span]:
     """Forward and backward of one micro-batch, from 0 on.
 
     A block's weights are gathered while one of the `ahead` blocks before it computes; its gradients
-    are reduced as soon as they are there, on the same stream; on that of the computation unless
-    both are `overlapped`.
+    are reduced as soon as they are there, on the same stream. Without `overlapped_reduction` the
+    computation goes on once they are reduced.
     """
     spans: list[Span] = []
     compute_free = network_free = 0.0
@@ -38,9 +38,9 @@ def run_micro_batch(
         nonlocal compute_free, network_free
         if seconds == 0:
             return earliest
-        start = max(earliest, network_free, 0.0 if overlapped else compute_free)
+        start = max(earliest, network_free)
         network_free = start + seconds
-        if not overlapped:
+        if kind == "reduce" and not overlapped_reduction:
             compute_free = network_free
         spans.append(Span("network", name, kind, start, network_free))
         return network_free
@@ -48,8 +48,8 @@ def run_micro_batch(
     def compute(name: str, kind: str, earliest: float, seconds: float) -> float:
         nonlocal compute_free
         start = max(earliest, compute_free)
-        overlapped = max(0.0, min(network_free, start + seconds) - start)
-        compute_free = start + seconds + CONTENTION * overlapped
+        seconds_beside = max(0.0, min(network_free, start + seconds) - start)
+        compute_free = start + seconds + CONTENTION * seconds_beside
         starts.append(start)
         spans.append(Span("compute", name, kind, start, compute_free))
         return compute_free

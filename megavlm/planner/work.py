@@ -11,14 +11,12 @@ from typing import NamedTuple
 from megavlm.config.engines import MegatronSettings
 from megavlm.config.objectives import Part
 from megavlm.config.run import RunSettings
-from megavlm.config.sizes import DecoderSizes, EncoderSizes
-
-BF16_BYTES = 2
+from megavlm.planner.hardware import BF16_BYTES, FP32_BYTES, precision_bytes
 
 
 def value_bytes(run: RunSettings) -> int:
     """Of a weight or an activation, as layers compute with it and messages carry it."""
-    return BF16_BYTES if run.train.precision == "bf16" else 4
+    return precision_bytes(run.train.precision)
 
 
 class Matmul(NamedTuple):
@@ -54,31 +52,36 @@ class Block:
     part: Part
     parameters: float
     """Those that this rank holds."""
+    value_bytes: int
+    """Of a weight or an activation."""
     matmuls: tuple[Matmul, ...] = ()
     """Of the forward pass."""
     attentions: tuple[Attention, ...] = ()
     streamed_values: float = 0.0
-    """Read and written by elementwise kernels in the forward pass."""
+    """Of `value_bytes` each, read and written by elementwise kernels in the forward pass."""
     kernels: int = 0
     """Launched in the forward pass, matrix products included."""
     gathered: tuple[float, ...] = ()
     """Values of each whole tensor that tensor-parallel ranks gather, or reduce and scatter, in the
     forward pass."""
     regathered: tuple[float, ...] = ()
-    """Those that sequence parallelism gathers once more in the backward pass: inputs of matrices
-    whose weights have gradients."""
+    """Those that only the backward pass gathers, or reduces and scatters: with sequence
+    parallelism inputs of matrices whose weights have gradients; without it images' gradients."""
     seen_flops: float = 0.0
     """Of the forward pass on tokens that are no padding; of the whole model, not of this rank."""
     trained: bool = True
     passes_gradients: bool = True
     """Whether something before it is trained."""
-    value_bytes: int = BF16_BYTES
-    """Of a weight or an activation."""
 
     @property
     def is_layer(self) -> bool:
         """Layers attend. They alone are recomputed in full."""
         return bool(self.attentions)
+
+    @property
+    def has_core_checkpoint(self) -> bool:
+        """Whether `selective` recomputes its attention core: that of self-attention alone."""
+        return self.is_layer and self.part != "cross_attention"
 
     @property
     def seen_training_flops(self) -> float:
@@ -140,6 +143,7 @@ def transformer_layer(
     gated: bool,
     tokens: float,
     pairs: float,
+    value_bytes: int,
     rotary: bool,
     norm_passes: float = 2,
     rotary_passes: float = 6,
@@ -167,6 +171,7 @@ def transformer_layer(
         name=name,
         part=part,
         parameters=sum(m.inner * m.columns for m in matmuls) + 2 * width,
+        value_bytes=value_bytes,
         matmuls=matmuls,
         attentions=(Attention(pairs, query_width / t),),
         streamed_values=norms_and_residuals + rotations + activation,
@@ -178,28 +183,39 @@ def transformer_layer(
 
 
 def head(
-    width: int, vocabulary: int, tokens: float, tensor: int = 1, part: Part = "decoder"
+    width: int,
+    vocabulary: int,
+    tokens: float,
+    *,
+    value_bytes: int,
+    tensor: int = 1,
+    part: Part = "decoder",
 ) -> Block:
     """The last norm, the output layer and the cross entropy."""
     matmul = Matmul(tokens, width, vocabulary / tensor)
+    # In fp32: maximum, exponential, sum, division; before that a copy of logits in bf16.
+    of_logit = 5 * FP32_BYTES + (BF16_BYTES + FP32_BYTES if value_bytes == BF16_BYTES else 0)
     return Block(
         name="head",
         part=part,
         parameters=matmul.inner * matmul.columns + width,
+        value_bytes=value_bytes,
         matmuls=(matmul,),
-        # Logits in bf16, then in fp32, which count twice: maximum, exponential, sum, division.
-        streamed_values=(1 + 2 * 6) * tokens * vocabulary / tensor,
+        streamed_values=of_logit / value_bytes * matmul.rows * matmul.columns,
         kernels=15,
         gathered=(tokens * width,) if tensor > 1 else (),
     )
 
 
-def embedding(width: int, vocabulary: int, tokens: float, tensor: int = 1) -> Block:
+def embedding(
+    width: int, vocabulary: int, tokens: float, *, value_bytes: int, tensor: int = 1
+) -> Block:
     """A row of a table for each token."""
     return Block(
         name="embedding",
         part="decoder",
         parameters=width * vocabulary / tensor,
+        value_bytes=value_bytes,
         streamed_values=2 * tokens * width,
         kernels=2,
         gathered=(tokens * width,) if tensor > 1 else (),
@@ -208,15 +224,21 @@ def embedding(width: int, vocabulary: int, tokens: float, tensor: int = 1) -> Bl
 
 def model_blocks(run: RunSettings, tokens: Tokens, parallel: MegatronSettings) -> list[Block]:
     """The vision-language model's blocks on one tensor-parallel rank, for one micro-batch."""
-    encoder, decoder = run.model.encoder, run.model.decoder
+    decoder = run.model.decoder
     trained = {part: part in run.trained_parts for part in ("encoder", "projector", "decoder")}
     trained["cross_attention"] = "cross_attention" in run.trained_parts
     self_layer = _self_layer(run, tokens, parallel)
     cross_layer = _cross_layer(run, tokens, parallel)
-    blocks = [*_before(encoder, decoder, tokens, parallel)]
+    blocks = _before(run, tokens, parallel)
     for layer in range(decoder.layers):
         blocks.append(cross_layer if layer in decoder.cross_layers else self_layer)
-    last = head(decoder.width, decoder.vocabulary, tokens.row_total, parallel.tensor_parallel)
+    last = head(
+        decoder.width,
+        decoder.vocabulary,
+        tokens.row_total,
+        value_bytes=value_bytes(run),
+        tensor=parallel.tensor_parallel,
+    )
     blocks.append(
         replace(last, seen_flops=2 * tokens.text_tokens * decoder.width * decoder.vocabulary)
     )
@@ -234,22 +256,20 @@ def model_blocks(run: RunSettings, tokens: Tokens, parallel: MegatronSettings) -
                 block,
                 trained=is_trained,
                 passes_gradients=reached,
-                # Images' gradients are summed here, whether or not the layer is trained.
+                # Frozen matrices gather no inputs; images' gradients are summed behind them, too.
                 regathered=block.regathered
-                if is_trained or block.part == "cross_attention"
+                if is_trained or (of_images and parallel.token_shards == 1)
                 else (),
-                value_bytes=value_bytes(run),
             )
         out.append(same[block.name, reached])
         reached = reached or is_trained
     return out
 
 
-def _before(
-    encoder: EncoderSizes, decoder: DecoderSizes, tokens: Tokens, parallel: MegatronSettings
-) -> list[Block]:
+def _before(run: RunSettings, tokens: Tokens, parallel: MegatronSettings) -> list[Block]:
     """The encoder, the projector and the embedding."""
-    t = parallel.tensor_parallel
+    encoder, decoder = run.model.encoder, run.model.decoder
+    t, size = parallel.tensor_parallel, value_bytes(run)
     states = tokens.images * (encoder.tokens + encoder.register_tokens)
     patches = tokens.images * encoder.tokens
     side = encoder.patch_pixels
@@ -264,6 +284,7 @@ def _before(
         gated=False,
         tokens=states,
         pairs=states * (encoder.tokens + encoder.register_tokens),
+        value_bytes=size,
         rotary=False,
         tensor=t,
         token_shards=parallel.token_shards,
@@ -276,6 +297,7 @@ def _before(
             name="patches",
             part="encoder",
             parameters=patch.inner * patch.columns + (encoder.tokens + 1) * encoder.width,
+            value_bytes=size,
             matmuls=(patch,),
             streamed_values=8 * patches * encoder.width
             + 6 * tokens.images * 3 * encoder.image_pixels**2,
@@ -287,12 +309,13 @@ def _before(
             name="projector",
             part="projector",
             parameters=project.inner * project.columns + decoder.width,
+            value_bytes=size,
             matmuls=(project,),
             streamed_values=3 * patches * decoder.width,
             kernels=6,
             seen_flops=project.flops,
         ),
-        embedding(decoder.width, decoder.vocabulary, tokens.row_total, t),
+        embedding(decoder.width, decoder.vocabulary, tokens.row_total, value_bytes=size, tensor=t),
     ]
 
 
@@ -309,6 +332,7 @@ def _self_layer(run: RunSettings, tokens: Tokens, parallel: MegatronSettings) ->
         tokens=tokens.row_total,
         # Packed texts are told apart by a mask, so the kernel multiplies all pairs of a row.
         pairs=tokens.row_total * tokens.row_tokens,
+        value_bytes=value_bytes(run),
         rotary=True,
         rotary_passes=10,
         tensor=parallel.tensor_parallel,
@@ -342,11 +366,13 @@ def _cross_layer(run: RunSettings, tokens: Tokens, parallel: MegatronSettings) -
         name="cross-attention layer",
         part="cross_attention",
         parameters=sum(m.inner * m.columns for m in (*of_texts, of_images)) + 2 * width,
+        value_bytes=value_bytes(run),
         matmuls=(*of_texts, of_images),
         attentions=(Attention(pairs, width / t),),
         streamed_values=10 * own * width + 4 * states * keys / t + 5 * texts * sizes.mlp_width / t,
         kernels=30,
         gathered=((of_text,) * 4 + (of_image,) * sharded) if t > 1 else (),
-        regathered=(of_text,) * 2 + (of_image,) if sharded else (of_image,) * (t > 1),
+        # Without sequence parallelism an all-reduce of images' gradients, which is two rings.
+        regathered=(of_text,) * 2 + (of_image,) if sharded else (of_image,) * (2 * (t > 1)),
         seen_flops=seen,
     )

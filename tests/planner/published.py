@@ -6,7 +6,7 @@ machine, the layout, and which kernels the source says it ran.
 
 from dataclasses import dataclass, replace
 
-from megavlm.planner.hardware import A100_40, A100_80, H100_80, Cluster, Gpu
+from megavlm.planner.hardware import A100_40, A100_80, BF16_BYTES, H100_80, Cluster, Gpu
 from megavlm.planner.network import Group, neighbours, send_seconds
 from megavlm.planner.step import Division, Sharding, Step, divided_step, sharded_step
 from megavlm.planner.work import Block, embedding, head, transformer_layer
@@ -124,6 +124,7 @@ class Row:
         """Embedding, layers and head, on one rank."""
         model, shards = self.model, self.tensor
         tokens = self.tokens * self.sequences / self.context
+        ends = {"value_bytes": BF16_BYTES, "tensor": shards}
         layer = transformer_layer(
             "layer",
             "decoder",
@@ -134,6 +135,7 @@ class Row:
             gated=model.gated,
             tokens=tokens,
             pairs=tokens * self.tokens / 2,  # causal
+            value_bytes=BF16_BYTES,
             rotary=model.rotary,
             norm_passes=model.norm_passes,
             rotary_passes=model.rotary_passes,
@@ -141,9 +143,9 @@ class Row:
             token_shards=shards,
         )
         return (
-            embedding(model.width, model.vocabulary, tokens, shards),
+            embedding(model.width, model.vocabulary, tokens, **ends),
             [layer] * model.layers,
-            head(model.width, model.vocabulary, tokens, shards),
+            head(model.width, model.vocabulary, tokens, **ends),
         )
 
     def predicted(self) -> float:
@@ -161,6 +163,7 @@ class Row:
             reduce=world,
             replicas=Group(1, 1),
             reduced_bytes=self.reduced_bytes,
+            gathered_bytes=BF16_BYTES,
         )
         before, layers, after = self.blocks()
         return sharded_step(

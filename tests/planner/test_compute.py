@@ -12,16 +12,16 @@ RATE, ATTENTION_RATE = 0.5e12, 0.25e12
 def test_a_matrix_product_is_bound_by_arithmetic_or_by_memory():
     matmul = Matmul(256, 1024, 384)
     flops, moved = 2 * 256 * 1024 * 384, 2 * (256 * 1024 + 1024 * 384 + 256 * 384)
-    assert matmul_seconds(ROUND, matmul) == pytest.approx(flops / RATE)
+    assert matmul_seconds(ROUND, matmul, 2) == pytest.approx(flops / RATE)
     slow = replace(ROUND, memory_bytes_per_second=1e6)
-    assert matmul_seconds(slow, matmul) == pytest.approx(moved / 0.5e6)
+    assert matmul_seconds(slow, matmul, 2) == pytest.approx(moved / 0.5e6)
 
 
 def test_tiles_are_computed_whole_and_too_few_leave_multiprocessors_idle():
-    whole = matmul_seconds(ROUND, Matmul(256, 64, 256))
-    assert matmul_seconds(ROUND, Matmul(129, 64, 250)) == pytest.approx(whole)
+    whole = matmul_seconds(ROUND, Matmul(256, 64, 256), 2)
+    assert matmul_seconds(ROUND, Matmul(129, 64, 250), 2) == pytest.approx(whole)
     many = replace(ROUND, multiprocessors=8)  # 4 tiles
-    assert matmul_seconds(many, Matmul(256, 64, 256)) == pytest.approx(2 * whole)
+    assert matmul_seconds(many, Matmul(256, 64, 256), 2) == pytest.approx(2 * whole)
 
 
 @pytest.mark.parametrize(
@@ -33,6 +33,7 @@ def test_a_block_has_the_backward_passes_that_it_needs(trained, passes_gradients
         name="block",
         part="decoder",
         parameters=1,
+        value_bytes=2,
         matmuls=(Matmul(256, 128, 512), Matmul(256, 512, 128)),
         attentions=(Attention(256 * 64, 128),),
         streamed_values=3e9,
@@ -49,6 +50,8 @@ def test_a_block_has_the_backward_passes_that_it_needs(trained, passes_gradients
     assert seconds.backward == pytest.approx(passes * arithmetic + bool(passes) * beside)
     modes = {"none": 0, "selective": attention, "full": seconds.forward}  # of a layer
     assert {mode: seconds.recomputed(mode) for mode in modes} == pytest.approx(modes)
+    cross = block_seconds(gpu, replace(block, part="cross_attention"))
+    assert cross == seconds._replace(recomputed_core=0)
     without = block_seconds(gpu, replace(block, attentions=()))  # is no layer
     assert {without.recomputed(mode) for mode in modes} == {0}
     # A host that launches slowly.
@@ -61,6 +64,7 @@ def test_fp32_has_its_own_rate_and_twice_the_bytes():
         name="block",
         part="decoder",
         parameters=1,
+        value_bytes=2,
         matmuls=(Matmul(256, 1024, 256),),
         attentions=(Attention(256 * 64, 128),),
     )

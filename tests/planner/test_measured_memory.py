@@ -36,7 +36,10 @@ def test_memory_of_a_dry_run(path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("changes", [["train.precision=fp32"], ["train.frozen=[decoder]"]])
+@pytest.mark.parametrize(
+    "changes",
+    [["train.precision=fp32"], ["train.frozen=[decoder]"], ["train.frozen=[cross_attention]"]],
+)
 @pytest.mark.parametrize("recompute", ["none", "full"])
 @pytest.mark.parametrize(
     ("name", "engine"),

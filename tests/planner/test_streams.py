@@ -1,5 +1,3 @@
-from itertools import pairwise
-
 import pytest
 
 from megavlm.planner.compute import BlockSeconds
@@ -7,7 +5,9 @@ from megavlm.planner.streams import CONTENTION, ShardedBlock, run_micro_batch
 
 
 def block(name, gather=0.0, reduce=0.0, backward=2.0):
-    compute = BlockSeconds(forward=1.0, attention=0.25, backward=backward, recomputed_in_full=1.0)
+    compute = BlockSeconds(
+        forward=1.0, backward=backward, recomputed_core=0.25, recomputed_in_full=1.0
+    )
     return ShardedBlock(
         name=name, compute=compute, gather_forward=gather, gather_backward=gather, reduce=reduce
     )
@@ -36,12 +36,22 @@ def test_a_block_waits_for_its_weights_and_is_slowed_by_messages_beside_it():
     ]
 
 
-def test_on_one_stream_nothing_overlaps():
-    blocks = [block(n, gather=3, reduce=2) for n in "ab"]
-    spans = run_micro_batch(blocks, "none", ahead=1, overlapped=False)
-    assert end_of(spans) == pytest.approx(2 * (2 * 3 + 2 + 1 + 2))
-    in_order = sorted(spans, key=lambda span: span.start)
-    assert all(a.end == pytest.approx(b.start) for a, b in pairwise(in_order))
+def test_computation_waits_for_reductions_that_do_not_overlap_and_for_no_gather():
+    def of(gather, reduce, overlapped_reduction):
+        blocks = [block(n, gather=gather, reduce=reduce) for n in "ab"]
+        return run_micro_batch(blocks, "none", 1, overlapped_reduction=overlapped_reduction)
+
+    assert end_of(of(0, 2, False)) == 2 * (1 + 2 + 2)
+    assert end_of(of(0, 2, True)) == 2 * (1 + 2) + 2 + CONTENTION * 2
+    assert of(3, 0, False) == of(3, 0, True)  # gathers alone
+
+    def beside_computation(kind):
+        spans = of(0.5, 2, False)
+        computed = [s for s in spans if s.lane == "compute"]
+        sent = [s for s in spans if s.kind == kind]
+        return any(a.start < b.end and b.start < a.end for a in sent for b in computed)
+
+    assert beside_computation("gather") and not beside_computation("reduce")
 
 
 @pytest.mark.parametrize("ahead", [0, 1, 3])

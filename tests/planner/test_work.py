@@ -5,7 +5,7 @@ import pytest
 from megavlm.config.engines import UNDIVIDED, MegatronSettings
 from megavlm.model.params import parameters_of
 from megavlm.planner.predict import cut_blocks
-from megavlm.planner.work import model_blocks, tokens_of
+from megavlm.planner.work import head, model_blocks, tokens_of
 from tests.planner.test_cut import RUN
 from tests.runs import load_run
 
@@ -65,6 +65,41 @@ def test_gradients_pass_through_what_is_frozen_only_behind_what_is_trained():
     blocks = blocks_of(run)
     keeping = {block.name for block in blocks if block.keeps}
     assert keeping == {"embedding", "self-attention layer", "cross-attention layer", "head"}
+
+
+def test_the_loss_streams_fp32_at_either_precision():
+    def bytes_of_logit(value_bytes):
+        block = head(128, 1000, 10, value_bytes=value_bytes)
+        return value_bytes * block.streamed_values / (10 * 1000)
+
+    # 5 passes in fp32; logits in bf16 are read and written in fp32 before.
+    assert bytes_of_logit(4) == pytest.approx(5 * 4)
+    assert bytes_of_logit(2) == pytest.approx(5 * 4 + 2 + 4)
+
+
+@pytest.mark.parametrize(
+    ("frozen", "alone", "sharded"),
+    [
+        ("[]", ["image"] * 2, ["text", "text", "image"]),
+        ("[cross_attention]", ["image"] * 2, []),
+        ("[encoder, projector]", ["image"] * 2, ["text", "text", "image"]),
+        ("[encoder, projector, cross_attention]", [], []),
+    ],
+)
+def test_what_only_the_backward_pass_of_a_cross_layer_sends(frozen, alone, sharded):
+    """Without and with sequence parallelism."""
+    sizes = {16 * 257 * 6144: "image", 4 * 256 * 6144: "text"}  # 16 samples, 4 texts in each row
+    for sequence_parallel, expected in (("false", alone), ("true", sharded)):
+        run = load_run(
+            RUN,
+            [
+                *("engine=megatron", "megatron.tensor_parallel=4", f"train.frozen={frozen}"),
+                f"megatron.sequence_parallel={sequence_parallel}",
+            ],
+        )
+        layers = {block.name: block for block in blocks_of(run)}
+        sent = layers["cross-attention layer"].regathered
+        assert [sizes[values] for values in sent] == expected
 
 
 def test_texts_fill_rows():
