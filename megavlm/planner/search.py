@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from megavlm.config.engines import MegatronSettings, Zero3Settings
 from megavlm.config.objectives import is_pretraining
-from megavlm.config.plan import Stage
+from megavlm.config.plan import Plan, Stage
 from megavlm.config.run import RunSettings, data_parallel_ranks, samples_per_micro_batch
 from megavlm.config.sizes import divisors
 from megavlm.dist.launch import check_hosts, named_hosts
@@ -73,11 +73,22 @@ class Found(NamedTuple):
         if self.chosen is not None:
             return self.chosen
         cluster = self.ranked[0].cluster
-        least = min(candidate.fullest.total for candidate in self.ranked)
+        least = min(c.fullest.total for c in self.ranked if not c.rounds)
         raise ConfigError(
             f"no layout fits {cluster.ranks} x {cluster.gpu.name}: the smallest needs "
             f"{least / GIB:.0f} GiB a GPU; take more hosts or GPUs with more memory"
         )
+
+
+def planned_stage(plan: Plan) -> Stage:
+    """Of the stages that are predicted, the one of most steps, which the layout is chosen for.
+
+    Raises ConfigError if none is.
+    """
+    stages = [stage for stage in plan.stages if not is_pretraining(stage.run.objectives)]
+    if not stages:
+        _require_predictable(plan.last)
+    return max(stages, key=lambda stage: stage.run.train.steps)
 
 
 def candidate_of(
@@ -117,17 +128,21 @@ def _memory_by_stage(
 
     Raises ConfigError, pre-training's too, where a stage does not divide.
     """
-    engine = {name: getattr(layout, name) for name in ("engine", "zero3", "fsdp2", "megatron")}
     found: dict[str, Memory] = {}
     for stage in stages:
         try:
-            run = replace(stage.run, **engine)
+            run = _in_layout(stage.run, layout)
             samples_per_micro_batch(run.train, data_parallel_ranks(run, cluster.ranks))
         except ConfigError as error:
             raise ConfigError(f"stages.{stage.name}: {error}") from error
         if not is_pretraining(run.objectives):
             found[stage.name] = max(memory_of(run, cluster, tokens_per_text), key=_total)
     return found
+
+
+def _in_layout(run: RunSettings, layout: RunSettings) -> RunSettings:
+    names = ("engine", "zero3", "fsdp2", "megatron")
+    return replace(run, **{name: getattr(layout, name) for name in names})
 
 
 def _total(memory: Memory) -> float:
@@ -153,33 +168,57 @@ def search(
     """Every layout, the run's own among them. Raises ConfigError if none divides.
 
     other_stages: of the same plan; they share engine and layout, so these must divide them and
-    have room for them, too.
+    have room for them, too, as they stand.
     """
     _require_predictable(run)
     ranked: list[Candidate] = []
     refused: Counter[str] = Counter()
-    others: dict[Any, Mapping[str, Memory]] = {}  # all that differ in the batch alone share it
-    for layout in _layouts(run, cluster):
-        if layout.engine not in engines:
+    for ways in _layouts(run, cluster):
+        if not ways or ways[0].engine not in engines:
             continue
         try:
-            key = layout.engine, getattr(layout, layout.engine)
-            if key not in others:
-                others[key] = _memory_by_stage(other_stages, layout, cluster, tokens_per_text)
-            ranked.append(_candidate(layout, cluster, tokens_per_text, others[key]))
+            others = _memory_by_stage(other_stages, ways[0], cluster, tokens_per_text)
         except ConfigError as error:
-            refused[str(error).partition(";")[0]] += 1
+            refused[_rule(error)] += len(ways)
+            continue
+        for way in ways:
+            try:
+                ranked.append(_candidate(way, cluster, tokens_per_text, others))
+            except ConfigError as error:
+                refused[_rule(error)] += 1
     if not ranked:
         raise ConfigError(
             f"no layout divides: {refused.most_common(1)[0][0]}; change the batch or the hosts"
         )
-    # Of those that wait for the loader alike, the one that would be fastest without it.
-    ranked.sort(key=lambda c: (not c.fits, c.prediction.seconds, c.prediction.step.seconds))
-    return Found(ranked, refused)
+    return Found(sorted(ranked, key=_place), refused)
 
 
-def _layouts(run: RunSettings, cluster: Cluster) -> Iterator[RunSettings]:
-    """Runs that differ in engine, layout, recomputation and micro-batches."""
+def fastest_in(
+    layout: RunSettings, run: RunSettings, cluster: Cluster, tokens_per_text: float
+) -> Candidate:
+    """A run, which divides in the layout of another, with the best micro-batches and recompute."""
+    found: list[Candidate] = []
+    for way in _ways(_in_layout(run, layout)):
+        try:
+            found.append(candidate_of(way, cluster, tokens_per_text))
+        except ConfigError:
+            continue
+    return min(found, key=_place)
+
+
+def _rule(error: ConfigError) -> str:
+    """That is broken, without the remedy."""
+    return str(error).partition(";")[0]
+
+
+def _place(candidate: Candidate) -> tuple[bool, float, float]:
+    """What fits first, then the fastest; of those that wait for the loader alike, without it."""
+    prediction = candidate.prediction
+    return not candidate.fits, prediction.seconds, prediction.step.seconds
+
+
+def _layouts(run: RunSettings, cluster: Cluster) -> Iterator[list[RunSettings]]:
+    """Of each engine and layout, the runs that differ in micro-batches and recomputation."""
     engines: list[dict[str, Any]] = [
         {"engine": "fsdp2", "fsdp2": replace(run.fsdp2, shard_ranks=shard_ranks)}
         for shard_ranks in (None, *_some_hosts(cluster))
@@ -189,8 +228,13 @@ def _layouts(run: RunSettings, cluster: Cluster) -> Iterator[RunSettings]:
     own: dict[str, Any] = {"engine": run.engine, run.engine: getattr(run, run.engine)}
     if own not in engines and _can_start(run, cluster):
         engines.append(own)
-    modes = ("none", "selective", "full")
-    for engine, micro_batches, recompute in product(engines, _micro_batches(run), modes):
+    for engine in engines:
+        yield list(_ways(run, **engine))
+
+
+def _ways(run: RunSettings, **engine: Any) -> Iterator[RunSettings]:
+    """A run with all micro-batches and modes of recomputation."""
+    for micro_batches, recompute in product(_micro_batches(run), ("none", "selective", "full")):
         train = replace(run.train, micro_batches=micro_batches, recompute=recompute)
         try:
             yield replace(run, train=train, **engine)
@@ -213,7 +257,7 @@ def _some_hosts(cluster: Cluster) -> list[int]:
 
 
 def _zero3(run: RunSettings, cluster: Cluster) -> Iterator[Zero3Settings]:
-    """Plain, with a secondary partition, quantised, and with the optimiser in the host."""
+    """Plain, with a secondary partition, quantised, and with states or all in the host."""
     plain = replace(
         run.zero3,
         secondary_partition=1,
@@ -225,6 +269,7 @@ def _zero3(run: RunSettings, cluster: Cluster) -> Iterator[Zero3Settings]:
     )
     yield plain
     yield replace(plain, offload_optimizer="cpu")
+    yield replace(plain, offload_optimizer="cpu", offload_parameters="cpu")
     near = plain
     if 1 < cluster.gpus_per_host < cluster.ranks:  # all ranks hold the weights once already
         near = replace(plain, secondary_partition=cluster.gpus_per_host)
