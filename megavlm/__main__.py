@@ -114,7 +114,7 @@ def _compared(plan: Plan, options: argparse.Namespace) -> tuple["Cluster", dict[
     from megavlm.dist.launch import check_planned, named_hosts, read_hostfile
     from megavlm.planner.cut import TOKENS_PER_TEXT
     from megavlm.planner.hardware import cluster_of
-    from megavlm.planner.search import planned_stage
+    from megavlm.planner.search import predicted_stages
 
     count, slots = options.hosts, options.gpus_per_host
     if options.hostfile:
@@ -124,7 +124,7 @@ def _compared(plan: Plan, options: argparse.Namespace) -> tuple["Cluster", dict[
     else:
         count, slots = count or 1, slots or 8
         hosts = named_hosts(count, slots)
-    row_tokens = planned_stage(plan).run.data.row_tokens
+    row_tokens = max(stage.run.data.row_tokens for stage in predicted_stages(plan))
     tokens_per_text = options.tokens_per_text or min(TOKENS_PER_TEXT, row_tokens)
     if tokens_per_text > row_tokens:
         raise ConfigError(

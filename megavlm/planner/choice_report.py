@@ -33,6 +33,7 @@ from megavlm.planner.search import (
     candidate_of,
     fastest_in,
     planned_stage,
+    predicted_stages,
     search,
 )
 from megavlm.planner.work import tokens_of
@@ -79,8 +80,7 @@ def print_choice(
         stage.name: best
         if stage is planned
         else fastest_in(best.run, stage.run, cluster, tokens_per_text)
-        for stage in plan.stages
-        if not is_pretraining(stage.run.objectives)
+        for stage in predicted_stages(plan)
     }
     _print_lines(console, [*_stage_lines(plan, by_stage), *_in_hosts(best)])
     changes = _changes(plan, by_stage, given)

@@ -60,7 +60,7 @@ class Found(NamedTuple):
     ranked: list[Candidate]
     """Those that fit, the fastest first; then the others, likewise."""
     refused: Counter[str]
-    """How many ways do not divide, by the rule that they break."""
+    """How many ways do not divide or are not predicted, by the rule that they break."""
 
     @property
     def chosen(self) -> Candidate | None:
@@ -80,15 +80,17 @@ class Found(NamedTuple):
         )
 
 
-def planned_stage(plan: Plan) -> Stage:
-    """Of the stages that are predicted, the one of most steps, which the layout is chosen for.
-
-    Raises ConfigError if none is.
-    """
+def predicted_stages(plan: Plan) -> list[Stage]:
+    """All but pre-training. Raises ConfigError if there is no other."""
     stages = [stage for stage in plan.stages if not is_pretraining(stage.run.objectives)]
     if not stages:
         _require_predictable(plan.last)
-    return max(stages, key=lambda stage: stage.run.train.steps)
+    return stages
+
+
+def planned_stage(plan: Plan) -> Stage:
+    """Of those that are predicted, the one of most steps, which the layout is chosen for."""
+    return max(predicted_stages(plan), key=lambda stage: stage.run.train.steps)
 
 
 def candidate_of(
