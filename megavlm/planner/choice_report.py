@@ -209,8 +209,9 @@ def _legend(
             "(computing includes padding); within the planner's error: at most "
             f"{MEAN_ERROR:.1%} slower, by which predictions of published runs err on average"
         )
+    every = ", in every stage" if others else ""
     told.append(
-        f"texts: {tokens_per_text:g} tokens each on average, with the prompt, in every stage; "
+        f"texts: {tokens_per_text:g} tokens each on average, with the prompt{every}; "
         "--tokens-per-text sets it to your data's"
     )
     if others:
@@ -273,7 +274,7 @@ def _about_the_run(own: Candidate, found: Found, tokens_per_text: float) -> list
     for name, candidate in helps:
         seconds = candidate.prediction.seconds
         gain = prediction.seconds / seconds
-        told.append(f"  {name}: {seconds:.2f} s a step, {gain:.1f} times as fast")
+        told.append(f"  {name}: {seconds:.2f} s a step, {gain:.2f} times as fast")
     return told
 
 

@@ -64,7 +64,7 @@ def launched(told):
 
 def test_the_table_ranks_what_fits_and_shows_the_run_as_it_stands(capsys, run_file):
     told = told_of(capsys, run_file, *ON_TWO_HOSTS)
-    assert "texts: 64 tokens each on average, with the prompt, in every stage; --tokens" in told
+    assert "texts: 64 tokens each on average, with the prompt; --tokens-per-text sets" in told
     run = load_plan(run_file).last
     found = search(run, cluster_of("h100-80", 2, 4), TEXT)
     title = "Predicted for 2 hosts of 4 x H100 80 GB (80 GiB): the best of each layout"
@@ -157,7 +157,7 @@ def test_the_recipe_is_bound_by_communication_in_words():
     names = ["packed into 1 micro-batch", "zero3.secondary_partition=8", "both", "Megatron TP"]
     assert len(remedies) == 4
     for name, told in zip(names, remedies, strict=True):
-        seconds, gain = re.findall(r": (\d+\.\d\d) s a step, (\d+\.\d) times as fast$", told)[0]
+        seconds, gain = re.findall(r": (\d+\.\d\d) s a step, (\d+\.\d\d) times as fast$", told)[0]
         assert name in told and float(gain) > 1
         assert float(gain) == pytest.approx(own.prediction.seconds / float(seconds), abs=0.1)
 
@@ -206,7 +206,7 @@ def test_the_longest_stage_is_planned_and_all_are_told_and_can_run(capsys, run_f
     for name, candidate, steps in (("pairs", best, "1,000"), ("chats", other, "10")):
         seconds = re.escape(f"{candidate.prediction.seconds:.3f} s a step, ")
         assert re.search(rf"^  {name}: .*{seconds}.* days for {steps} steps$", told, re.MULTILINE)
-    assert "\n  start: not predicted\n" in told
+    assert "\n  start: not predicted\n" in told and "the prompt, in every stage; " in told
 
 
 @pytest.mark.parametrize(
