@@ -65,23 +65,23 @@ def print_choice(
     planned = planned_stage(plan)
     run, others = planned.run, [stage for stage in plan.stages if stage is not planned]
     found = search(run, cluster, tokens_per_text, other_stages=others)
-    own = next((candidate for candidate in found.ranked if candidate.run == run), None)
-    if own is not None:
+    try:
+        check_hosts(run, hosts, cluster.ranks)
+        # Of the search's the other stages may be changed.
+        own = candidate_of(run, cluster, tokens_per_text, others)
         told = _about_the_run(own, found, tokens_per_text)
-    else:
-        why = _why_not_compared(run, hosts, cluster, tokens_per_text, others)
-        told = [f"As it stands, it is not compared: {why}"]
+    except (ConfigError, LaunchError) as error:
+        own, told = None, [f"As it stands, it is not compared: {error}"]
     console.print(_ranking(found, cluster, own))
     legend = _legend(planned, others, found, tokens_per_text)
     _print_lines(console, [*legend, "", *told])
     best = found.best
     console.print(f"\nChosen: {layout_name(best.run)}", style="bold")
-    by_stage = {
-        stage.name: best
-        if stage is planned
-        else fastest_in(best.run, stage.run, cluster, tokens_per_text)
-        for stage in predicted_stages(plan)
-    }
+    by_stage = {planned.name: best}
+    for stage in predicted_stages(plan):
+        other = fastest_in(best.run, stage.run, cluster, tokens_per_text)
+        if stage is not planned and other is not None:
+            by_stage[stage.name] = other
     _print_lines(console, [*_stage_lines(plan, by_stage), *_in_hosts(best)])
     changes = _changes(plan, by_stage, given)
     named = hostfile or (folder / HOSTFILE if folder else Path("HOSTFILE"))
@@ -95,22 +95,6 @@ def print_choice(
     if folder is not None:
         written = write_choice(best, tokens_per_text, hosts, run_file, changes, folder)
         _print_lines(console, [f"wrote {path}" for path in written])
-
-
-def _why_not_compared(
-    run: RunSettings,
-    hosts: dict[str, int],
-    cluster: Cluster,
-    tokens_per_text: float,
-    others: Sequence[Stage],
-) -> str:
-    """The rule that a run breaks as it stands."""
-    try:
-        check_hosts(run, hosts, cluster.ranks)
-        candidate_of(run, cluster, tokens_per_text, others)
-    except (ConfigError, LaunchError) as error:
-        return str(error)
-    raise AssertionError("all that can run is compared")
 
 
 def _changes(plan: Plan, by_stage: dict[str, Candidate], given: Sequence[str]) -> list[str]:
@@ -132,10 +116,11 @@ def _stage_lines(plan: Plan, by_stage: dict[str, Candidate]) -> list[str]:
         if candidate is None:
             told.append(f"  {stage.name}: not predicted")
             continue
-        _, batch, recompute, gib, seconds, _ = _cells(candidate)
+        _, batch, recompute, _, seconds, _ = _cells(candidate)
+        gib = max(memory.total for memory in candidate.memory) / GIB
         days = candidate.prediction.seconds * stage.run.train.steps / 86_400
         told.append(
-            f"  {stage.name}: {batch} samples, recompute {recompute}, {gib} GiB; {seconds} s a "
+            f"  {stage.name}: {batch} samples, recompute {recompute}, {gib:.1f} GiB; {seconds} s a "
             f"step, {days:,.1f} days for {stage.run.train.steps:,} steps"
         )
     return told
@@ -217,7 +202,7 @@ def _legend(
     if others:
         checks = [
             f"{stage.name} is checked to divide"
-            + (" only" if is_pretraining(stage.run.objectives) else " and to fit as it stands")
+            + (" only" if is_pretraining(stage.run.objectives) else " and to fit")
             for stage in others
         ]
         told.append(

@@ -45,7 +45,7 @@ class Candidate:
     @property
     def fits(self) -> bool:
         """Whether no GPU is predicted to run out of memory."""
-        return self.fullest.total <= FILLED * self.cluster.gpu.memory_bytes
+        return _fits(self.fullest, self.cluster)
 
     @property
     def rounds(self) -> bool:
@@ -124,27 +124,44 @@ def _candidate(
 
 
 def _memory_by_stage(
-    stages: Sequence[Stage], layout: RunSettings, cluster: Cluster, tokens_per_text: float
+    stages: Sequence[Stage],
+    layout: RunSettings,
+    cluster: Cluster,
+    tokens_per_text: float,
+    *,
+    adapted: bool = False,
 ) -> dict[str, Memory]:
     """Of the fullest rank in each stage in the layout of another; pre-training is not predicted.
 
-    Raises ConfigError, pre-training's too, where a stage does not divide.
+    adapted: what does not divide or fit as it stands may have other micro-batches and
+    recomputation. Raises ConfigError, pre-training's too, where a stage does not divide.
     """
     found: dict[str, Memory] = {}
     for stage in stages:
+        predicted = not is_pretraining(stage.run.objectives)
+        refused = None
         try:
-            run = _in_layout(stage.run, layout)
+            run = replace(stage.run, **_engine_of(layout))
             samples_per_micro_batch(run.train, data_parallel_ranks(run, cluster.ranks))
+            if predicted:
+                found[stage.name] = max(memory_of(run, cluster, tokens_per_text), key=_total)
         except ConfigError as error:
-            raise ConfigError(f"stages.{stage.name}: {error}") from error
-        if not is_pretraining(run.objectives):
-            found[stage.name] = max(memory_of(run, cluster, tokens_per_text), key=_total)
+            refused = ConfigError(f"stages.{stage.name}: {error}")
+        if predicted and adapted and (refused or not _fits(found[stage.name], cluster)):
+            other = fastest_in(layout, stage.run, cluster, tokens_per_text)
+            if other is not None and (refused or other.fits):
+                found[stage.name], refused = other.fullest, None
+        if refused is not None:
+            raise refused
     return found
 
 
-def _in_layout(run: RunSettings, layout: RunSettings) -> RunSettings:
-    names = ("engine", "zero3", "fsdp2", "megatron")
-    return replace(run, **{name: getattr(layout, name) for name in names})
+def _fits(memory: Memory, cluster: Cluster) -> bool:
+    return memory.total <= FILLED * cluster.gpu.memory_bytes
+
+
+def _engine_of(run: RunSettings) -> dict[str, Any]:
+    return {name: getattr(run, name) for name in ("engine", "zero3", "fsdp2", "megatron")}
 
 
 def _total(memory: Memory) -> float:
@@ -170,7 +187,7 @@ def search(
     """Every layout, the run's own among them. Raises ConfigError if none divides.
 
     other_stages: of the same plan; they share engine and layout, so these must divide them and
-    have room for them, too, as they stand.
+    have room for them, too, if need be in other micro-batches and with other recomputation.
     """
     _require_predictable(run)
     ranked: list[Candidate] = []
@@ -179,7 +196,7 @@ def search(
         if not ways or ways[0].engine not in engines:
             continue
         try:
-            others = _memory_by_stage(other_stages, ways[0], cluster, tokens_per_text)
+            others = _memory_by_stage(other_stages, ways[0], cluster, tokens_per_text, adapted=True)
         except ConfigError as error:
             refused[_rule(error)] += len(ways)
             continue
@@ -197,15 +214,18 @@ def search(
 
 def fastest_in(
     layout: RunSettings, run: RunSettings, cluster: Cluster, tokens_per_text: float
-) -> Candidate:
-    """A run, which divides in the layout of another, with the best micro-batches and recompute."""
+) -> Candidate | None:
+    """A run in the layout of another, with the micro-batches and recomputation that suit it there.
+
+    None where it does not divide.
+    """
     found: list[Candidate] = []
-    for way in _ways(_in_layout(run, layout)):
+    for way in _ways(run, **_engine_of(layout)):
         try:
             found.append(candidate_of(way, cluster, tokens_per_text))
         except ConfigError:
             continue
-    return min(found, key=_place)
+    return min(found, key=_place, default=None)
 
 
 def _rule(error: ConfigError) -> str:

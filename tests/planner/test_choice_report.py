@@ -202,7 +202,7 @@ def test_the_longest_stage_is_planned_and_all_are_told_and_can_run(capsys, run_f
     other = fastest_in(best.run, chats.run, cluster, TEXT)
     assert [stage.run for stage in plan.stages[1:]] == [best.run, other.run]
     says = "stages: pairs is planned, the longest that is predicted; start is checked to divide "
-    assert f"{says}only; chats is checked to divide and to fit as it stands" in told
+    assert f"{says}only; chats is checked to divide and to fit" in told
     for name, candidate, steps in (("pairs", best, "1,000"), ("chats", other, "10")):
         seconds = re.escape(f"{candidate.prediction.seconds:.3f} s a step, ")
         assert re.search(rf"^  {name}: .*{seconds}.* days for {steps} steps$", told, re.MULTILINE)

@@ -214,13 +214,19 @@ def test_only_the_engines_asked_for():
 def test_all_stages_of_a_plan_divide():
     """They share the layout, each with a batch of its own."""
     short = stage("train.samples_per_step=8", "train.micro_batches=1")
-    alone, shared = (
-        search(tiny(), CLUSTER, TEXT, other_stages=stages).ranked for stages in ([], [short])
+    # Pre-training runs without a pipeline, in micro-batches of its own.
+    first = stage("train.samples_per_step=4", "train.micro_batches=1", "objectives={mim: 1}")
+    alone, adapted, shared = (
+        search(tiny(), CLUSTER, TEXT, other_stages=stages).ranked
+        for stages in ([], [short], [first])
     )
+    # One micro-batch cannot be interleaved, but 2 can.
     assert {c.run.megatron.virtual_pipeline for c in alone} == {1, 2, 3}
-    # One micro-batch cannot be interleaved.
-    left = [c for c in alone if c.run.engine != "megatron" or c.run.megatron.virtual_pipeline == 1]
-    assert [candidate.run for candidate in shared] == [candidate.run for candidate in left]
+    assert [candidate.run for candidate in adapted] == [candidate.run for candidate in alone]
+    left = [
+        c.run for c in alone if c.run.engine == "megatron" and c.run.megatron.tensor_parallel == 2
+    ]
+    assert [candidate.run for candidate in shared] == left != []
     told = r"^no layout divides: stages.other: train.samples_per_step=4 is not"
     with pytest.raises(ConfigError, match=told):
         stages = [stage("train.samples_per_step=4", "train.micro_batches=1")]
@@ -241,8 +247,13 @@ def test_all_stages_of_a_plan_fit():
         assert after == candidate_of(after.run, CLUSTER, TEXT, [pretraining, long])
     cluster = smaller_gpus(max(c.fullest.total for c in alone) / FILLED + 1)
     assert all(c.fits for c in search(tiny(), cluster, TEXT, ["fsdp2"]).ranked)
+    # In more micro-batches it fits, too; the longest rows do not in any.
     both = search(tiny(), cluster, TEXT, ["fsdp2"], other_stages=[long])
-    assert not any(c.fits for c in both.ranked) and both.chosen is None
+    assert all(c.fits for c in both.ranked)
+    assert not any(candidate_of(c.run, cluster, TEXT, [long]).fits for c in both.ranked)
+    longest = stage("data.row_tokens=16384", "train.micro_batches=1", "train.samples_per_step=64")
+    neither = search(tiny(), cluster, TEXT, ["fsdp2"], other_stages=[longest])
+    assert not any(c.fits for c in neither.ranked) and neither.chosen is None
 
 
 def test_the_longest_stage_is_planned():
