@@ -61,7 +61,7 @@ def best_of_each_layout(ranked: Sequence[Candidate]) -> list[Candidate]:
 
 def why_not(candidate: Candidate, best: Candidate | None) -> str:
     """What a candidate loses by, in a few words. best: None if none fits that rounds nothing."""
-    if best is not None and candidate.run == best.run:
+    if best is not None and candidate.run == best.run and candidate.fits:
         return "chosen"
     reasons: list[str] = []
     if not candidate.fits:

@@ -79,8 +79,9 @@ def print_choice(
     console.print(f"\nChosen: {layout_name(best.run)}", style="bold")
     by_stage = {planned.name: best}
     for stage in predicted_stages(plan):
-        other = fastest_in(best.run, stage.run, cluster, tokens_per_text)
-        if stage is not planned and other is not None:
+        if stage is not planned:
+            other = fastest_in(best.run, stage.run, cluster, tokens_per_text)
+            assert other is not None  # the search has seen to it
             by_stage[stage.name] = other
     _print_lines(console, [*_stage_lines(plan, by_stage), *_in_hosts(best)])
     changes = _changes(plan, by_stage, given)
