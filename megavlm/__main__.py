@@ -6,9 +6,8 @@ import re
 import shlex
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +17,8 @@ from megavlm.errors import ConfigError, DataError, MegavlmError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from megavlm.planner.hardware import Cluster
 
 USER_ERROR = 2
 INTERRUPTED = 130
@@ -77,9 +78,16 @@ def _train(plan: Plan, options: argparse.Namespace) -> None:
 
 def _plan(plan: Plan, options: argparse.Namespace) -> None:
     from megavlm.dist.launch import launch_command, ranks_of, read_hostfile
+    from megavlm.planner.choice_files import make_folder
     from megavlm.planner.report import print_plan, write_deepspeed_json
 
-    # What is wrong with an option comes to light before anything takes long.
+    # What is wrong with an option comes to light before anything is written or takes long.
+    given = [f"--{name.replace('_', '-')}" for name in ONLY_WITH_GPU if getattr(options, name)]
+    if given and not options.gpu:
+        compare = "compares" if len(given) == 1 else "compare"
+        raise ConfigError(f"{' and '.join(given)} {compare} layouts; name a --gpu, too")
+    compared = _compared(plan, options) if options.gpu else None
+    ranks = ranks_of(plan, options.hostfile) if options.hostfile and not options.gpu else 0
     if options.picture and len(plan.stages) > 1:
         from megavlm.planner.timeline import draw_timeline
 
@@ -90,27 +98,23 @@ def _plan(plan: Plan, options: argparse.Namespace) -> None:
         draw_layout(plan.first, options.picture)
     if options.ds_json:
         write_deepspeed_json(plan.last, options.ds_json)
-    if options.gpu:
-        choose = _choice(plan, options)
-        print_plan(plan, ranks=0)
-        choose()
-        return
-    if any(getattr(options, name) for name in ONLY_WITH_GPU):
-        *names, last = (f"--{name.replace('_', '-')}" for name in ONLY_WITH_GPU)
-        raise ConfigError(f"{', '.join(names)} and {last} compare layouts; name a --gpu, too")
-    print_plan(plan, ranks=ranks_of(plan, options.hostfile) if options.hostfile else 0)
-    if options.hostfile:
+    if options.out:
+        make_folder(options.out)
+    print_plan(plan, ranks=ranks)
+    if compared:
+        _choose(plan, options, *compared)
+    elif options.hostfile:
         hosts = read_hostfile(options.hostfile)
         command = launch_command(options.hostfile, hosts, options.run_file, options.overrides)
         print(shlex.join(command))
 
 
-def _choice(plan: Plan, options: argparse.Namespace) -> Callable[[], None]:
-    """What compares layouts on a cluster, with that cluster's options checked."""
+def _compared(plan: Plan, options: argparse.Namespace) -> tuple["Cluster", dict[str, int], float]:
+    """The cluster on which layouts are compared, its slots by host, and a text's mean length."""
     from megavlm.dist.launch import check_planned, named_hosts, read_hostfile
-    from megavlm.planner.choice_report import print_choice
     from megavlm.planner.cut import TOKENS_PER_TEXT
-    from megavlm.planner.hardware import cluster_of, save_gpu
+    from megavlm.planner.hardware import cluster_of
+    from megavlm.planner.search import predicted_stages
 
     count, slots = options.hosts, options.gpus_per_host
     if options.hostfile:
@@ -120,35 +124,43 @@ def _choice(plan: Plan, options: argparse.Namespace) -> Callable[[], None]:
     else:
         count, slots = count or 1, slots or 8
         hosts = named_hosts(count, slots)
-    cluster = cluster_of(options.gpu, count, slots)
-    row_tokens = plan.last.data.row_tokens
+    row_tokens = max(stage.run.data.row_tokens for stage in predicted_stages(plan))
     tokens_per_text = options.tokens_per_text or min(TOKENS_PER_TEXT, row_tokens)
     if tokens_per_text > row_tokens:
         raise ConfigError(
             f"--tokens-per-text {tokens_per_text} is more than data.row_tokens={row_tokens}, which "
             "a text must fit in; lower it, or raise data.row_tokens"
         )
+    if options.calibrate and options.calibrate.suffix != ".json":
+        raise ConfigError(
+            f"--calibrate {options.calibrate} must end in .json, by which --gpu knows the file"
+        )
+    return cluster_of(options.gpu, count, slots), hosts, tokens_per_text
+
+
+def _choose(
+    plan: Plan,
+    options: argparse.Namespace,
+    cluster: "Cluster",
+    hosts: dict[str, int],
+    tokens_per_text: float,
+) -> None:
+    """Compare layouts on a cluster, whose GPUs are measured first if that is asked for."""
+    from megavlm.planner.choice_report import print_choice
+
     if options.calibrate:
         from megavlm.planner.calibrate import measure, print_calibration
+        from megavlm.planner.hardware import save_gpu
+        from megavlm.planner.search import planned_stage
 
-        if options.calibrate.suffix != ".json":
-            raise ConfigError(
-                f"--calibrate {options.calibrate} must end in .json, by which --gpu knows the file"
-            )
-        precision = plan.last.train.precision
+        precision = planned_stage(plan).run.train.precision
         measured = measure(cluster.gpu, options.gpus_per_host, precision)
         print_calibration(measured, cluster.gpu, precision)
         save_gpu(measured, options.calibrate)
         print(f"wrote {options.calibrate}; --gpu {options.calibrate} uses it again")
         cluster = replace(cluster, gpu=measured)
-    return partial(
-        print_choice,
-        plan,
-        cluster,
-        tokens_per_text,
-        hosts,
-        options.run_file,
-        options.overrides,
+    print_choice(
+        *(plan, cluster, tokens_per_text, hosts, options.run_file, options.overrides),
         hostfile=options.hostfile,
         folder=options.out,
     )
@@ -260,8 +272,8 @@ def _report(plan: Plan, options: argparse.Namespace) -> None:
 
 
 def _positive(text: str) -> int:
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
     return int(text)
 
 
@@ -282,6 +294,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="megavlm",
+        allow_abbrev=False,
         description="Trains cross-attention vision-language models at scale.",
         epilog="Every command takes overrides of the run file, such as train.steps=200.",
     )
@@ -290,7 +303,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="command")
 
     def add(name: str, command: object, help_text: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=help_text)
+        sub = commands.add_parser(name, help=help_text, allow_abbrev=False)
         sub.add_argument("run_file", type=Path, help="YAML file with the run's settings")
         sub.set_defaults(command=command)
         return sub
@@ -310,7 +323,9 @@ def _parser() -> argparse.ArgumentParser:
     add("eval", _eval, "measure the newest checkpoint on held-out samples")
     add("report", _report, "draw a run as one HTML page")
     convert = commands.add_parser(
-        "convert", help="convert checkpoints between formats, with a certificate"
+        "convert",
+        help="convert checkpoints between formats, with a certificate",
+        allow_abbrev=False,
     )
     convert.set_defaults(command=_convert)
     convert.add_argument("sources", nargs="*", help="folders or URLs; several are merged")

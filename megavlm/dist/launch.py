@@ -109,11 +109,14 @@ def check_planned(hostfile: Path, hosts: int, gpus_per_host: int) -> None:
             f"hosts in {hostfile}: {len(slots_by_host)}, and the plan is for {hosts}; change the "
             f"hostfile, or plan with --hosts {len(slots_by_host)}"
         )
+    remedy = "plan with another --gpus-per-host"
+    if len(set(slots_by_host.values())) > 1:
+        remedy = "leave the odd hosts out: --gpu compares equal hosts only"
     for host, slots in slots_by_host.items():
         if slots != gpus_per_host:
             raise LaunchError(
                 f"host {host} has slots={slots} in {hostfile} and the plan is for {gpus_per_host} "
-                "GPUs a host; change its slots, or plan with another --gpus-per-host"
+                f"GPUs a host; {remedy}"
             )
 
 
@@ -122,7 +125,7 @@ class Variable(NamedTuple):
 
     name: str
     value: str | None
-    """None: left to NCCL, gloo or the launcher unless the reason says when to set it."""
+    """Of what `megavlm train` sets; None: left to NCCL or gloo unless the user sets it."""
     reason: str
 
 
@@ -152,10 +155,10 @@ def environment(run: RunSettings, cores_per_rank: str) -> list[Variable]:
         ),
         Variable(
             "OMP_NUM_THREADS",
-            cores_per_rank if offload else "1",
-            "the optimiser runs on the CPU: a rank's share of the cores"
-            if offload
-            else "ranks compute on GPUs; without it those of a host take all cores each",
+            cores_per_rank,
+            "a rank's share of its host's cores, where each would take all; torchrun makes it 1 "
+            "unless it is exported"
+            + (", too few for the optimiser, which runs on the CPU" if offload else ""),
         ),
         Variable(
             "NCCL_SOCKET_IFNAME",
@@ -183,9 +186,11 @@ def set_environment(run: RunSettings) -> None:
     Launchers give ranks what they like of the environment: over ssh DeepSpeed passes on only
     NCCL_*, PYTHON* and a few more.
     """
-    for variable in environment(run, ""):
-        if variable.name in ("CUDA_DEVICE_MAX_CONNECTIONS", "PYTORCH_ALLOC_CONF"):
-            assert variable.value is not None
+    # torchrun's name, and DeepSpeed's.
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+    for variable in environment(run, str(max(1, len(os.sched_getaffinity(0)) // ranks))):
+        # A rank alone may take all cores, as torch counts them.
+        if variable.value is not None and (ranks > 1 or variable.name != "OMP_NUM_THREADS"):
             os.environ.setdefault(variable.name, variable.value)
 
 
@@ -194,8 +199,8 @@ def launch_command(
 ) -> list[str]:
     """The `deepspeed` command that trains a run on all hosts of a hostfile.
 
-    hosts: what it names, or will once it is written. A hostfile that names only `localhost` needs no ssh, and its run gets a free port, so that
-    several fit on one machine.
+    hosts: what it names, or will once it is written. A hostfile that names only `localhost` needs
+    no ssh, and its run gets a free port, so that several fit on one machine.
     """
     hosts, arguments = list(hosts), [str(run_file), *overrides]
     local: list[str] = []

@@ -9,7 +9,7 @@ from megavlm.config.run import RunSettings
 from megavlm.planner.hardware import GIB
 from megavlm.planner.predict import Prediction
 from megavlm.planner.report import counted
-from megavlm.planner.search import Candidate
+from megavlm.planner.search import Candidate, Found
 
 MEAN_ERROR = 0.035
 """Of predicted step times, against the published runs that chose no constant: docs/planner.md."""
@@ -60,22 +60,28 @@ def best_of_each_layout(ranked: Sequence[Candidate]) -> list[Candidate]:
 
 
 def why_not(candidate: Candidate, best: Candidate | None) -> str:
-    """What a candidate loses by, in a few words. best: None if none fits."""
-    if best is not None and candidate.run == best.run:
+    """What a candidate loses by, in a few words. best: None if none fits that rounds nothing."""
+    if best is not None and candidate.run == best.run and candidate.fits:
         return "chosen"
+    reasons: list[str] = []
     if not candidate.fits:
-        return f"does not fit: {largest_part(candidate)}"
-    if best is None or (
-        candidate.rounds and candidate.prediction.seconds < best.prediction.seconds
-    ):
-        return "rounds weights and gradients: results differ"
-    if candidate.prediction.seconds <= (1 + MEAN_ERROR) * best.prediction.seconds:
+        reasons.append(f"does not fit: {largest_part(candidate)}")
+    if candidate.rounds:
+        reasons.append("rounds weights and gradients: results differ")
+    if reasons or best is None:
+        return "; ".join(reasons)
+    if not _slower(candidate, best):
         return "within the planner's error"
     its = _seconds_by_part(best.prediction)
     mine = _seconds_by_part(candidate.prediction)
     more = {name: seconds - its[name] for name, seconds in mine.items()}
     name = max(more, key=lambda name: more[name])
     return f"{more[name] * 1e3:+.0f} ms of {name}"
+
+
+def _slower(candidate: Candidate, other: Candidate) -> bool:
+    """Whether by more than predictions err."""
+    return candidate.prediction.seconds > (1 + MEAN_ERROR) * other.prediction.seconds
 
 
 def _seconds_by_part(prediction: Prediction) -> dict[str, float]:
@@ -108,32 +114,37 @@ def waits_for_communication(candidate: Candidate) -> bool:
     return step.communication_seconds > step.compute_seconds + step.recompute_seconds
 
 
-def remedies(candidate: Candidate, ranked: Sequence[Candidate]) -> list[Remedy]:
-    """What would make a run faster that waits for communication, of what fits."""
-    run, cluster = candidate.run, candidate.cluster
-    micro_batches = run.train.micro_batches
-    count = counted(micro_batches, "micro-batch", "micro-batches")
-    tried: list[tuple[str, RunSettings]] = []
-    packed = _fewest_micro_batches(candidate, ranked)
-    near = replace(run.zero3, secondary_partition=cluster.gpus_per_host)
+def remedies(candidate: Candidate, found: Found) -> list[Remedy]:
+    """What would make a run faster, by more than predictions err, of what fits."""
+    run = candidate.run
+    faster = [c for c in found.ranked if c.fits and _slower(candidate, c)]
+
+    def tried(name: str, changed: RunSettings) -> list[Remedy]:
+        return [Remedy(name, other) for other in faster if other.run == changed]
+
+    helps: list[Remedy] = []
+    packed = _fewest_micro_batches(candidate, found.ranked)
     if packed is not None:
         fewer = counted(packed.train.micro_batches, "micro-batch", "micro-batches")
         name = f"a rank's samples packed into {fewer}{_recompute_changed(packed, run)}"
-        tried.append((name, packed))
+        helps += tried(name, packed)
     if run.engine == "zero3" and run.zero3.secondary_partition == 1:
-        tried.append(
-            (f"zero3.secondary_partition={near.secondary_partition}", replace(run, zero3=near))
-        )
-        if packed is not None:
-            tried.append(("both", replace(packed, zero3=near)))
-    found = [Remedy(name, other) for name, r in tried for other in ranked if other.run == r]
-    for megatron in ranked:
-        if megatron.run.engine == "megatron" and megatron.run.train.micro_batches == micro_batches:
-            name = f"{layout_name(megatron.run)}, in {count}{_recompute_changed(megatron.run, run)}"
-            found.append(Remedy(name, megatron))
-            break
-    before = candidate.prediction.seconds
-    return [r for r in found if r.candidate.fits and r.candidate.prediction.seconds < before]
+        near = replace(run.zero3, secondary_partition=candidate.cluster.gpus_per_host)
+        name = f"zero3.secondary_partition={near.secondary_partition}"
+        helps += tried(name, replace(run, zero3=near))
+        if packed is not None and len(helps) == 2:
+            best = min(remedy.candidate.prediction.seconds for remedy in helps)
+            both = tried("both", replace(packed, zero3=near))
+            helps += [remedy for remedy in both if remedy.candidate.prediction.seconds < best]
+    same = [c for c in faster if c.run.train.micro_batches == run.train.micro_batches]
+    megatron = [c for c in same if c.run.engine == "megatron"][:1]
+    chosen = [c for c in faster if c is found.chosen]
+    for other in [*megatron, *chosen]:
+        if all(remedy.candidate is not other for remedy in helps):
+            count = counted(other.run.train.micro_batches, "micro-batch", "micro-batches")
+            changed = _recompute_changed(other.run, run)
+            helps.append(Remedy(f"{layout_name(other.run)}, in {count}{changed}", other))
+    return helps
 
 
 def _recompute_changed(run: RunSettings, before: RunSettings) -> str:

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megavlm.config.objectives import is_pretraining
-from megavlm.config.plan import Plan
+from megavlm.config.plan import Plan, Stage
 from megavlm.config.run import RunSettings, data_parallel_ranks, samples_per_micro_batch
 from megavlm.dist.launch import check_hosts, environment, launch_command, torchrun_lines
 from megavlm.errors import ConfigError, LaunchError
@@ -22,11 +22,20 @@ from megavlm.planner.choice import (
     waits_for_communication,
     why_not,
 )
-from megavlm.planner.choice_files import HOSTFILE, make_folder, write_choice
+from megavlm.planner.choice_files import HOSTFILE, write_choice
 from megavlm.planner.hardware import GIB, Cluster
 from megavlm.planner.memory import host_bytes
 from megavlm.planner.report import counted, words
-from megavlm.planner.search import FILLED, Candidate, Found, candidate_of, search
+from megavlm.planner.search import (
+    FILLED,
+    Candidate,
+    Found,
+    candidate_of,
+    fastest_in,
+    planned_stage,
+    predicted_stages,
+    search,
+)
 from megavlm.planner.work import tokens_of
 
 MOST_FITTING, MOST_TOO_LARGE = 12, 3
@@ -46,42 +55,76 @@ def print_choice(
     hostfile: Path | None,
     folder: Path | None,
 ) -> None:
-    """Print a ranked table of layouts for the last stage, and the settings of the fastest.
+    """Print a ranked table of layouts for the longest stage, and the settings of the fastest.
 
     hosts: slots by host, those of the hostfile if there is one. given: overrides of the run file.
-    folder: where pictures, DeepSpeed's settings, a hostfile and a batch script go. Raises
-    ConfigError where nothing divides or fits.
+    folder: where pictures, DeepSpeed's settings, a hostfile and a batch script go, if anywhere.
+    Raises ConfigError where nothing divides or fits.
     """
-    if folder is not None:
-        make_folder(folder)
     console = Console()
-    run, others = plan.last, plan.stages[:-1]
+    planned = planned_stage(plan)
+    run, others = planned.run, [stage for stage in plan.stages if stage is not planned]
     found = search(run, cluster, tokens_per_text, other_stages=others)
     try:
         check_hosts(run, hosts, cluster.ranks)
+        # Of the search's the other stages may be changed.
         own = candidate_of(run, cluster, tokens_per_text, others)
         told = _about_the_run(own, found, tokens_per_text)
     except (ConfigError, LaunchError) as error:
         own, told = None, [f"As it stands, it is not compared: {error}"]
     console.print(_ranking(found, cluster, own))
-    legend = _legend(plan, found, tokens_per_text)
+    legend = _legend(planned, others, found, tokens_per_text)
     _print_lines(console, [*legend, "", *told])
     best = found.best
-    stage = f"stages.{plan.stages[-1].name}." if others else ""
-    changes = overrides(best.run, run, stage)
-    names = {change.partition("=")[0] for change in changes}
-    changes = [*(o for o in given if o.partition("=")[0] not in names), *changes]
     console.print(f"\nChosen: {layout_name(best.run)}", style="bold")
-    _print_lines(console, _in_hosts(best))
+    by_stage = {planned.name: best}
+    for stage in predicted_stages(plan):
+        if stage is not planned:
+            other = fastest_in(best.run, stage.run, cluster, tokens_per_text)
+            assert other is not None  # the search has seen to it
+            by_stage[stage.name] = other
+    _print_lines(console, [*_stage_lines(plan, by_stage), *_in_hosts(best)])
+    changes = _changes(plan, by_stage, given)
     named = hostfile or (folder / HOSTFILE if folder else Path("HOSTFILE"))
     _print_lines(console, _launch_lines(best, hosts, named, run_file, changes))
     if hostfile is None:
         host, slots = next(iter(hosts.items()))
-        how = "put the names of your hosts there" if folder else "--out writes one to fill in"
-        _print_lines(console, [f"{named} has lines such as `{host} slots={slots}`: {how}"])
+        how = f"{named} has lines such as `{host} slots={slots}`: put the names of your hosts there"
+        if not folder:
+            how = f"replace {named} by your own; --out DIR writes a template"
+        _print_lines(console, [how])
     if folder is not None:
         written = write_choice(best, tokens_per_text, hosts, run_file, changes, folder)
         _print_lines(console, [f"wrote {path}" for path in written])
+
+
+def _changes(plan: Plan, by_stage: dict[str, Candidate], given: Sequence[str]) -> list[str]:
+    """The overrides that were given, but for those that the chosen layout changes, and its own."""
+    changes: dict[str, str] = {}
+    for stage in plan.stages:
+        if stage.name in by_stage:
+            prefix = f"stages.{stage.name}." if len(plan.stages) > 1 else ""
+            found = overrides(by_stage[stage.name].run, stage.run, prefix)
+            changes |= {change.partition("=")[0]: change for change in found}
+    return [*(o for o in given if o.partition("=")[0] not in changes), *changes.values()]
+
+
+def _stage_lines(plan: Plan, by_stage: dict[str, Candidate]) -> list[str]:
+    """What each stage takes in the chosen layout."""
+    told: list[str] = []
+    for stage in plan.stages:
+        candidate = by_stage.get(stage.name)
+        if candidate is None:
+            told.append(f"  {stage.name}: not predicted")
+            continue
+        _, batch, recompute, _, seconds, _ = _cells(candidate)
+        gib = max(memory.total for memory in candidate.memory) / GIB
+        days = candidate.prediction.seconds * stage.run.train.steps / 86_400
+        told.append(
+            f"  {stage.name}: {batch} samples, recompute {recompute}, {gib:.1f} GiB; {seconds} s a "
+            f"step, {days:,.1f} days for {stage.run.train.steps:,} steps"
+        )
+    return told
 
 
 def _print_lines(console: Console, lines: Sequence[str]) -> None:
@@ -131,30 +174,41 @@ def _cells(candidate: Candidate) -> list[str]:
     ]
 
 
-def _legend(plan: Plan, found: Found, tokens_per_text: float) -> list[str]:
+def _legend(
+    planned: Stage, others: Sequence[Stage], found: Found, tokens_per_text: float
+) -> list[str]:
     """What was compared, on which assumptions, and what the columns mean."""
     too_large = sum(not candidate.fits for candidate in found.ranked)
     told = [f"{len(found.ranked):,} layouts compared; {too_large:,} of them do not fit"]
     if found.refused:
         rule, count = found.refused.most_common(1)[0]
         rest = sum(found.refused.values())
-        told.append(f"{rest:,} more do not divide, such as {count:,} in which {rule}")
-    told += [
+        such = f"such as {count:,} in which" if count < rest else "all because"
+        told.append(f"{rest:,} more are refused, {such} {rule}")
+    told.append(
         "batch: micro-batches x samples of one; GiB: of the fullest GPU, CUDA and NCCL included; "
-        "MFU: model FLOPs on real tokens over the GPUs' peak",
-        f"within the planner's error: at most {MEAN_ERROR:.1%} slower than the chosen one, by "
-        "which predictions of published runs err on average",
-        f"texts: {tokens_per_text:g} tokens each on average, with the prompt; --tokens-per-text "
-        "sets it to your data's",
-    ]
-    *others, last = plan.stages
+        "MFU: model FLOPs on real tokens over the GPUs' peak"
+    )
+    if found.chosen is not None:
+        told.append(
+            "why: the part by which a layout loses most to the chosen one, others may gain "
+            "(computing includes padding); within the planner's error: at most "
+            f"{MEAN_ERROR:.1%} slower, by which predictions of published runs err on average"
+        )
+    every = ", in every stage" if others else ""
+    told.append(
+        f"texts: {tokens_per_text:g} tokens each on average, with the prompt{every}; "
+        "--tokens-per-text sets it to your data's"
+    )
     if others:
         checks = [
             f"{stage.name} is checked to divide"
             + (" only" if is_pretraining(stage.run.objectives) else " and to fit")
             for stage in others
         ]
-        told.append(f"stages: {last.name} is planned; {'; '.join(checks)}")
+        told.append(
+            f"stages: {planned.name} is planned, the longest that is predicted; {'; '.join(checks)}"
+        )
     return told
 
 
@@ -192,21 +246,21 @@ def _about_the_run(own: Candidate, found: Found, tokens_per_text: float) -> list
         )
     if prediction.data_seconds > step.seconds:
         told.append("It is bound by loading: raise data.workers.")
-    if not waits_for_communication(own):
-        return told
-    of_one = 1e3 / run.train.micro_batches
-    told.append(
-        f"It is bound by communication: a rank computes for {of_one * step.compute_seconds:.0f} ms "
-        f"on the {counted(samples, 'sample', 'samples')} of a micro-batch, and communication adds "
-        f"{of_one * step.communication_seconds:.0f} ms, because {_what_travels(run)}"
-    )
-    helps = remedies(own, found.ranked)
+    if waits_for_communication(own):
+        of_one = 1e3 / run.train.micro_batches
+        told.append(
+            f"It is bound by communication: a rank computes for "
+            f"{of_one * step.compute_seconds:.0f} ms on the "
+            f"{counted(samples, 'sample', 'samples')} of a micro-batch, and communication adds "
+            f"{of_one * step.communication_seconds:.0f} ms, because {_what_travels(run)}"
+        )
+    helps = remedies(own, found)
     if helps:
         told.append("What helps, predicted:")
     for name, candidate in helps:
         seconds = candidate.prediction.seconds
         gain = prediction.seconds / seconds
-        told.append(f"  {name}: {seconds:.2f} s a step, {gain:.1f} times as fast")
+        told.append(f"  {name}: {seconds:.2f} s a step, {gain:.2f} times as fast")
     return told
 
 
@@ -244,14 +298,24 @@ def _launch_lines(
 ) -> list[str]:
     train = ["megavlm", "train", str(run_file), *changes, "--hostfile", str(hostfile)]
     first, slots = next(iter(hosts.items()))
+    where = f"or on every host, {first} being one of them:"
+    note = "which checks hosts and settings, and becomes"
+    if len(hosts) == 1:
+        where = f"or on {first}:"
+        note = (
+            "which checks hosts and settings, starts all ranks where it is typed, whatever the "
+            "hostfile calls that machine, and becomes"
+        )
     told = [
         f"  {shlex.join(train)}",
-        "which checks hosts and settings, and becomes",
+        note,
         f"  {shlex.join(launch_command(hostfile, hosts, run_file, changes))}",
-        f"or on every host, {first} being one of them:",
+        where,
         f"  {torchrun_lines(hosts, run_file, changes)[first]}",
-        "Environment:",
     ]
-    for name, value, reason in environment(best.run, f"<cores of a host / {slots}>"):
-        told.append(f"  {name}={value}: {reason}" if value else f"  {name}: {reason}")
+    variables = environment(best.run, f"<cores of a host / {slots}>")
+    told.append("Environment: `megavlm train` sets, unless you have:")
+    told += [f"  {v.name}={v.value}: {v.reason}" for v in variables if v.value is not None]
+    told.append("and you, where needed, in .deepspeed_env (for torchrun exported on each host):")
+    told += [f"  {v.name}: {v.reason}" for v in variables if v.value is None]
     return told

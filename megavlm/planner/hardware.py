@@ -135,15 +135,15 @@ def cluster_of(gpu: str, hosts: int, gpus_per_host: int) -> Cluster:
 
     Raises ConfigError for an unknown GPU, a broken file, and for no host or GPU.
     """
-    if gpu not in GPUS and not gpu.endswith(".json"):
+    named = GPUS.get(gpu.lower())
+    if named is None and not gpu.endswith(".json"):
         raise ConfigError(
             f"--gpu {gpu} is unknown; choose from {', '.join(GPUS)}, or name a .json file that "
             "--calibrate has written"
         )
     if hosts < 1 or gpus_per_host < 1:
         raise ConfigError(f"--hosts {hosts} --gpus-per-host {gpus_per_host}: both at least 1")
-    known = GPUS[gpu] if gpu in GPUS else load_gpu(Path(gpu))
-    return Cluster(gpu=known, hosts=hosts, gpus_per_host=gpus_per_host)
+    return Cluster(gpu=named or load_gpu(Path(gpu)), hosts=hosts, gpus_per_host=gpus_per_host)
 
 
 def save_gpu(gpu: Gpu, path: Path) -> None:

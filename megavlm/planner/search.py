@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from megavlm.config.engines import MegatronSettings, Zero3Settings
 from megavlm.config.objectives import is_pretraining
-from megavlm.config.plan import Stage
+from megavlm.config.plan import Plan, Stage
 from megavlm.config.run import RunSettings, data_parallel_ranks, samples_per_micro_batch
 from megavlm.config.sizes import divisors
 from megavlm.dist.launch import check_hosts, named_hosts
@@ -45,7 +45,7 @@ class Candidate:
     @property
     def fits(self) -> bool:
         """Whether no GPU is predicted to run out of memory."""
-        return self.fullest.total <= FILLED * self.cluster.gpu.memory_bytes
+        return _fits(self.fullest, self.cluster)
 
     @property
     def rounds(self) -> bool:
@@ -60,7 +60,7 @@ class Found(NamedTuple):
     ranked: list[Candidate]
     """Those that fit, the fastest first; then the others, likewise."""
     refused: Counter[str]
-    """How many ways do not divide, by the rule that they break."""
+    """How many ways do not divide or are not predicted, by the rule that they break."""
 
     @property
     def chosen(self) -> Candidate | None:
@@ -73,11 +73,24 @@ class Found(NamedTuple):
         if self.chosen is not None:
             return self.chosen
         cluster = self.ranked[0].cluster
-        least = min(candidate.fullest.total for candidate in self.ranked)
+        least = min(c.fullest.total for c in self.ranked if not c.rounds)
         raise ConfigError(
             f"no layout fits {cluster.ranks} x {cluster.gpu.name}: the smallest needs "
             f"{least / GIB:.0f} GiB a GPU; take more hosts or GPUs with more memory"
         )
+
+
+def predicted_stages(plan: Plan) -> list[Stage]:
+    """All but pre-training. Raises ConfigError if there is no other."""
+    stages = [stage for stage in plan.stages if not is_pretraining(stage.run.objectives)]
+    if not stages:
+        _require_predictable(plan.last)
+    return stages
+
+
+def planned_stage(plan: Plan) -> Stage:
+    """Of those that are predicted, the one of most steps, which the layout is chosen for."""
+    return max(predicted_stages(plan), key=lambda stage: stage.run.train.steps)
 
 
 def candidate_of(
@@ -111,23 +124,44 @@ def _candidate(
 
 
 def _memory_by_stage(
-    stages: Sequence[Stage], layout: RunSettings, cluster: Cluster, tokens_per_text: float
+    stages: Sequence[Stage],
+    layout: RunSettings,
+    cluster: Cluster,
+    tokens_per_text: float,
+    *,
+    adapted: bool = False,
 ) -> dict[str, Memory]:
     """Of the fullest rank in each stage in the layout of another; pre-training is not predicted.
 
-    Raises ConfigError, pre-training's too, where a stage does not divide.
+    adapted: what does not divide or fit as it stands may have other micro-batches and
+    recomputation. Raises ConfigError, pre-training's too, where a stage does not divide.
     """
-    engine = {name: getattr(layout, name) for name in ("engine", "zero3", "fsdp2", "megatron")}
     found: dict[str, Memory] = {}
     for stage in stages:
+        predicted = not is_pretraining(stage.run.objectives)
+        refused = None
         try:
-            run = replace(stage.run, **engine)
+            run = replace(stage.run, **_engine_of(layout))
             samples_per_micro_batch(run.train, data_parallel_ranks(run, cluster.ranks))
+            if predicted:
+                found[stage.name] = max(memory_of(run, cluster, tokens_per_text), key=_total)
         except ConfigError as error:
-            raise ConfigError(f"stages.{stage.name}: {error}") from error
-        if not is_pretraining(run.objectives):
-            found[stage.name] = max(memory_of(run, cluster, tokens_per_text), key=_total)
+            refused = ConfigError(f"stages.{stage.name}: {error}")
+        if predicted and adapted and (refused or not _fits(found[stage.name], cluster)):
+            other = fastest_in(layout, stage.run, cluster, tokens_per_text)
+            if other is not None and (refused or other.fits):
+                found[stage.name], refused = other.fullest, None
+        if refused is not None:
+            raise refused
     return found
+
+
+def _fits(memory: Memory, cluster: Cluster) -> bool:
+    return memory.total <= FILLED * cluster.gpu.memory_bytes
+
+
+def _engine_of(run: RunSettings) -> dict[str, Any]:
+    return {name: getattr(run, name) for name in ("engine", "zero3", "fsdp2", "megatron")}
 
 
 def _total(memory: Memory) -> float:
@@ -153,33 +187,60 @@ def search(
     """Every layout, the run's own among them. Raises ConfigError if none divides.
 
     other_stages: of the same plan; they share engine and layout, so these must divide them and
-    have room for them, too.
+    have room for them, too, if need be in other micro-batches and with other recomputation.
     """
     _require_predictable(run)
     ranked: list[Candidate] = []
     refused: Counter[str] = Counter()
-    others: dict[Any, Mapping[str, Memory]] = {}  # all that differ in the batch alone share it
-    for layout in _layouts(run, cluster):
-        if layout.engine not in engines:
+    for ways in _layouts(run, cluster):
+        if not ways or ways[0].engine not in engines:
             continue
         try:
-            key = layout.engine, getattr(layout, layout.engine)
-            if key not in others:
-                others[key] = _memory_by_stage(other_stages, layout, cluster, tokens_per_text)
-            ranked.append(_candidate(layout, cluster, tokens_per_text, others[key]))
+            others = _memory_by_stage(other_stages, ways[0], cluster, tokens_per_text, adapted=True)
         except ConfigError as error:
-            refused[str(error).partition(";")[0]] += 1
+            refused[_rule(error)] += len(ways)
+            continue
+        for way in ways:
+            try:
+                ranked.append(_candidate(way, cluster, tokens_per_text, others))
+            except ConfigError as error:
+                refused[_rule(error)] += 1
     if not ranked:
         raise ConfigError(
             f"no layout divides: {refused.most_common(1)[0][0]}; change the batch or the hosts"
         )
-    # Of those that wait for the loader alike, the one that would be fastest without it.
-    ranked.sort(key=lambda c: (not c.fits, c.prediction.seconds, c.prediction.step.seconds))
-    return Found(ranked, refused)
+    return Found(sorted(ranked, key=_place), refused)
 
 
-def _layouts(run: RunSettings, cluster: Cluster) -> Iterator[RunSettings]:
-    """Runs that differ in engine, layout, recomputation and micro-batches."""
+def fastest_in(
+    layout: RunSettings, run: RunSettings, cluster: Cluster, tokens_per_text: float
+) -> Candidate | None:
+    """A run in the layout of another, with the micro-batches and recomputation that suit it there.
+
+    None where it does not divide.
+    """
+    found: list[Candidate] = []
+    for way in _ways(run, **_engine_of(layout)):
+        try:
+            found.append(candidate_of(way, cluster, tokens_per_text))
+        except ConfigError:
+            continue
+    return min(found, key=_place, default=None)
+
+
+def _rule(error: ConfigError) -> str:
+    """That is broken, without the remedy."""
+    return str(error).partition(";")[0]
+
+
+def _place(candidate: Candidate) -> tuple[bool, float, float]:
+    """What fits first, then the fastest; of those that wait for the loader alike, without it."""
+    prediction = candidate.prediction
+    return not candidate.fits, prediction.seconds, prediction.step.seconds
+
+
+def _layouts(run: RunSettings, cluster: Cluster) -> Iterator[list[RunSettings]]:
+    """Of each engine and layout, the runs that differ in micro-batches and recomputation."""
     engines: list[dict[str, Any]] = [
         {"engine": "fsdp2", "fsdp2": replace(run.fsdp2, shard_ranks=shard_ranks)}
         for shard_ranks in (None, *_some_hosts(cluster))
@@ -189,8 +250,13 @@ def _layouts(run: RunSettings, cluster: Cluster) -> Iterator[RunSettings]:
     own: dict[str, Any] = {"engine": run.engine, run.engine: getattr(run, run.engine)}
     if own not in engines and _can_start(run, cluster):
         engines.append(own)
-    modes = ("none", "selective", "full")
-    for engine, micro_batches, recompute in product(engines, _micro_batches(run), modes):
+    for engine in engines:
+        yield list(_ways(run, **engine))
+
+
+def _ways(run: RunSettings, **engine: Any) -> Iterator[RunSettings]:
+    """A run with all micro-batches and modes of recomputation."""
+    for micro_batches, recompute in product(_micro_batches(run), ("none", "selective", "full")):
         train = replace(run.train, micro_batches=micro_batches, recompute=recompute)
         try:
             yield replace(run, train=train, **engine)
@@ -213,7 +279,7 @@ def _some_hosts(cluster: Cluster) -> list[int]:
 
 
 def _zero3(run: RunSettings, cluster: Cluster) -> Iterator[Zero3Settings]:
-    """Plain, with a secondary partition, quantised, and with the optimiser in the host."""
+    """Plain, with a secondary partition, quantised, and with states or all in the host."""
     plain = replace(
         run.zero3,
         secondary_partition=1,
@@ -225,6 +291,7 @@ def _zero3(run: RunSettings, cluster: Cluster) -> Iterator[Zero3Settings]:
     )
     yield plain
     yield replace(plain, offload_optimizer="cpu")
+    yield replace(plain, offload_optimizer="cpu", offload_parameters="cpu")
     near = plain
     if 1 < cluster.gpus_per_host < cluster.ranks:  # all ranks hold the weights once already
         near = replace(plain, secondary_partition=cluster.gpus_per_host)

@@ -195,8 +195,7 @@ def test_environment_of_a_run():
     assert values([])["CUDA_DEVICE_MAX_CONNECTIONS"] == "1"
     assert "CUDA_DEVICE_MAX_CONNECTIONS" not in values(["megatron={}"])
     assert "CUDA_DEVICE_MAX_CONNECTIONS" not in values(["engine=fsdp2"])
-    assert values([], "vlm-30b.yaml")["OMP_NUM_THREADS"] == "1"
-    assert values(["zero3.offload_optimizer=cpu"], "vlm-30b.yaml")["OMP_NUM_THREADS"] == "9"
+    assert values([], "vlm-30b.yaml")["OMP_NUM_THREADS"] == "9"
 
 
 def test_what_the_user_has_set_stays(monkeypatch):
@@ -206,6 +205,16 @@ def test_what_the_user_has_set_stays(monkeypatch):
         "CUDA_DEVICE_MAX_CONNECTIONS": "8",
         "PYTORCH_ALLOC_CONF": "expandable_segments:True",
     }
+
+
+@pytest.mark.parametrize("name", ["LOCAL_WORLD_SIZE", "LOCAL_SIZE"])
+def test_ranks_share_the_cores_of_their_host(monkeypatch, name):
+    run = load_plan(CONFIGS / "vlm-30b.yaml", []).first
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(12))
+    for ranks, threads in ((1, None), (4, "3"), (24, "1")):
+        monkeypatch.setattr(os, "environ", {name: str(ranks)})
+        set_environment(run)
+        assert os.environ.get("OMP_NUM_THREADS") == threads
 
 
 def test_a_port_that_is_taken(monkeypatch):

@@ -108,11 +108,18 @@ def test_a_slow_loader_is_what_a_layout_loses_by():
     assert why_not(less, best) == told
 
 
-def test_rounding_is_told_where_it_is_faster():
+def test_what_rounds_is_never_a_tie():
     found = recipe.searched()
     quantised = found.ranked[0]
     assert quantised.rounds and quantised is not found.best
-    assert why_not(quantised, found.best) == "rounds weights and gradients: results differ"
+    says = "rounds weights and gradients: results differ"
+    for factor in (0.5, 1.01, 2):
+        seconds = factor * found.best.prediction.seconds - quantised.prediction.checkpoint_seconds
+        step = quantised.prediction._replace(data_seconds=seconds)
+        assert why_not(replace(quantised, prediction=step), found.best) == says
+    assert why_not(quantised, None) == says
+    large = replace(quantised, memory=(replace(quantised.fullest, activations=2**50),))
+    assert why_not(large, found.best).endswith(f"GiB of activations; {says}")
 
 
 def test_what_helps_the_recipe():
@@ -120,7 +127,7 @@ def test_what_helps_the_recipe():
     own = recipe.candidate("zero3.secondary_partition=1")
     assert own.prediction.step.communication_seconds > 3 * own.prediction.step.compute_seconds
     assert waits_for_communication(own)
-    found = remedies(own, recipe.searched().ranked)
+    found = remedies(own, recipe.searched())
     packed, near, both, megatron = (remedy.candidate for remedy in found)
     names = [remedy.name for remedy in found]
     assert names[:3] == [
@@ -143,12 +150,11 @@ def test_what_helps_the_recipe():
 
 
 def test_what_would_not_help_is_not_told():
-    ranked = recipe.searched().ranked
-    best = recipe.searched().best
+    found, best = recipe.searched(), recipe.searched().best
     assert not waits_for_communication(best)
-    assert remedies(best, ranked) == []
+    assert remedies(best, found) == []
     packed = recipe.candidate("train.micro_batches=1", "zero3.secondary_partition=1")
-    names = [remedy.name for remedy in remedies(packed, ranked)]
+    names = [remedy.name for remedy in remedies(packed, found)]
     assert names and not any("packed" in name or name == "both" for name in names)
 
 
@@ -161,7 +167,7 @@ def test_a_layout_of_the_users_own_has_remedies(layout):
     run = load_run(RUN, [*layout, "train.samples_per_step=768"])
     own = candidate_of(run, cluster, 64)
     assert waits_for_communication(own)
-    packed, *_ = remedies(own, search(run, cluster, 64, [run.engine]).ranked)
+    packed, *_ = remedies(own, search(run, cluster, 64, [run.engine]))
     assert packed.name.startswith("a rank's samples packed into ")
     assert replace(packed.candidate.run, train=run.train) == run
 
@@ -172,7 +178,8 @@ def test_a_partition_of_all_ranks_is_plain_zero3():
     assert run.zero3.secondary_partition == cluster.ranks
     shown = best_of_each_layout(search(run, cluster, 64, ["zero3"]).ranked)
     names = {layout_name(candidate.run) for candidate in shown}
-    assert names == {"ZeRO-3", "ZeRO-3, quantised", "ZeRO-3, optimiser on cpu"}
+    offloaded = {"ZeRO-3, optimiser on cpu", "ZeRO-3, optimiser on cpu, parameters on cpu"}
+    assert names == {"ZeRO-3", "ZeRO-3, quantised", *offloaded}
 
 
 def test_another_stage_that_is_too_large_is_named():
@@ -181,9 +188,31 @@ def test_another_stage_that_is_too_large_is_named():
     candidate = replace(best, other_stages={"pairs": best.fullest, "chats": larger})
     assert best.fits and not candidate.fits
     assert largest_part(candidate) == "1000 GiB of activations in chats"
-    other = replace(candidate, run=recipe.PLAIN)
-    assert (
-        why_not(other, best)
-        == why_not(other, None)
-        == ("does not fit: 1000 GiB of activations in chats")
+    says = "does not fit: 1000 GiB of activations in chats"
+    assert why_not(candidate, best) == why_not(candidate, None) == says
+
+
+def test_a_run_that_computes_too_long_is_told_the_chosen_layout():
+    found = recipe.searched()
+    slow = recipe.candidate(
+        "engine=megatron", "megatron.pipeline_parallel=4", "train.micro_batches=16"
     )
+    assert slow.run.train.recompute == "full" and not waits_for_communication(slow)
+    helps = remedies(slow, found)
+    assert helps[-1].candidate is found.best
+    name = f"{layout_name(found.best.run)}, in 1 micro-batch, train.recompute=none"
+    assert helps[-1].name == name
+    before = slow.prediction.seconds
+    assert all(before > (1 + MEAN_ERROR) * r.candidate.prediction.seconds for r in helps)
+    assert len({id(remedy.candidate) for remedy in helps}) == len(helps)
+
+
+def test_both_is_told_if_each_helps_and_both_more():
+    own = recipe.candidate("zero3.secondary_partition=1")
+    found = recipe.searched()
+    packed, _, both, _ = (remedy.candidate for remedy in remedies(own, found))
+    slower = replace(both, prediction=both.prediction._replace(data_seconds=3.0))
+    assert packed.prediction.seconds < slower.prediction.seconds < own.prediction.seconds
+    ranked = [slower if c is both else c for c in found.ranked]
+    names = [remedy.name for remedy in remedies(own, found._replace(ranked=ranked))]
+    assert any("packed" in name for name in names) and "both" not in names

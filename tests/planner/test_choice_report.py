@@ -16,7 +16,7 @@ from megavlm.dist.launch import read_hostfile
 from megavlm.planner.choice import layout_name
 from megavlm.planner.choice_report import _about_the_run, _what_travels
 from megavlm.planner.hardware import H100_80, cluster_of, load_gpu, save_gpu
-from megavlm.planner.search import search
+from megavlm.planner.search import fastest_in, search
 from megavlm.planner.zero3 import with_bucket_sizes
 from tests import runs
 from tests.planner import recipe
@@ -64,7 +64,7 @@ def launched(told):
 
 def test_the_table_ranks_what_fits_and_shows_the_run_as_it_stands(capsys, run_file):
     told = told_of(capsys, run_file, *ON_TWO_HOSTS)
-    assert "texts: 64 tokens each on average, with the prompt; --tokens-per-text sets it" in told
+    assert "texts: 64 tokens each on average, with the prompt; --tokens-per-text sets" in told
     run = load_plan(run_file).last
     found = search(run, cluster_of("h100-80", 2, 4), TEXT)
     title = "Predicted for 2 hosts of 4 x H100 80 GB (80 GiB): the best of each layout"
@@ -84,7 +84,10 @@ def test_the_table_ranks_what_fits_and_shows_the_run_as_it_stands(capsys, run_fi
     assert own[0] == "ZeRO-3 (as it stands)"
     refused = sum(found.refused.values())
     assert f"{len(found.ranked):,} layouts compared; 0 of them do not fit" in told
-    assert f"{refused:,} more do not divide, such as" in told
+    assert f"{refused:,} more are refused, such as" in told
+    seconds = best.prediction.seconds
+    days = seconds * run.train.steps / 86_400
+    assert f"{seconds:.3f} s a step, {days:.1f} days for {run.train.steps:,} steps" in told
     assert f"Chosen: {layout_name(best.run)}" in told
 
 
@@ -100,19 +103,22 @@ def test_the_lines_start_what_was_chosen(capsys, run_file):
     words = shlex.join(changes)
     arguments = f"--hostfile HOSTFILE --module megavlm train {run_file} {words}"
     assert f"\n  deepspeed --log_level warning {arguments}\n" in told
-    assert "HOSTFILE has lines such as `node-01 slots=4`: --out writes one to fill in" in told
+    assert "replace HOSTFILE by your own; --out DIR writes a template" in told
     torchrun = "torchrun --nnodes=2 --nproc-per-node=4 --rdzv-backend=c10d --rdzv-endpoint=node-01"
     assert torchrun in told and told.count(words) == 3
     assert "PYTORCH_ALLOC_CONF=expandable_segments:True: " in told
-    assert "OMP_NUM_THREADS=1: " in told and "NCCL_SOCKET_IFNAME: set if" in told
+    ours, _, yours = told.partition("Environment: `megavlm train` sets")[2].partition("and you")
+    assert "OMP_NUM_THREADS=<cores of a host / 4>: " in ours and "NCCL" not in ours
+    assert "NCCL_SOCKET_IFNAME: set if" in yours and "OMP" not in yours
 
 
 @pytest.mark.parametrize("engine", ["zero3", "fsdp2"])
 def test_what_is_written(capsys, tmp_path, run_file, monkeypatch, engine):
-    chosen = search(load_plan(run_file).last, cluster_of("h100-80", 2, 4), TEXT, [engine])
+    run = load_plan(run_file, [f"engine={engine}"]).last
+    chosen = search(run, cluster_of("h100-80", 2, 4), TEXT, [engine])
     monkeypatch.setattr("megavlm.planner.choice_report.search", lambda *_, **__: chosen)
     folder = tmp_path / "new" / "out"
-    told = told_of(capsys, run_file, *ON_TWO_HOSTS, "--out", folder)
+    told = told_of(capsys, run_file, *ON_TWO_HOSTS, "--out", folder, f"engine={engine}")
     names = {"step.svg", "memory.svg", "hostfile", "run.sbatch"}
     names |= {"deepspeed.json"} if engine == "zero3" else set()
     assert {path.name for path in folder.iterdir()} == names
@@ -151,7 +157,7 @@ def test_the_recipe_is_bound_by_communication_in_words():
     names = ["packed into 1 micro-batch", "zero3.secondary_partition=8", "both", "Megatron TP"]
     assert len(remedies) == 4
     for name, told in zip(names, remedies, strict=True):
-        seconds, gain = re.findall(r": (\d+\.\d\d) s a step, (\d+\.\d) times as fast$", told)[0]
+        seconds, gain = re.findall(r": (\d+\.\d\d) s a step, (\d+\.\d\d) times as fast$", told)[0]
         assert name in told and float(gain) > 1
         assert float(gain) == pytest.approx(own.prediction.seconds / float(seconds), abs=0.1)
 
@@ -160,8 +166,9 @@ def test_a_run_that_is_not_bound_is_told_no_remedy():
     best = recipe.searched().best
     assert len(_about_the_run(best, recipe.searched(), recipe.TOKENS_PER_TEXT)) == 1
     slow = replace(best, prediction=best.prediction._replace(data_seconds=9.0))
-    [_, told] = _about_the_run(slow, recipe.searched(), recipe.TOKENS_PER_TEXT)
-    assert told == "It is bound by loading: raise data.workers."
+    told = _about_the_run(slow, recipe.searched(), recipe.TOKENS_PER_TEXT)
+    assert told[1] == "It is bound by loading: raise data.workers."
+    assert not any(line.startswith("It is bound by communication") for line in told)
 
 
 def test_a_run_that_does_not_divide_as_it_stands_is_planned_all_the_same(capsys, run_file):
@@ -171,24 +178,35 @@ def test_a_run_that_does_not_divide_as_it_stands_is_planned_all_the_same(capsys,
     assert load_plan(run_file, launched(told)[3:]).last.train.micro_batches == 1
 
 
-def test_the_last_stage_is_planned_and_all_can_run(capsys, run_file):
+def test_the_longest_stage_is_planned_and_all_are_told_and_can_run(capsys, run_file):
     tree = yaml.safe_load(run_file.read_text())
-    changes = {"train": {"micro_batches": 4}, "objectives": {"instruction": 1}}
     # 4 samples a step: at most 4 copies of the model on 8 GPUs.
-    few = {"steps": 10, "micro_batches": 1, "samples_per_step": 4}
-    stages = {"pairs": {"train": few}, "chats": changes}
+    few = {"steps": 10, "micro_batches": 4, "samples_per_step": 4, "recompute": "full"}
+    stages = {
+        "start": {"objectives": {"mim": 1}, "train": {"steps": 9000}},
+        "pairs": {"train": {"steps": 1000, "micro_batches": 4}},
+        "chats": {"objectives": {"instruction": 1}, "train": few},
+    }
     run_file.write_text(yaml.safe_dump(tree | {"stages": stages}, sort_keys=False))
     told = told_of(capsys, run_file, *ON_TWO_HOSTS)
     changes = launched(told)[3:]
-    assert any(change.startswith("stages.chats.train.micro_batches=") for change in changes)
+    assert len(set(changes)) == len(changes)
+    assert {"stages.pairs.train.micro_batches=1", "stages.chats.train.recompute=none"} <= {*changes}
+    assert not any(change.startswith("stages.start.") for change in changes)
     plan = load_plan(run_file, changes)
-    assert plan.stages[0].run.train.samples_per_step == 4
     for stage in plan.stages:
         samples_per_micro_batch(stage.run.train, data_parallel_ranks(stage.run, 8))
-    cluster = cluster_of("h100-80", 2, 4)
-    others = plan.stages[:-1]
-    assert plan.last == search(plan.last, cluster, TEXT, other_stages=others).best.run
-    assert "stages: chats is planned; pairs is checked to divide and to fit" in told
+    before, cluster = load_plan(run_file), cluster_of("h100-80", 2, 4)
+    start, pairs, chats = before.stages
+    best = search(pairs.run, cluster, TEXT, other_stages=[start, chats]).best
+    other = fastest_in(best.run, chats.run, cluster, TEXT)
+    assert [stage.run for stage in plan.stages[1:]] == [best.run, other.run]
+    says = "stages: pairs is planned, the longest that is predicted; start is checked to divide "
+    assert f"{says}only; chats is checked to divide and to fit" in told
+    for name, candidate, steps in (("pairs", best, "1,000"), ("chats", other, "10")):
+        seconds = re.escape(f"{candidate.prediction.seconds:.3f} s a step, ")
+        assert re.search(rf"^  {name}: .*{seconds}.* days for {steps} steps$", told, re.MULTILINE)
+    assert "\n  start: not predicted\n" in told and "the prompt, in every stage; " in told
 
 
 @pytest.mark.parametrize(
@@ -196,8 +214,11 @@ def test_the_last_stage_is_planned_and_all_can_run(capsys, run_file):
     [
         (
             ("--hosts", "2"),
-            "--hosts, --gpus-per-host, --tokens-per-text, --calibrate and --out compare layouts; "
-            "name a --gpu, too",
+            "--hosts compares layouts; name a --gpu, too",
+        ),
+        (
+            ("--out", "x", "--hosts", "2"),
+            "--hosts and --out compare layouts; name a --gpu, too",
         ),
         (
             (*ON_TWO_HOSTS, "--tokens-per-text", "65"),
@@ -230,6 +251,34 @@ def test_mistakes_are_told_before_the_search(capsys, run_file, monkeypatch, opti
     told_of(capsys, run_file, *options, code=2)
 
 
+@pytest.mark.parametrize("options", [("--hosts", "2"), ("--gpu", "h200", "--hostfile", "none")])
+def test_a_wrong_option_leaves_no_file(capsys, tmp_path, run_file, options):
+    before = {*tmp_path.iterdir()}
+    written = ("--ds-json", tmp_path / "ds.json", "--picture", tmp_path / "a.svg")
+    arguments = ("engine=megatron", *written, "--out", tmp_path / "out", *options)
+    told_of(capsys, run_file, *arguments, code=2)
+    assert {*tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("option", "says"),
+    [
+        (("--hosts", "two"), "argument --hosts: two is not a whole number of at least 1"),
+        (("--host", "2"), "unknown option --host"),
+    ],
+)
+def test_words_that_are_no_options(capsys, run_file, option, says):
+    with pytest.raises(SystemExit):
+        main(["plan", str(run_file), "--gpu", "h200", *option])
+    assert says in capsys.readouterr().err
+
+
+def test_one_host_starts_its_own_ranks(capsys, run_file):
+    told = told_of(capsys, run_file, "--gpu", "H200", "--gpus-per-host", "4")
+    assert "starts all ranks where it is typed, whatever the hostfile calls that machine" in told
+    assert "\nor on node-01:\n  torchrun --nnodes=1 " in told and "on every host" not in told
+
+
 def test_a_file_in_place_of_the_folder(capsys, run_file):
     told = told_of(capsys, run_file, *ON_TWO_HOSTS, "--out", str(run_file), code=2)
     assert f"cannot write to {run_file}: " in told and "choose another --out" in told
@@ -240,7 +289,11 @@ def test_a_file_in_place_of_the_folder(capsys, run_file):
     [
         ("a slots=4\nb slots=4\n", ("--hosts", "3"), ": 2, and the plan is for 3"),
         ("a slots=4\nb slots=4\n", ("--gpus-per-host", "2"), "host a has slots=4"),
-        ("a slots=4\nb slots=2\nc slots=2\n", (), "host b has slots=2"),
+        (
+            "a slots=4\nb slots=2\nc slots=2\n",
+            (),
+            "GPUs a host; leave the odd hosts out: --gpu compares equal hosts only",
+        ),
     ],
 )
 def test_a_hostfile_that_differs(capsys, tmp_path, run_file, text, options, says):
@@ -278,7 +331,7 @@ def test_where_nothing_fits_what_is_smallest_is_shown(capsys, tmp_path, run_file
     assert all(row[-1].startswith("does not fit: ") for row in [*rows, own])
     assert "As it stands, it does not fit: the fullest GPU would hold 2." in captured.out
     assert "a plan fills at most 93% of 1 GiB\nHad it room, a step is predicted" in captured.out
-    assert "Chosen" not in captured.out
+    assert "Chosen" not in captured.out and "the chosen one" not in captured.out
     assert captured.err.startswith("megavlm: error: no layout fits 8 x ")
 
 

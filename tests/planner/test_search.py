@@ -3,12 +3,21 @@ from dataclasses import replace
 
 import pytest
 
-from megavlm.config.plan import Stage
+from megavlm.config.load import load_plan
+from megavlm.config.plan import Plan, Stage
 from megavlm.config.run import data_parallel_ranks, samples_per_micro_batch
 from megavlm.errors import ConfigError
 from megavlm.planner.choice import layout_name
 from megavlm.planner.hardware import cluster_of
-from megavlm.planner.search import FILLED, Found, candidate_of, search
+from megavlm.planner.search import (
+    FILLED,
+    Found,
+    candidate_of,
+    fastest_in,
+    planned_stage,
+    search,
+)
+from tests.planner import recipe
 from tests.runs import RUN, load_run
 
 TINY = ("model={preset: vlm-tiny}", "data.row_tokens=32", "train.micro_batches=4")
@@ -41,6 +50,7 @@ def test_every_engine_and_layout_is_compared(found):
     names |= {f"Megatron TP{t} x PP2 x VP{v}" for t in (1, 2) for v in (2, 3)}  # up to 6 chunks
     names |= {"FSDP2", "FSDP2 hybrid 4", "ZeRO-3", "ZeRO-3, hpZ 4", "ZeRO-3, hpZ 4, quantised"}
     names |= {"ZeRO-3, optimiser on cpu", "ZeRO-3, hpZ 4, optimiser on cpu"}
+    names |= {"ZeRO-3, optimiser on cpu, parameters on cpu"}
     assert {layout_name(candidate.run) for candidate in found.ranked} == names
     for name in names:
         same = [c.run.train for c in found.ranked if layout_name(c.run) == name]
@@ -67,6 +77,7 @@ def test_all_of_zero3_is_compared_whatever_the_run_has():
     found = {tuple(getattr(c.run.zero3, name) for name in names) for c in ranked}
     assert found == {
         *((near, False, False, host, "none", None, 77) for near in (1, 4) for host in HOST),
+        (1, False, False, "cpu", "cpu", None, 77),
         (4, True, True, "none", "none", None, 77),
         (2, True, True, "cpu", "cpu", None, 77),  # as it stands
     }
@@ -99,8 +110,8 @@ def engines(run):
 def test_what_does_not_divide_is_counted_by_the_rule(found):
     whole = "train.samples_per_step=32 is not divisible by train.micro_batches=8 x data_parallel=8"
     [count] = [n for rule, n in found.refused.items() if rule.startswith(whole)]
-    # FSDP2 twice, ZeRO-3 five times, Megatron once; three modes of recomputation.
-    assert count == 3 * 8
+    # FSDP2 twice, ZeRO-3 six times, Megatron once; three modes of recomputation.
+    assert count == 3 * 9
 
 
 def test_what_fits_comes_first_and_the_fastest_of_it(found):
@@ -149,6 +160,23 @@ def test_nothing_fits():
     assert str(error.value) == f"{told} with more memory"
 
 
+def test_the_smallest_that_is_told_rounds_nothing(found):
+    large = [c for c in found.ranked if not c.fits] or found.ranked
+    exact = min((c for c in large if not c.rounds), key=lambda c: c.fullest.total)
+    run = replace(exact.run, engine="zero3", zero3=replace(tiny().zero3, quantized_weights=True))
+    small = replace(exact.memory[0], activations=0)
+    gpu = smaller_gpus(2**20)
+    ranked = [replace(exact, cluster=gpu), replace(exact, run=run, memory=(small,), cluster=gpu)]
+    assert ranked[1].rounds and ranked[1].fullest.total < exact.fullest.total
+    with pytest.raises(ConfigError, match=f"needs {exact.fullest.total / 2**30:.0f} GiB a GPU"):
+        _ = Found(ranked, Counter()).best
+
+
+def test_one_small_gpu_runs_from_the_hosts_memory():
+    ranked = search(recipe.PLAIN, cluster_of("a100-40", 1, 1), TEXT, ["zero3"])
+    assert layout_name(ranked.best.run) == "ZeRO-3, optimiser on cpu, parameters on cpu"
+
+
 def test_nothing_divides():
     with pytest.raises(ConfigError) as error:
         run = tiny("train.samples_per_step=31", "train.micro_batches=1")
@@ -186,13 +214,19 @@ def test_only_the_engines_asked_for():
 def test_all_stages_of_a_plan_divide():
     """They share the layout, each with a batch of its own."""
     short = stage("train.samples_per_step=8", "train.micro_batches=1")
-    alone, shared = (
-        search(tiny(), CLUSTER, TEXT, other_stages=stages).ranked for stages in ([], [short])
+    # Pre-training runs without a pipeline, in micro-batches of its own.
+    first = stage("train.samples_per_step=4", "train.micro_batches=1", "objectives={mim: 1}")
+    alone, adapted, shared = (
+        search(tiny(), CLUSTER, TEXT, other_stages=stages).ranked
+        for stages in ([], [short], [first])
     )
+    # One micro-batch cannot be interleaved, but 2 can.
     assert {c.run.megatron.virtual_pipeline for c in alone} == {1, 2, 3}
-    # One micro-batch cannot be interleaved.
-    left = [c for c in alone if c.run.engine != "megatron" or c.run.megatron.virtual_pipeline == 1]
-    assert [candidate.run for candidate in shared] == [candidate.run for candidate in left]
+    assert [candidate.run for candidate in adapted] == [candidate.run for candidate in alone]
+    left = [
+        c.run for c in alone if c.run.engine == "megatron" and c.run.megatron.tensor_parallel == 2
+    ]
+    assert [candidate.run for candidate in shared] == left != []
     told = r"^no layout divides: stages.other: train.samples_per_step=4 is not"
     with pytest.raises(ConfigError, match=told):
         stages = [stage("train.samples_per_step=4", "train.micro_batches=1")]
@@ -213,5 +247,33 @@ def test_all_stages_of_a_plan_fit():
         assert after == candidate_of(after.run, CLUSTER, TEXT, [pretraining, long])
     cluster = smaller_gpus(max(c.fullest.total for c in alone) / FILLED + 1)
     assert all(c.fits for c in search(tiny(), cluster, TEXT, ["fsdp2"]).ranked)
+    # In more micro-batches it fits, too; the longest rows do not in any.
     both = search(tiny(), cluster, TEXT, ["fsdp2"], other_stages=[long])
-    assert not any(c.fits for c in both.ranked) and both.chosen is None
+    assert all(c.fits for c in both.ranked)
+    assert not any(candidate_of(c.run, cluster, TEXT, [long]).fits for c in both.ranked)
+    longest = stage("data.row_tokens=16384", "train.micro_batches=1", "train.samples_per_step=64")
+    neither = search(tiny(), cluster, TEXT, ["fsdp2"], other_stages=[longest])
+    assert not any(c.fits for c in neither.ranked) and neither.chosen is None
+
+
+def test_the_longest_stage_is_planned():
+    plan = load_plan(recipe.RUN.with_name("vlm-30b-curriculum.yaml"))
+    assert planned_stage(plan).name == "captioning" != plan.stages[-1].name
+    with pytest.raises(ConfigError, match=r"^a stage of mim is not predicted"):
+        planned_stage(Plan((stage("objectives={mim: 1}"),)))
+
+
+@pytest.mark.parametrize("engine", ["zero3", "megatron"])
+def test_another_stage_in_the_chosen_layout(engine):
+    """Its micro-batches and recomputation are those that a search would find there."""
+    run = tiny("data.row_tokens=64", "train.samples_per_step=64", "train.recompute=full")
+    layout = search(tiny(), CLUSTER, TEXT, [engine]).best.run
+    best = fastest_in(layout, run, CLUSTER, TEXT)
+    settings = getattr(layout, engine)
+    assert (best.run.engine, getattr(best.run, engine)) == (engine, settings)
+    assert best.run.data == run.data and best.run.train.samples_per_step == 64
+    own = replace(run, engine=engine, **{engine: settings})
+    [first, *_] = [
+        c for c in search(own, CLUSTER, TEXT, [engine]).ranked if getattr(c.run, engine) == settings
+    ]
+    assert best.run == first.run != own and best.fits
