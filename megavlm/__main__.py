@@ -195,6 +195,12 @@ def _tokenizer(plan: Plan, options: argparse.Namespace) -> None:
     print(f"tokenizer of {run.model.decoder.vocabulary} pieces: {run.data.tokenizer}")
 
 
+def _index(_: None, options: argparse.Namespace) -> None:
+    from megavlm.data.index import index_folder
+
+    index_folder(options.folder, options.workers)
+
+
 def _generate(plan: Plan, options: argparse.Namespace) -> None:
     from megavlm.dist.groups import process_groups
     from megavlm.infer.generate import Request, generate
@@ -322,6 +328,12 @@ def _parser() -> argparse.ArgumentParser:
     generate = add("generate", _generate, "answer a prompt about pictures")
     add("eval", _eval, "measure the newest checkpoint on held-out samples")
     add("report", _report, "draw a run as one HTML page")
+    data = commands.add_parser("data", help="prepare and inspect folders of shards")
+    actions = data.add_subparsers(required=True, metavar="action")
+    index = actions.add_parser("index", help="list where each sample of tar shards lies")
+    index.add_argument("folder", help="or the URL of one in an object store")
+    index.add_argument("--workers", type=_positive, default=os.cpu_count(), help="processes")
+    index.set_defaults(command=_index, run_file=None)
     convert = commands.add_parser(
         "convert",
         help="convert checkpoints between formats, with a certificate",

@@ -31,3 +31,7 @@ class DivergenceError(MegavlmError):
 
 class CheckpointError(MegavlmError):
     """A checkpoint is missing, incomplete, or of another model."""
+
+
+class StorageError(CheckpointError, DataError):
+    """A disk or an object store cannot be read or written, whatever was to lie there."""

@@ -26,7 +26,7 @@ from megavlm.config.run import (
     TrainSettings,
 )
 from megavlm.data.samples import Sample, text
-from megavlm.data.shards import write_shard
+from megavlm.data.shards import write_shards
 from megavlm.data.tokenizer import train_tokenizer
 
 # Ranks are forked from this process; a fork copies no worker threads, so have none.
@@ -57,11 +57,9 @@ def coloured_sample(number: int) -> Sample:
 def coloured_squares(tmp_path_factory) -> Path:
     """Folder with splits `train` (40 samples in 4 shards) and `heldout`, and a tokenizer."""
     folder = tmp_path_factory.mktemp("squares")
-    for split, shards in (("train", 4), ("heldout", 1)):
+    for split, count in (("train", 40), ("heldout", 10)):
         (folder / split).mkdir()
-        for shard in range(shards):
-            samples = (coloured_sample(n) for n in range(shard * 10, shard * 10 + 10))
-            write_shard(folder / split / f"{shard:06d}.tar", samples)
+        write_shards(folder / split, (coloured_sample(n) for n in range(count)), 10)
     texts = [t for n in range(40) for x in coloured_sample(n).texts for t in (x.prompt, x.answer)]
     words = [f"{a} {b} {n}" for n, a in enumerate(texts) for b in texts[:9]]
     vocabulary = PRESETS["vlm-tiny"].decoder.vocabulary

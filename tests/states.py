@@ -7,12 +7,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megavlm.checkpoint.folder import Folder
 from megavlm.checkpoint.shards import State
 from megavlm.checkpoint.storage import folder_name
 from megavlm.checkpoint.store import CheckpointSaver
 from megavlm.config.run import CheckpointSettings
 from megavlm.engine.base import Engine
+from megavlm.files.folder import Folder
 
 
 def whole_tensors(engine: Engine) -> dict[str, Tensor]:

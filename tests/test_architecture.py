@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parents[1] / "megavlm"
 # From the ground up; a package imports only from lower levels, and from its own.
 LEVELS = [
     {"errors"},
-    {"config", "ops"},
+    {"config", "files", "ops"},
     {"dist"},
     {"data"},
     {"model"},

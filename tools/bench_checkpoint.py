@@ -25,7 +25,6 @@ from pathlib import Path
 import torch
 from torch.multiprocessing.spawn import spawn
 
-from megavlm.checkpoint.folder import Folder
 from megavlm.checkpoint.lazy import LazyTensor
 from megavlm.checkpoint.shards import shards_of_range
 from megavlm.checkpoint.store import CheckpointSaver
@@ -34,6 +33,7 @@ from megavlm.config.run import CheckpointSettings
 from megavlm.config.sizes import ModelSizes
 from megavlm.convert.files import write_native
 from megavlm.dist.groups import process_groups
+from megavlm.files.folder import Folder
 from megavlm.model.params import Parameter, parameters
 
 REPEATS = 5

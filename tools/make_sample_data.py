@@ -30,7 +30,7 @@ from rich.progress import track
 from rich.table import Table
 
 from megavlm.data.samples import Sample, Text, text
-from megavlm.data.shards import write_shard
+from megavlm.data.shards import write_shards
 from megavlm.errors import DataError
 
 SPLITS = ("train", "heldout", "heldout_questions")
@@ -467,9 +467,7 @@ def save_split(folder: Path, texts: dict[Emoji, list[Text]], pictures: dict[Emoj
         Sample(key=emoji.key, pictures=(pictures[emoji],), texts=tuple(texts[emoji]))
         for emoji in by_lot(texts, "shuffle")
     ]
-    for start in range(0, len(samples), SHARD_SAMPLES):
-        path = folder / f"{start // SHARD_SAMPLES:06}.tar"
-        write_shard(path, samples[start : start + SHARD_SAMPLES])
+    write_shards(folder, samples, SHARD_SAMPLES)
 
 
 def build(out: Path, font_path: Path, cldr: Path, limit: int | None, console: Console) -> None:

@@ -6,7 +6,6 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from megavlm.checkpoint.folder import Folder
 from megavlm.checkpoint.storage import STATE_FILE, folder_name, read_state
 from megavlm.config.load import run_as_tree
 from megavlm.config.objectives import Part
@@ -16,6 +15,7 @@ from megavlm.config.sizes import DecoderSizes, EncoderSizes, ModelSizes, TextTow
 from megavlm.data.sources import Sources
 from megavlm.data.tokenizer import Tokenizer
 from megavlm.errors import CheckpointError, TokenizerError
+from megavlm.files.folder import Folder
 from megavlm.model.params import all_parameters, trained_parameters
 
 

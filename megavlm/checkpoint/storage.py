@@ -35,10 +35,8 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
-from megavlm.checkpoint.folder import Folder, is_plain, sync
 from megavlm.checkpoint.lazy import LazyTensor
 from megavlm.checkpoint.planners import check_boxes
-from megavlm.checkpoint.ranges import Range
 from megavlm.checkpoint.shards import Origin
 from megavlm.checkpoint.tensor_file import (
     DTYPES,
@@ -52,6 +50,8 @@ from megavlm.checkpoint.tensor_file import (
     write_tensors,
 )
 from megavlm.errors import CheckpointError
+from megavlm.files.folder import Folder, is_plain, sync
+from megavlm.files.ranges import Range
 
 FORMAT = 4
 STATE_FILE = "state.json"

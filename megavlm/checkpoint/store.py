@@ -23,7 +23,6 @@ from torch.distributed.checkpoint.staging import AsyncStager
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save, save
 
-from megavlm.checkpoint.folder import Folder
 from megavlm.checkpoint.lazy import LazyTensor
 from megavlm.checkpoint.planners import ShardsLoadPlanner, ShardsSavePlanner
 from megavlm.checkpoint.shards import Shards, State, whole
@@ -39,6 +38,7 @@ from megavlm.checkpoint.tensor_file import DTYPES
 from megavlm.config.run import CheckpointSettings
 from megavlm.dist import groups
 from megavlm.errors import CheckpointError, MegavlmError
+from megavlm.files.folder import Folder
 
 OWNER_FILE = "run.json"
 """Whose checkpoints a folder holds."""

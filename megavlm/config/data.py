@@ -75,6 +75,9 @@ class DataSettings:
     """Shards with held-out questions about training pictures."""
     tokenizer: Path
     """SentencePiece model file."""
+    shuffle_shards: int = 64
+    """Training mixes the samples of so many shards at a time, which come in an order of their own
+    in each epoch: more is nearer to a shuffle of everything, and reads from more files at once."""
     row_tokens: int
     """Length of a packed row of text; longer texts are cut to it, and counted."""
     texts_per_sample: int = 1
@@ -88,7 +91,7 @@ class DataSettings:
     def __post_init__(self) -> None:
         if not self.train:
             raise ConfigError("data.train names no source; name a folder of shards")
-        for name in ("row_tokens", "texts_per_sample"):
+        for name in ("row_tokens", "texts_per_sample", "shuffle_shards"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"data.{name}={getattr(self, name)} must be at least 1")
         if self.workers < 0:

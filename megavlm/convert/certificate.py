@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import Tensor
 
-from megavlm.checkpoint.folder import Folder
 from megavlm.checkpoint.lazy import Tensors, read_by
 from megavlm.checkpoint.tensor_file import NAMES, as_bytes, tensor_bytes
 from megavlm.convert.files import read_json
 from megavlm.errors import CheckpointError
+from megavlm.files.folder import Folder
 
 CERTIFICATE_FILE = "certificate.json"
 

@@ -10,7 +10,6 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from megavlm.checkpoint.folder import Folder
 from megavlm.checkpoint.lazy import Tensors
 from megavlm.checkpoint.tensor_file import tensor_bytes
 from megavlm.config.engines import UNDIVIDED
@@ -19,6 +18,7 @@ from megavlm.convert import towers
 from megavlm.convert.files import preprocessor
 from megavlm.convert.names import SMALLEST_ENCODER, Sizes
 from megavlm.dist import groups
+from megavlm.files.folder import Folder
 from megavlm.model.vit import VisionTransformer, normalise
 from megavlm.model.vlm import VisionLanguageModel
 

@@ -7,7 +7,6 @@ from typing import Any, cast
 
 from torch import Tensor
 
-from megavlm.checkpoint.folder import Folder, sync
 from megavlm.checkpoint.lazy import LazyTensor, Tensors, read_by
 from megavlm.checkpoint.storage import file_name, write_state
 from megavlm.checkpoint.tensor_file import (
@@ -19,6 +18,7 @@ from megavlm.checkpoint.tensor_file import (
     write_tensors,
 )
 from megavlm.errors import CheckpointError, MegavlmError
+from megavlm.files.folder import Folder, sync
 
 CONFIG_FILE = "config.json"
 

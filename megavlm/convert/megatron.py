@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megavlm.checkpoint.folder import Folder
 from megavlm.checkpoint.lazy import LazyTensor, Tensors
 from megavlm.config.engines import MegatronSettings
 from megavlm.config.sizes import ModelSizes
@@ -39,6 +38,7 @@ from megavlm.convert.torch_files import (
     writing,
 )
 from megavlm.errors import CheckpointError, ConfigError
+from megavlm.files.folder import Folder
 from megavlm.model.params import Parameter, parameters
 
 CHECKPOINT_VERSION = 3.0

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megavlm.checkpoint.folder import Folder
 from megavlm.checkpoint.lazy import LazyTensor, Tensors, read_by
 from megavlm.checkpoint.state import comparable
 from megavlm.config.sizes import DecoderSizes, EncoderSizes, TextTowerSizes
@@ -16,6 +15,7 @@ from megavlm.convert.files import about
 from megavlm.convert.names import Sizes
 from megavlm.convert.sources import Model, Source, kinds_of
 from megavlm.errors import CheckpointError
+from megavlm.files.folder import Folder
 
 
 def merged(models: Sequence[Model], sources: Sequence[Source], ema_decay: float | None) -> Model:

@@ -9,7 +9,6 @@ from typing import Any, Literal
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-from megavlm.checkpoint.folder import Folder
 from megavlm.checkpoint.lazy import Tensors
 from megavlm.checkpoint.tensor_file import tensor_bytes
 from megavlm.config.plan import Plan
@@ -49,6 +48,7 @@ from megavlm.convert.sources import (
     whole_sizes,
 )
 from megavlm.errors import CheckpointError, ConfigError, MegavlmError
+from megavlm.files.folder import Folder
 from megavlm.planner.cut import with_cut
 
 OUT_REMEDY = "free space or permit writing there, or choose another --out; then convert again"

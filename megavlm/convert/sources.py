@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from megavlm.checkpoint.folder import Folder
 from megavlm.checkpoint.lazy import LazyTensor, Tensors
 from megavlm.checkpoint.state import checkpoint_state
 from megavlm.checkpoint.storage import STATE_FILE, CheckpointReader, read_state
@@ -18,9 +17,10 @@ from megavlm.config.sizes import DecoderSizes, EncoderSizes, ModelSizes
 from megavlm.convert import deepspeed, llama, megatron, mllama, towers
 from megavlm.convert.files import CONFIG_FILE, about, hugging_face_tensors, preprocessor, read_json
 from megavlm.convert.names import BESIDE, SMALLEST_ENCODER, Sizes, require_tensors
-from megavlm.data.sources import Sources
+from megavlm.data.sources import training_sources
 from megavlm.data.tokenizer import Tokenizer
 from megavlm.errors import CheckpointError, ConfigError
+from megavlm.files.folder import Folder
 from megavlm.model.params import parameters
 
 Target = Literal["native", "mllama", "llama", "megatron"]
@@ -235,7 +235,7 @@ def _state(stage: Stage, step: int) -> dict[str, Any]:
     """What a checkpoint of this step would say of its run."""
     run = stage.run
     taken: dict[Part, int] = dict.fromkeys(run.trained_parts, step - stage.first_step)
-    training = Sources(run.data.train, run.seed)
+    training = training_sources(run)
     return checkpoint_state(stage, Tokenizer(run.data.tokenizer), step, training, taken)
 
 

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, serialization
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from megavlm.checkpoint.folder import READ_REMEDY, is_plain, sync_path
 from megavlm.errors import CheckpointError
+from megavlm.files.folder import READ_REMEDY, is_plain, sync_path
 
 StandIns = Sequence[tuple[Callable[..., Any], str]]
 """What is called in place of a class or function that a pickle names."""

@@ -78,10 +78,11 @@ class MicroBatches(Dataset[Batch | PairBatch]):
         positions, slots = self._positions(number)
         drawn: list[Drawn] = []
         skipped: list[str] = []
-        for position in positions:
-            place = self._place(position)
+        places = self._places(positions)
+        contents = self.sources.fetch(places)
+        for position, place, content in zip(positions, places, contents, strict=True):
             try:
-                drawn.append(self._draw(place, position))
+                drawn.append(self._draw(place, content, position))
             except BadSampleError as error:
                 skipped.append(f"{self.sources.locate(place)}: {error}")
         batch = self.collate(drawn, self.tokenizer, self.run, slots)
@@ -101,7 +102,7 @@ class MicroBatches(Dataset[Batch | PairBatch]):
         starts = range(first, first + self.share.ranks * self.samples, self.samples)
         end = len(self.sources)
         by_rank = [range(min(start, end), min(start + self.samples, end)) for start in starts]
-        images = [[self._images(position) for position in cell] for cell in by_rank]
+        images = [self._images(cell) for cell in by_rank]
         return by_rank[self.share.rank], _slots(images)
 
     def _deal_step(self, step: int) -> tuple[list[list[int]], int]:
@@ -110,22 +111,25 @@ class MicroBatches(Dataset[Batch | PairBatch]):
             size = self.run.train.samples_per_step
             first = self.first_sample + step * size
             positions = range(first, first + size)
-            images = [self._images(p) for p in positions]
+            images = self._images(positions)
             dealt = deal(images, self.run.train.micro_batches * self.share.ranks)
             cells = [[positions[i] for i in cell] for cell in dealt]
             self._dealt = (step, cells, _slots([[images[i] for i in cell] for cell in dealt]))
         return self._dealt[1:]
 
-    def _images(self, position: int) -> int:
-        """Pictures that are used of the sample at a position, by the index alone."""
-        return min(self._pictures, self.sources.pictures_of(self._place(position)))
+    def _images(self, positions: Sequence[int]) -> list[int]:
+        """Pictures that are used of the samples at positions, by the index alone."""
+        pictures = self.sources.pictures_of(self._places(positions))
+        return [min(self._pictures, count) for count in pictures]
 
-    def _place(self, position: int) -> Place:
-        return (self.sources.shuffled if self.training else self.sources.in_order)(position)
+    def _places(self, positions: Sequence[int]) -> list[Place]:
+        if self.training:
+            return self.sources.shuffled(np.array(positions, np.int64))
+        return [self.sources.in_order(position) for position in positions]
 
-    def _draw(self, place: Place, position: int) -> Drawn:
+    def _draw(self, place: Place, content: bytes, position: int) -> Drawn:
         """The sample, and what is random of it."""
-        sample = self.sources.read(place)
+        sample = self.sources.parse(place, content)
         # Seeded by the position alone, so that a resumed run draws the same.
         generator = np.random.default_rng((self.run.seed, position))
         texts = sample.texts
@@ -137,7 +141,7 @@ class MicroBatches(Dataset[Batch | PairBatch]):
             texts = tuple(texts[i] for i in chosen)
         used = sample.pictures[: self._pictures]
         pictures = tuple(self._picture(picture, sample.key, generator) for picture in used)
-        return Drawn(self.sources.locate(place), pictures, texts, generator)
+        return Drawn(self.sources.name_of(place, sample.key), pictures, texts, generator)
 
     def _picture(self, encoded: bytes, key: str, generator: np.random.Generator) -> Tensor:
         """Decoded and, in training, augmented: uint8 (3, side, side)."""

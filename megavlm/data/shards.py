@@ -1,29 +1,75 @@
 """WebDataset-style tar shards with an offset index, so that any sample is one read away.
 
-A shard `name.tar` holds, for every sample, `key.json` (its texts) and, unless it is text-only,
-`key.png`, `key.jpg` or `key.webp`; of several pictures `key.0.jpg`, `key.1.jpg` and so on. Keys
-have no dots. Beside it, `name.index.json` lists where each member lies.
+A shard `name.tar` holds, for every sample, `key.json` (its texts) or `key.txt` (its caption) and,
+unless it is text-only, `key.png`, `key.jpg` or `key.webp`; of several pictures `key.0.jpg`,
+`key.1.jpg` and so on. Keys have no dots.
 """
 
 import hashlib
 import io
 import json
 import os
-import re
 import tarfile
-from bisect import bisect_right
-from collections.abc import Iterable
-from itertools import accumulate
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from megavlm.data.samples import MAX_PICTURES, Sample, Text, texts_from_json, texts_to_json
-from megavlm.errors import BadSampleError, DataError
+import numpy as np
 
-PICTURE_SUFFIXES = ("png", "jpg", "jpeg", "webp")
-MAX_INDEX_BYTES = 256 * 2**20
-MAX_MEMBER_BYTES = 64 * 2**20  # one picture file; anything larger is refused before it is read
-_NUMBERED = re.compile(r"(?P<key>.+)\.(?P<suffix>\d+\.[a-z]+)", re.IGNORECASE)
+from megavlm.data.cursor import Numbers
+from megavlm.data.index import (
+    CAPTION,
+    JSON,
+    MANIFEST,
+    PICTURE,
+    Members,
+    ShardSize,
+    index_name,
+    index_tar,
+    read_index,
+    read_manifest,
+    samples_of,
+    write_index,
+    write_manifest,
+)
+from megavlm.data.samples import (
+    MAX_PICTURES,
+    Sample,
+    Text,
+    text,
+    texts_from_json,
+    texts_to_json,
+)
+from megavlm.errors import BadSampleError, DataError
+from megavlm.files.folder import Folder
+
+MAX_SAMPLE_BYTES = 256 * 2**20
+"""Anything larger is refused before it is read."""
+BLOCK_BYTES = 512
+CAPTION_TASK = "caption"
+OPEN_INDICES = 256
+"""Of shards, at once; a local one is mapped into memory, and takes little."""
+
+
+def write_shards(folder: Path, samples: Iterable[Sample], shard_samples: int) -> None:
+    """Write shards of so many samples, and what tells where they lie."""
+    sizes: dict[str, ShardSize] = {}
+    pending: list[Sample] = []
+
+    def write() -> None:
+        name = f"{len(sizes):06}.tar"
+        count = write_shard(folder / name, pending)
+        sizes[name] = ShardSize(count, os.path.getsize(folder / name))
+        pending.clear()
+
+    for sample in samples:
+        pending.append(sample)
+        if len(pending) == shard_samples:
+            write()
+    if pending:
+        write()
+    write_manifest(Folder(folder), sizes)
 
 
 def write_shard(path: Path, samples: Iterable[Sample]) -> int:
@@ -33,7 +79,6 @@ def write_shard(path: Path, samples: Iterable[Sample]) -> int:
     give equal bytes.
     """
     partial = path.with_suffix(".tar.partial")
-    count = 0
     with tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as tar:
         for sample in samples:
             several = len(sample.pictures) > 1
@@ -42,114 +87,216 @@ def write_shard(path: Path, samples: Iterable[Sample]) -> int:
                 _add_member(tar, f"{sample.key}.{place}{_suffix_of(picture)}", picture)
             record = json.dumps(texts_to_json(sample), ensure_ascii=False)
             _add_member(tar, f"{sample.key}.json", record.encode())
-            count += 1
-    index = json.dumps(index_shard(partial))
-    _index_path(path).write_text(index)
+    with partial.open("rb") as file:
+        members = index_tar(file)
+    write_index(Folder(path.parent), path.name, members)
     partial.rename(path)
-    return count
-
-
-def index_shard(path: Path) -> list[dict[str, Any]]:
-    """List the samples of a tar: `[{"key": ..., "members": {"json": [offset, bytes], ...}}]`."""
-    entries: dict[str, dict[str, Any]] = {}
-    with tarfile.open(path, "r:") as tar:
-        for member in tar:
-            if not member.isfile():
-                continue
-            numbered = _NUMBERED.fullmatch(member.name)
-            key, _, suffix = member.name.rpartition(".")
-            if numbered is not None:
-                key, suffix = numbered["key"], numbered["suffix"]
-            entry = entries.setdefault(key, {"key": key, "members": {}})
-            entry["members"][suffix.lower()] = [member.offset_data, member.size]
-    return list(entries.values())
+    return samples_of(members)
 
 
 class ShardFolder:
-    """All shards of a folder, in name order, read by sample number.
+    """All shards of a folder or an object store, in name order, read by sample number.
 
-    Raises DataError when the folder, an index or part of a shard is missing. Safe to use from
-    several processes: each read opens its file anew.
+    Raises DataError when the folder, its `shards.json` or an index is missing or broken. Several
+    processes may use it: each opens what it reads itself.
     """
 
-    def __init__(self, folder: Path) -> None:
-        if not folder.is_dir():
-            raise DataError(
-                f"data folder {folder} does not exist; set data.train or data.heldout to a folder "
-                "of tar shards, or make the sample set with `make data`"
-            )
-        self.paths = sorted(folder.glob("*.tar"))
-        if not self.paths:
-            raise DataError(f"data folder {folder} holds no .tar shard")
-        self._entries = [_read_index(path) for path in self.paths]
-        self._ends = list(accumulate(len(entries) for entries in self._entries))
+    def __init__(self, place: str | Path) -> None:
+        self._place = str(place)
+        self._pid = 0
+        folder = self._folder()
+        if not folder.has(MANIFEST):
+            raise DataError(_without_manifest(folder))
+        self._shards = read_manifest(folder)
+        self.names = list(self._shards)
+        self.shard_samples = [size.samples for size in self._shards.values()]
+        self._firsts = np.cumsum([0, *self.shard_samples])
+        self._indices: OrderedDict[int, tuple[Members, Numbers]] = OrderedDict()
+
+    def __str__(self) -> str:
+        return self._place
 
     def __len__(self) -> int:
-        return self._ends[-1]
+        return int(self._firsts[-1])
 
     @property
     def fingerprint(self) -> str:
         """SHA-256 of the shards' names and lengths: which sample has which number."""
-        shards = [(p.name, len(e)) for p, e in zip(self.paths, self._entries, strict=True)]
+        shards = [*zip(self.names, self.shard_samples, strict=True)]
         return hashlib.sha256(json.dumps(shards).encode()).hexdigest()
 
-    def locate(self, number: int) -> str:
-        """Name of a sample for logs: `shard.tar:key`."""
-        path, entry = self._find(number)
-        return f"{path.name}:{entry['key']}"
+    def check_sizes(self) -> None:
+        """Raise DataError unless all shards and indices are there, and the shards are whole."""
+        found = self._folder().sizes()
+        for name, (_, size) in self._shards.items():
+            if index_name(name) not in found:
+                raise DataError(
+                    f"shard {self._place}/{name} has no index {index_name(name)} beside it; run "
+                    f"`megavlm data index {self._place}`"
+                )
+            if found.get(name) != size:
+                has = f"has {found[name]} bytes" if name in found else "is missing"
+                raise DataError(
+                    f"shard {self._place}/{name} {has}, but {MANIFEST} says {size}; copy it again, "
+                    f"or, if it was meant to change, run `megavlm data index {self._place}`"
+                )
 
-    def pictures_of(self, number: int) -> int:
-        """How many pictures a sample has, by the index alone; 0 if it has too many to be read."""
-        _, entry = self._find(number)
-        pictures = sum(suffix != "json" for suffix in entry["members"])
-        return pictures if pictures <= MAX_PICTURES else 0
+    def pictures_of(self, numbers: Numbers) -> Numbers:
+        """How many pictures samples have, by the index alone; 0 for those with too many."""
+        shards = np.searchsorted(self._firsts, numbers, side="right") - 1
+        out = np.empty_like(numbers)
+        for shard in np.unique(shards).tolist():
+            here = shards == shard
+            _, pictures = self._index(shard)
+            out[here] = pictures[numbers[here] - self._firsts[shard]]
+        return np.where(out > MAX_PICTURES, 0, out)
+
+    def fetch(self, numbers: Sequence[int]) -> list[bytes]:
+        """What `parse` makes samples of: the part of a shard that holds each of them.
+
+        Those of an object store come at once.
+        """
+        places = [self._find(number) for number in numbers]
+        ranges = [_range(members) for _, members in places]
+        # What is too large is not read, and refused when it is parsed.
+        ranges = [(a, b if b - a <= MAX_SAMPLE_BYTES else a) for a, b in ranges]
+        return self._folder().read_ranges([self.names[shard] for shard, _ in places], ranges)
+
+    def parse(self, number: int, content: bytes) -> Sample:
+        """One sample; raises BadSampleError when its members are not as the format says."""
+        shard, members = self._find(number)
+        start, stop = _range(members)
+        if stop - start > MAX_SAMPLE_BYTES:
+            raise BadSampleError(
+                f"sample {self.locate(number)} has {stop - start} bytes; the limit is "
+                f"{MAX_SAMPLE_BYTES}"
+            )
+        if len(content) < stop - start:
+            raise BadSampleError(
+                f"sample {self.locate(number)} is cut off: shard {self.names[shard]} is shorter "
+                f"than {MANIFEST} says; copy it again"
+            )
+        try:
+            key = _key_of(content[:BLOCK_BYTES])
+        except tarfile.HeaderError as error:
+            raise BadSampleError(
+                f"sample {self.locate(number)} is not where its index says; delete "
+                f"{index_name(self.names[shard])} and run `megavlm data index {self._place}`"
+            ) from error
+        name = self.name_of(number, key)
+        parts = _parts()
+        for member in members:
+            offset, size = int(member["offset"]) - start, int(member["size"])
+            parts[int(member["kind"])].append(content[offset : offset + size])
+        numbers = members["number"][members["kind"] == PICTURE].tolist()
+        if len(numbers) > MAX_PICTURES:
+            raise BadSampleError(
+                f"sample {name} has {len(numbers)} pictures; the limit is {MAX_PICTURES}"
+            )
+        if numbers != list(range(len(numbers))):
+            raise BadSampleError(
+                f"sample {name} has pictures of the numbers {numbers}; it may have one, or "
+                "several, numbered from 0 on"
+            )
+        texts = _texts(name, parts[JSON], parts[CAPTION], len(numbers))
+        return Sample(key=key, pictures=tuple(parts[PICTURE]), texts=texts)
 
     def read(self, number: int) -> Sample:
-        """Read one sample; raises BadSampleError when its members are not as the format says."""
-        path, entry = self._find(number)
-        members: dict[str, list[int]] = entry["members"]
-        key = str(entry["key"])
-        pictures = [suffix for suffix in members if suffix != "json"]
-        # By number: 2 before 10. What is not a number is refused below.
-        pictures.sort(key=lambda suffix: (len(suffix.partition(".")[0]), suffix))
-        places = [suffix.rpartition(".")[0] for suffix in pictures]
-        suffixes = {suffix.rpartition(".")[2] for suffix in pictures}
-        numbers = [str(number) for number in range(len(places))]
-        if not suffixes <= set(PICTURE_SUFFIXES) or places not in ([""], numbers):
-            raise BadSampleError(
-                f"sample {path.name}:{key} has the members {pictures}; besides its JSON it may "
-                f"have one of {PICTURE_SUFFIXES}, or several, numbered from 0 on"
-            )
-        if len(pictures) > MAX_PICTURES:
-            raise BadSampleError(
-                f"sample {path.name}:{key} has {len(pictures)} pictures; the limit is "
-                f"{MAX_PICTURES}"
-            )
-        encoded = tuple(_read_member(path, key, members[suffix]) for suffix in pictures)
-        return Sample(key=key, pictures=encoded, texts=self.read_texts(number))
+        """One sample; raises BadSampleError as `parse` does."""
+        return self.parse(number, self.fetch([number])[0])
+
+    def name_of(self, number: int, key: str) -> str:
+        """Name of a sample for logs: `shard.tar:key`."""
+        return f"{self.names[self._shard_of(number)]}:{key}"
+
+    def locate(self, number: int) -> str:
+        """The same, with the key read from the shard if it can be."""
+        shard, members = self._find(number)
+        start = int(members["offset"].min()) - BLOCK_BYTES
+        try:
+            header = self._folder().read_ranges([self.names[shard]], [(start, start + BLOCK_BYTES)])
+            return self.name_of(number, _key_of(header[0]))
+        except (DataError, tarfile.HeaderError):
+            return f"{self.names[shard]}, number {number - self._firsts[shard]}"
 
     def read_texts(self, number: int) -> tuple[Text, ...]:
-        """Read the texts of one sample alone; raises BadSampleError."""
-        path, entry = self._find(number)
-        key = str(entry["key"])
-        if "json" not in entry["members"]:
-            raise BadSampleError(f"sample {path.name}:{key} has no .json member")
-        try:
-            parsed = json.loads(_read_member(path, key, entry["members"]["json"]))
-        except ValueError as error:
-            raise BadSampleError(
-                f"sample {path.name}:{key}: its JSON is broken: {error}"
-            ) from error
-        return texts_from_json(key, parsed, self.pictures_of(number))
+        """The texts of one sample alone; raises BadSampleError."""
+        shard, members = self._find(number)
+        pictures = int((members["kind"] == PICTURE).sum())
+        written = members[members["kind"] != PICTURE]
+        ranges = [_range_of(member) for member in written]
+        contents = self._folder().read_ranges([self.names[shard]] * len(ranges), ranges)
+        parts = _parts()
+        for kind, content in zip(written["kind"].tolist(), contents, strict=True):
+            parts[int(kind)].append(content)
+        return _texts(self.locate(number), parts[JSON], parts[CAPTION], pictures)
 
-    def _find(self, number: int) -> tuple[Path, dict[str, Any]]:
-        shard = bisect_right(self._ends, number)
-        start = self._ends[shard - 1] if shard else 0
-        return self.paths[shard], self._entries[shard][number - start]
+    def _folder(self) -> Folder:
+        """Of this process: clients of object stores do not survive a fork."""
+        if self._pid != os.getpid():
+            self._pid, self._own_folder = os.getpid(), Folder(self._place)
+        return self._own_folder
+
+    def _shard_of(self, number: int) -> int:
+        return int(np.searchsorted(self._firsts, number, side="right")) - 1
+
+    def _find(self, number: int) -> tuple[int, Members]:
+        """A sample's shard, and its members."""
+        shard = self._shard_of(number)
+        members, _ = self._index(shard)
+        place = number - self._firsts[shard]
+        first, stop = np.searchsorted(members["sample"], [place, place + 1])
+        return shard, members[first:stop]
+
+    def _index(self, shard: int) -> tuple[Members, Numbers]:
+        """Of a shard: its members, and how many pictures each sample has."""
+        if shard not in self._indices:
+            name = self.names[shard]
+            members = read_index(self._folder(), name, self._shards[name])
+            of_pictures = members["sample"][members["kind"] == PICTURE]
+            counts = np.bincount(of_pictures, minlength=self.shard_samples[shard])
+            self._indices[shard] = members, counts
+            if len(self._indices) > OPEN_INDICES:
+                self._indices.popitem(last=False)
+        self._indices.move_to_end(shard)
+        return self._indices[shard]
 
 
-def _index_path(path: Path) -> Path:
-    return path.with_suffix(".index.json")
+def _texts(
+    name: str, records: list[bytes], captions: list[bytes], pictures: int
+) -> tuple[Text, ...]:
+    """Of a sample's JSON; or its caption, if the JSON is of what it was downloaded from."""
+    try:
+        record: Any = json.loads(records[0]) if records else {}
+        if captions and not (isinstance(record, dict) and "texts" in record):
+            caption = captions[0].decode()
+            return (text("", caption, CAPTION_TASK, pictures=tuple(range(pictures))),)
+    except ValueError as error:
+        raise BadSampleError(f"sample {name}: its JSON or caption is broken: {error}") from error
+    if not records:
+        raise BadSampleError(f"sample {name} has neither a .json member nor a .txt")
+    return texts_from_json(name, record, pictures)
+
+
+def _parts() -> list[list[bytes]]:
+    """Contents of a sample's members, by their kind."""
+    return [[] for _ in (JSON, CAPTION, PICTURE)]
+
+
+def _range(members: Members) -> tuple[int, int]:
+    """Bytes of a shard that hold a sample, with the first member's header."""
+    stops = members["offset"] + members["size"]
+    return int(members["offset"].min()) - BLOCK_BYTES, int(stops.max())
+
+
+def _range_of(member: Any) -> tuple[int, int]:
+    return int(member["offset"]), int(member["offset"] + member["size"])
+
+
+def _key_of(header: bytes) -> str:
+    """The key that a tar member's name begins with; raises tarfile.HeaderError."""
+    name = tarfile.TarInfo.frombuf(header, "utf-8", "replace").name
+    return name.rpartition("/")[2].partition(".")[0]
 
 
 def _suffix_of(picture: bytes) -> str:
@@ -166,38 +313,14 @@ def _add_member(tar: tarfile.TarFile, name: str, content: bytes) -> None:
     tar.addfile(info, io.BytesIO(content))
 
 
-def _read_index(path: Path) -> list[dict[str, Any]]:
-    index_path = _index_path(path)
-    if not index_path.is_file():
-        raise DataError(f"shard {path} has no index {index_path.name} beside it")
-    try:
-        if os.path.getsize(index_path) > MAX_INDEX_BYTES:
-            raise ValueError(f"it is larger than {MAX_INDEX_BYTES} bytes")
-        entries = json.loads(index_path.read_text())
-        extents = [extent for e in entries for extent in e["members"].values()]
-        if any(type(n) is not int or n < 0 for extent in extents for n in extent):
-            raise ValueError("offsets and sizes must be whole numbers from 0 on")
-        end = max((offset + size for offset, size in extents), default=0)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"index {index_path} is broken: {error}") from error
-    if os.path.getsize(path) < end:
-        raise DataError(
-            f"shard {path} is truncated: {os.path.getsize(path)} bytes, but its index reaches "
-            f"{end}; copy it again"
+def _without_manifest(folder: Folder) -> str:
+    names = folder.names()
+    here = folder.local_path
+    if not names and not (here is not None and here.is_dir()):
+        return (
+            f"data folder {folder} does not exist; set data.train or data.heldout to a folder of "
+            "tar shards, or make the sample set with `make data`"
         )
-    return entries
-
-
-def _read_member(path: Path, key: str, extent: list[int]) -> bytes:
-    offset, size = extent
-    if size > MAX_MEMBER_BYTES:
-        raise BadSampleError(
-            f"sample {path.name}:{key} has a member of {size} bytes; the limit is "
-            f"{MAX_MEMBER_BYTES}"
-        )
-    try:
-        with path.open("rb") as file:
-            file.seek(offset)
-            return file.read(size)
-    except OSError as error:
-        raise DataError(f"cannot read shard {path}: {error.strerror}") from error
+    if not any(name.endswith(".tar") for name in names):
+        return f"data folder {folder} holds no .tar shard"
+    return f"data folder {folder} has no {MANIFEST}; run `megavlm data index {folder}`"

@@ -7,8 +7,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
+import numpy as np
+
 from megavlm.config.data import SourceSettings
-from megavlm.data.cursor import sample_at, source_at
+from megavlm.config.run import RunSettings
+from megavlm.data.cursor import Numbers, Shuffle, sources_at
 from megavlm.data.samples import Sample, Text
 from megavlm.data.shards import ShardFolder
 from megavlm.errors import BadSampleError, DataError
@@ -25,16 +28,30 @@ class Place(NamedTuple):
     """In the source's folder."""
 
 
+def training_sources(run: RunSettings) -> "Sources":
+    """What a stage trains on; raises DataError when one cannot be read."""
+    return Sources(run.data.train, run.seed, group_shards=run.data.shuffle_shards)
+
+
 class Sources:
     """A mixture of folders; raises DataError when one cannot be read.
 
     Which sample comes at which position is a function of the seed, computed and not stored.
     """
 
-    def __init__(self, settings: Sequence[SourceSettings], seed: int) -> None:
+    def __init__(
+        self, settings: Sequence[SourceSettings], seed: int, *, group_shards: int = 1
+    ) -> None:
+        """group_shards: whose samples are mixed in training."""
         self._settings = settings
         self._seed = seed
+        self._group_shards = group_shards
         self.folders = [ShardFolder(source.folder) for source in settings]
+        # Each with an order of its own: two of one folder would show each sample twice in a step.
+        self._shuffles = [
+            Shuffle(folder.shard_samples, group_shards, seed + source)
+            for source, folder in enumerate(self.folders)
+        ]
 
     def __len__(self) -> int:
         return sum(len(folder) for folder in self.folders)
@@ -42,22 +59,23 @@ class Sources:
     @property
     def fingerprint(self) -> str:
         """SHA-256 of what decides which sample comes when, the seed apart."""
-        prints = [folder.fingerprint for folder in self.folders]
-        if len(prints) == 1 and not self._settings[0].tasks:
-            return prints[0]
-        mixed = [(p, s.parts, s.tasks) for p, s in zip(prints, self._settings, strict=True)]
-        return hashlib.sha256(json.dumps(mixed).encode()).hexdigest()
+        mixed = [
+            (folder.fingerprint, source.parts, source.tasks)
+            for folder, source in zip(self.folders, self._settings, strict=True)
+        ]
+        return hashlib.sha256(json.dumps([self._group_shards, mixed]).encode()).hexdigest()
 
-    def shuffled(self, position: int) -> Place:
-        """The sample at a global position of training; each source begins again when it is through.
+    def shuffled(self, positions: Numbers) -> list[Place]:
+        """The samples at global positions of training; each source begins again when it is through.
 
         Each pass through a source has an order of its own.
         """
         parts = [source.parts for source in self._settings]
-        source, own_position = source_at(position, parts, self._seed)
-        # Each with an order of its own: two of one folder would show each sample twice in a step.
-        seed = self._seed + source
-        return Place(source, sample_at(own_position, len(self.folders[source]), seed))
+        sources, own_positions = sources_at(positions, parts, self._seed)
+        numbers = np.empty_like(positions)
+        for source, shuffle in enumerate(self._shuffles):
+            numbers[sources == source] = shuffle.numbers(own_positions[sources == source])
+        return [Place(*place) for place in zip(sources.tolist(), numbers.tolist(), strict=True)]
 
     def in_order(self, position: int) -> Place:
         """The sample at a position when all sources are read once, one after the other."""
@@ -68,17 +86,39 @@ class Sources:
         raise IndexError("the sources hold fewer samples")
 
     def locate(self, place: Place) -> str:
-        """Name of a sample for logs."""
+        """Name of a sample for logs, read from its shard."""
         return self.folders[place.source].locate(place.number)
 
-    def pictures_of(self, place: Place) -> int:
-        """How many pictures a sample has, by the index alone."""
-        return self.folders[place.source].pictures_of(place.number)
+    def name_of(self, place: Place, key: str) -> str:
+        """The same for a sample whose key is known."""
+        return self.folders[place.source].name_of(place.number, key)
+
+    def pictures_of(self, places: Sequence[Place]) -> list[int]:
+        """How many pictures samples have, by the index alone."""
+        out = [0] * len(places)
+        for of_source, folder in self._by_source(places):
+            numbers = np.array([places[i].number for i in of_source])
+            for i, pictures in zip(of_source, folder.pictures_of(numbers).tolist(), strict=True):
+                out[i] = pictures
+        return out
+
+    def fetch(self, places: Sequence[Place]) -> list[bytes]:
+        """What `parse` makes samples of; those of an object store come at once."""
+        out = [b""] * len(places)
+        for of_source, folder in self._by_source(places):
+            contents = folder.fetch([places[i].number for i in of_source])
+            for i, content in zip(of_source, contents, strict=True):
+                out[i] = content
+        return out
+
+    def parse(self, place: Place, content: bytes) -> Sample:
+        """One sample, with the texts of the source's tasks; raises BadSampleError."""
+        sample = self.folders[place.source].parse(place.number, content)
+        return replace(sample, texts=self._taken(place, sample.texts))
 
     def read(self, place: Place) -> Sample:
-        """One sample, with the texts of the source's tasks; raises BadSampleError."""
-        sample = self.folders[place.source].read(place.number)
-        return replace(sample, texts=self._taken(place, sample.texts))
+        """As `parse`."""
+        return self.parse(place, self.fetch([place])[0])
 
     def read_texts(self, place: Place) -> tuple[Text, ...]:
         """The texts of one sample alone; raises BadSampleError."""
@@ -91,6 +131,11 @@ class Sources:
                 yield from self.read_texts(self.in_order(position))
             except BadSampleError as error:
                 print(f"skipped {error}", file=sys.stderr, flush=True)
+
+    def check(self) -> None:
+        """Raise DataError unless all shards are there and whole."""
+        for folder in self.folders:
+            folder.check_sizes()
 
     def check_tasks(self) -> None:
         """Raise DataError for a source in which none of some samples has a text of its tasks."""
@@ -105,6 +150,13 @@ class Sources:
                     f"data: none of {len(numbers)} samples of {settings.folder} has a text of "
                     f"tasks={list(settings.tasks)}; theirs are {sorted(tasks)}"
                 )
+
+    def _by_source(self, places: Sequence[Place]) -> Iterator[tuple[list[int], ShardFolder]]:
+        """Which of the places are in which folder."""
+        for source, folder in enumerate(self.folders):
+            of_source = [i for i, place in enumerate(places) if place.source == source]
+            if of_source:
+                yield of_source, folder
 
     def _tasks(self, place: Place) -> set[str]:
         """Tasks of a sample's texts; none of one that cannot be read."""

@@ -10,7 +10,6 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress
 
-from megavlm.checkpoint.folder import Folder
 from megavlm.checkpoint.storage import read_state
 from megavlm.config.data import SourceSettings
 from megavlm.config.engines import UNDIVIDED
@@ -26,6 +25,7 @@ from megavlm.eval.retrieval import retrieval
 from megavlm.eval.samples import Split, tell
 from megavlm.eval.scores import Score, print_scores
 from megavlm.eval.vqa import count_answers, majority_answers
+from megavlm.files.folder import Folder
 from megavlm.infer.load import (
     load_language,
     load_pretraining,

@@ -3,7 +3,6 @@
 import torch
 from torch import nn
 
-from megavlm.checkpoint.folder import Folder
 from megavlm.checkpoint.shards import whole
 from megavlm.checkpoint.state import check_checkpoint, check_weights, checkpoint_root
 from megavlm.checkpoint.storage import read_state
@@ -14,6 +13,7 @@ from megavlm.config.run import RunSettings
 from megavlm.data.tokenizer import Tokenizer
 from megavlm.dist import groups
 from megavlm.errors import CheckpointError
+from megavlm.files.folder import Folder
 from megavlm.model.initial import materialise
 from megavlm.model.params import parameters_of
 from megavlm.model.pretraining import PretrainingModel

@@ -23,7 +23,7 @@ from megavlm.config.plan import Plan, Stage
 from megavlm.config.run import RunSettings
 from megavlm.config.schedule import scheduled
 from megavlm.data.loader import MicroBatches, Share, load
-from megavlm.data.sources import Sources
+from megavlm.data.sources import Sources, training_sources
 from megavlm.data.tokenizer import Tokenizer
 from megavlm.dist import groups
 from megavlm.dist.launch import check_hosts
@@ -109,7 +109,7 @@ def _run_steps(
     share = Share(groups.data_rank(), groups.data_ranks())
     objective = objective_of(run)
     collate = objective.collate
-    sources = Sources(run.data.train, run.seed)
+    sources = training_sources(run)
     training = MicroBatches(
         *(sources, tokenizer, run, share, collate),
         training=True,

@@ -1,6 +1,5 @@
 """Everything that can be wrong with a run, found before any process starts."""
 
-from megavlm.checkpoint.folder import Folder
 from megavlm.checkpoint.state import (
     check_checkpoint,
     check_data_position,
@@ -12,9 +11,10 @@ from megavlm.checkpoint.storage import STATE_FILE, read_state
 from megavlm.checkpoint.store import latest_checkpoint
 from megavlm.config.plan import Plan, Stage
 from megavlm.config.run import RunSettings, data_parallel_ranks, samples_per_micro_batch
-from megavlm.data.sources import Sources
+from megavlm.data.sources import Sources, training_sources
 from megavlm.data.tokenizer import Tokenizer
 from megavlm.errors import CheckpointError, ConfigError
+from megavlm.files.folder import Folder
 from megavlm.train.start import last_checkpoint, stages_before
 
 
@@ -38,10 +38,12 @@ def check_plan(plan: Plan, ranks: int) -> None:
 def check_stage(run: RunSettings, ranks: int) -> None:
     """Raise ConfigError or DataError for what is wrong with one stage on so many ranks."""
     samples_per_micro_batch(run.train, data_parallel_ranks(run, ranks))
-    Sources(run.data.train, run.seed).check_tasks()
+    training = training_sources(run)
+    training.check()
+    training.check_tasks()
     for source in (run.data.heldout, run.data.heldout_questions):
         if source is not None:
-            Sources((source,), run.seed)
+            Sources((source,), run.seed).check()
     tokenizer = Tokenizer(run.data.tokenizer)
     if tokenizer.vocabulary != run.model.decoder.vocabulary:
         raise ConfigError(
@@ -59,5 +61,5 @@ def _check_resume(plan: Plan, stage: Stage, checkpoint: Folder) -> None:
                 "take weights from it; restore it or choose another run_folder"
             )
     if read_state(checkpoint)["step"] < stage.end_step:
-        check_data_position(checkpoint, stage.run, Sources(stage.run.data.train, stage.run.seed))
+        check_data_position(checkpoint, stage.run, training_sources(stage.run))
         check_moments(checkpoint, stage.run)

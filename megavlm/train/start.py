@@ -4,7 +4,6 @@ from collections.abc import Callable, Container, Mapping
 from functools import partial
 from typing import NamedTuple
 
-from megavlm.checkpoint.folder import Folder
 from megavlm.checkpoint.shards import MOMENTS, Shards, State
 from megavlm.checkpoint.state import changes, checkpoint_root
 from megavlm.checkpoint.storage import folder_name, read_state
@@ -14,6 +13,7 @@ from megavlm.config.plan import Plan, Stage
 from megavlm.config.run import RunSettings
 from megavlm.dist import groups
 from megavlm.engine.ema import Ema
+from megavlm.files.folder import Folder
 from megavlm.model.params import carried_parts, parameters_of, trained_parameters
 
 

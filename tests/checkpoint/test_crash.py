@@ -8,11 +8,11 @@ import time
 import pytest
 import torch
 
-from megavlm.checkpoint.folder import Folder
 from megavlm.checkpoint.shards import shards_of_range
 from megavlm.checkpoint.storage import read_state
 from megavlm.checkpoint.store import CheckpointSaver, latest_checkpoint, load_checkpoint
 from megavlm.config.run import CheckpointSettings
+from megavlm.files.folder import Folder
 from megavlm.model.params import Parameter
 from tests.ranks import alone, run_on_ranks
 

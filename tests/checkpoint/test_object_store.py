@@ -14,9 +14,7 @@ import pytest
 import s3fs
 import torch
 
-from megavlm.checkpoint import folder as folders
 from megavlm.checkpoint import storage
-from megavlm.checkpoint.folder import Folder
 from megavlm.checkpoint.shards import whole
 from megavlm.checkpoint.storage import read_state
 from megavlm.checkpoint.store import (
@@ -27,6 +25,8 @@ from megavlm.checkpoint.store import (
 )
 from megavlm.config.run import CheckpointSettings
 from megavlm.errors import CheckpointError
+from megavlm.files import folder as folders
+from megavlm.files.folder import Folder
 from megavlm.train.loop import train
 from tests.checkpoint.test_store import SYNCHRONOUS, assert_loads, held, save
 from tests.object_store import count, object_store

@@ -3,7 +3,6 @@ from dataclasses import replace
 
 import pytest
 
-from megavlm.checkpoint.folder import Folder
 from megavlm.checkpoint.state import (
     changes,
     check_checkpoint,
@@ -14,9 +13,10 @@ from megavlm.checkpoint.state import (
     checkpoint_state,
 )
 from megavlm.checkpoint.storage import folder_name, write_state
-from megavlm.data.sources import Sources
+from megavlm.data.sources import training_sources
 from megavlm.data.tokenizer import Tokenizer
 from megavlm.errors import CheckpointError, TokenizerError
+from megavlm.files.folder import Folder
 from megavlm.model.params import parameters_of
 from tests.batches import OTHER_FORM
 from tests.runs import plan_of
@@ -28,7 +28,7 @@ def written(run, step=4, without=(), plan=None, **changed):
     folder = checkpoint_root(run) / folder_name(step)
     folder.create()
     tokenizer = Tokenizer(run.data.tokenizer)
-    training = Sources(run.data.train, run.seed)
+    training = training_sources(run)
     state = checkpoint_state(plan.at(step), tokenizer, step, training, {"encoder": step})
     tensors = {
         f"{kind}/{p.name}": {"dtype": "F32", "shape": list(p.shape)}
@@ -115,13 +115,13 @@ def test_weights_of_pre_training_fit_a_new_run(tiny_run):
 
 def test_other_samples_are_refused(tiny_run):
     checkpoint = written(tiny_run)
-    training = Sources(tiny_run.data.train, 1)
+    training = training_sources(replace(tiny_run, seed=1))
     check_data_position(checkpoint, tiny_run, training)
     [folder] = training.folders
-    folder._entries[0], folder._entries[1] = folder._entries[1], folder._entries[0][:-1]
+    folder.shard_samples[0] -= 1
     with pytest.raises(CheckpointError, match="trained with shards of SHA-256="):
         check_data_position(checkpoint, tiny_run, training)
-    again = Sources(tiny_run.data.train, 1)
+    again = training_sources(replace(tiny_run, seed=1))
     with pytest.raises(CheckpointError, match="trained with seed=1, now 2"):
         check_data_position(checkpoint, replace(tiny_run, seed=2), again)
 

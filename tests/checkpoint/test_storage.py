@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch.distributed.checkpoint.metadata import Metadata
 
-from megavlm.checkpoint.folder import Folder
 from megavlm.checkpoint.lazy import in_memory
 from megavlm.checkpoint.shards import whole
 from megavlm.checkpoint.storage import CheckpointReader, CheckpointWriter, read_state, write_state
 from megavlm.checkpoint.tensor_file import write_tensors
 from megavlm.errors import CheckpointError
+from megavlm.files.folder import Folder
 from tests.checkpoint.test_store import SYNCHRONOUS
 from tests.ranks import run_on_ranks
 from tests.states import save_checkpoint

@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch.distributed.checkpoint.state_dict_loader import load
 
-from megavlm.checkpoint.folder import Folder
 from megavlm.checkpoint.shards import Shards, shards_of_range, whole
 from megavlm.checkpoint.storage import CheckpointReader, folder_name, read_state
 from megavlm.checkpoint.store import (
@@ -21,6 +20,7 @@ from megavlm.checkpoint.store import (
 )
 from megavlm.config.run import CheckpointSettings
 from megavlm.errors import CheckpointError
+from megavlm.files.folder import Folder
 from megavlm.model.params import Parameter
 from tests.ranks import run_on_ranks
 from tests.states import save_checkpoint

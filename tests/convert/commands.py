@@ -6,11 +6,11 @@ from dataclasses import asdict
 import torch
 
 from megavlm.__main__ import main
-from megavlm.checkpoint.folder import Folder
 from megavlm.checkpoint.lazy import in_memory
 from megavlm.checkpoint.storage import CheckpointReader
 from megavlm.checkpoint.store import lazy_tensors
 from megavlm.convert.files import write_native
+from megavlm.files.folder import Folder
 from megavlm.model.params import parameters
 from tests.batches import TINY
 from tests.ranks import run_on_ranks

@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import save_file
 
 from megavlm.__main__ import main
-from megavlm.checkpoint.folder import Folder
 from megavlm.checkpoint.lazy import in_memory
 from megavlm.convert import sources
 from megavlm.convert.files import write_native
-from megavlm.errors import CheckpointError
+from megavlm.errors import StorageError
+from megavlm.files.folder import Folder
 from megavlm.model.params import encoder_parameters
 from tests.batches import TINY
 from tests.convert.commands import certificate, command, fails, random_native
@@ -116,7 +116,7 @@ def test_an_unwritable_target_is_told_before_sources_are_read(tmp_path, capfd, m
     random_native(tmp_path / "ours")
 
     def unwritable(folder, name, content):
-        raise CheckpointError(f"cannot write {folder}/{name}") from PermissionError(13, "denied")
+        raise StorageError(f"cannot write {folder}/{name}") from PermissionError(13, "denied")
 
     def unread(*_):
         raise AssertionError("read though its target is not writable")

@@ -19,7 +19,6 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from megavlm.checkpoint.folder import Folder
 from megavlm.checkpoint.lazy import LazyTensor, in_memory
 from megavlm.checkpoint.storage import read_state
 from megavlm.checkpoint.store import load_checkpoint, load_present
@@ -29,6 +28,7 @@ from megavlm.convert.certificate import Record
 from megavlm.convert.files import hugging_face_tensors, remembering, write_native
 from megavlm.convert.names import Joined, cast, to_ours
 from megavlm.engine.start import start_engine
+from megavlm.files.folder import Folder
 from megavlm.model.params import CROSS_LAYERS, ENCODER, PROJECTOR, parameters
 from tests.batches import TINY
 from tests.convert.commands import certificate, command, fails, native, random_native

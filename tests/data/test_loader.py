@@ -8,7 +8,7 @@ from megavlm.config.data import SourceSettings
 from megavlm.data.collate import chats, pairs, texts_alone
 from megavlm.data.loader import MicroBatches, Share, load
 from megavlm.data.packing import NO_TEXT
-from megavlm.data.shards import write_shard
+from megavlm.data.shards import write_shards
 from megavlm.data.sources import Sources
 from megavlm.data.tokenizer import Tokenizer
 from tests.conftest import coloured_sample, picture
@@ -107,7 +107,7 @@ def test_heldout_is_whole_on_ranks_that_do_not_divide_it(tiny_run):
 def test_a_truncated_picture_is_named_and_nothing_else_is_lost(tiny_run, tmp_path):
     samples = [coloured_sample(n) for n in range(8)]
     samples[2] = replace(samples[2], pictures=(samples[2].pictures[0][:60],))
-    write_shard(tmp_path / "000000.tar", samples)
+    write_shards(tmp_path, samples, 1000)
     run = replace(tiny_run, data=replace(tiny_run.data, train=(SourceSettings(folder=tmp_path),)))
     data = micro_batches(run)
     batches = [data[n] for n in range(2)]
@@ -120,7 +120,7 @@ def test_a_truncated_picture_is_named_and_nothing_else_is_lost(tiny_run, tmp_pat
 def test_a_sample_with_too_many_pictures_takes_no_slots(tiny_run, tmp_path):
     samples = [coloured_sample(n) for n in range(8)]
     samples[2] = replace(samples[2], pictures=(picture("red"),) * 65)
-    write_shard(tmp_path / "000000.tar", samples)
+    write_shards(tmp_path, samples, 1000)
     run = replace(tiny_run, data=replace(tiny_run.data, train=(SourceSettings(folder=tmp_path),)))
     data = micro_batches(run)
     batches = [data[n] for n in range(2)]
@@ -134,7 +134,7 @@ def test_pre_training_looks_at_the_first_picture_alone(tiny_run, tmp_path):
     pictured = sum(bool(sample.pictures) for sample in samples)
     unused = (b"not a picture", b"nor this")
     samples = [replace(s, pictures=(*s.pictures, *unused) if s.pictures else ()) for s in samples]
-    write_shard(tmp_path / "000000.tar", samples)
+    write_shards(tmp_path, samples, 1000)
     data = replace(tiny_run.data, heldout=SourceSettings(folder=tmp_path))
     run = replace(tiny_run, data=data, objectives={"mim": 1.0})
     heldout = micro_batches(run, training=False, collate=pairs)

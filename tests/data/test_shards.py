@@ -2,12 +2,16 @@ import io
 import json
 import tarfile
 
+import numpy as np
 import pytest
 from PIL import Image
 
+from megavlm.__main__ import main
+from megavlm.data.index import ShardSize, index_tar, samples_of, write_index, write_manifest
 from megavlm.data.samples import Sample, Text, Turn, text
-from megavlm.data.shards import ShardFolder, index_shard, write_shard
+from megavlm.data.shards import ShardFolder, write_shard, write_shards
 from megavlm.errors import BadSampleError, DataError
+from megavlm.files.folder import Folder
 
 
 def picture(colour: str, kind: str = "PNG") -> bytes:
@@ -26,9 +30,7 @@ def sample(number: int) -> Sample:
 
 @pytest.fixture
 def folder(tmp_path):
-    for shard in range(3):
-        members = (sample(n) for n in range(shard * 5, shard * 5 + 5))
-        assert write_shard(tmp_path / f"{shard:06d}.tar", members) == 5
+    write_shards(tmp_path, (sample(n) for n in range(15)), 5)
     return tmp_path
 
 
@@ -57,21 +59,58 @@ def test_missing_things_are_named(tmp_path, folder):
     empty.mkdir()
     with pytest.raises(DataError, match=r"holds no \.tar shard"):
         ShardFolder(empty)
-    (folder / "000001.index.json").unlink()
-    with pytest.raises(DataError, match=r"has no index 000001\.index\.json"):
+    (folder / "000001.index.npy").unlink()
+    with pytest.raises(DataError, match=r"has no index 000001\.index\.npy"):
+        ShardFolder(folder).check_sizes()
+    with pytest.raises(DataError, match=r"000001\.index\.npy is broken: No such file"):
+        ShardFolder(folder).read(5)
+    (folder / "shards.json").unlink()
+    with pytest.raises(DataError, match=r"has no shards\.json; run `megavlm data index"):
         ShardFolder(folder)
 
 
-def test_a_truncated_shard_is_found_at_once(folder):
+def test_a_truncated_shard(folder):
     path = folder / "000002.tar"
     path.write_bytes(path.read_bytes()[:3000])
-    with pytest.raises(DataError, match=r"000002\.tar is truncated: 3000 bytes"):
-        ShardFolder(folder)
+    shards = ShardFolder(folder)
+    with pytest.raises(DataError, match=r"000002\.tar has 3000 bytes, but shards\.json says \d+"):
+        shards.check_sizes()
+    with pytest.raises(BadSampleError, match=r"sample 000002\.tar, number 4 is cut off"):
+        shards.read(14)
+    path.unlink()
+    with pytest.raises(DataError, match=r"000002\.tar is missing"):
+        shards.check_sizes()
 
 
-def test_a_broken_index(folder):
-    (folder / "000000.index.json").write_text('[{"key": 1}]')
-    with pytest.raises(DataError, match="is broken"):
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda members: members[:-2], "does not number 5 samples"),
+        (lambda members: members[members["sample"] != 2], "does not number 5 samples"),
+        (lambda members: members["offset"], "no list of members"),
+        (lambda members: _with(members, "size", 2**63), "reaches beyond"),
+        (lambda members: _with(members, "offset", 2**64 - 1), "reaches beyond"),
+        (lambda members: np.array([None]), "Python objects in dtype"),
+    ],
+)
+def test_a_broken_index(folder, change, says):
+    path = folder / "000000.index.npy"
+    np.save(path, change(np.load(path)))
+    with pytest.raises(DataError, match=f"is broken: .*({says})"):
+        ShardFolder(folder).read(0)
+
+
+def _with(members, name, value):
+    members[name][0] = value
+    return members
+
+
+@pytest.mark.parametrize(
+    "manifest", ["{", "[]", '{"shards": {"a.tar": [1]}}', '{"shards": {"a.tar": [-1, 2]}}']
+)
+def test_a_broken_manifest(folder, manifest):
+    (folder / "shards.json").write_text(manifest)
+    with pytest.raises(DataError, match=r"shards\.json is broken"):
         ShardFolder(folder)
 
 
@@ -79,26 +118,23 @@ def test_a_broken_index(folder):
     "record", ["{", "[]", '{"texts": []}', '{"texts": [{"prompt": "x"}]}', '{"texts": 3}']
 )
 def test_a_bad_record_is_a_bad_sample(tmp_path, record):
-    path = tmp_path / "0.tar"
-    with tarfile.open(path, "w") as tar:
-        info = tarfile.TarInfo("one.json")
-        info.size = len(record)
-        tar.addfile(info, io.BytesIO(record.encode()))
-    (tmp_path / "0.index.json").write_text(json.dumps(index_shard(path)))
+    _write_tar(tmp_path, {"one.json": record.encode()})
     with pytest.raises(BadSampleError, match="one"):
         ShardFolder(tmp_path).read(0)
+    with pytest.raises(BadSampleError, match="one"):
+        ShardFolder(tmp_path).read_texts(0)
 
 
-def test_a_huge_member_is_refused_unread(folder):
-    index = folder / "000000.index.json"
-    entries = json.loads(index.read_text())
-    entries[0]["members"]["png"] = [0, 2**30]
-    index.write_text(json.dumps(entries))
-    path = folder / "000000.tar"
-    with path.open("r+b") as file:
-        file.truncate(2**30)  # sparse
+def test_a_huge_sample_is_refused_unread(folder):
+    path = folder / "000000.index.npy"
+    np.save(path, _with(np.load(path), "size", 2**30))
+    manifest = json.loads((folder / "shards.json").read_text())
+    manifest["shards"]["000000.tar"][1] = 2**31
+    (folder / "shards.json").write_text(json.dumps(manifest))
+    shards = ShardFolder(folder)
+    assert shards.fetch([0]) == [b""]
     with pytest.raises(BadSampleError, match="the limit is"):
-        ShardFolder(folder).read(0)
+        shards.read(0)
 
 
 def test_chats_over_several_pictures_come_back(tmp_path):
@@ -110,33 +146,37 @@ def test_chats_over_several_pictures_come_back(tmp_path):
     pictures = tuple(picture(colour) for colour in ("red", "green", "blue"))
     several = Sample(key="s", pictures=pictures, texts=(Text(turns=turns, task="chat"),))
     one = sample(0)
-    write_shard(tmp_path / "0.tar", [several, one])
+    write_shards(tmp_path, [several, one], 2)
     shards = ShardFolder(tmp_path)
     assert [shards.read(n) for n in range(2)] == [several, one]
-    assert [shards.pictures_of(n) for n in range(2)] == [3, 1]
-    with tarfile.open(tmp_path / "0.tar") as tar:
+    assert shards.pictures_of(np.arange(2)).tolist() == [3, 1]
+    with tarfile.open(tmp_path / "000000.tar") as tar:
         assert tar.getnames() == ["s.0.png", "s.1.png", "s.2.png", "s.json", *_names(one)]
 
 
 def test_pictures_are_ordered_by_number(tmp_path):
     pictures = tuple(picture("red", kind) for kind in ("PNG", "JPEG", "WEBP") * 4)
-    numbers = tuple(range(len(pictures)))
-    several = Sample(key="s", pictures=pictures, texts=(text("p", "a", "t", pictures=numbers),))
-    write_shard(tmp_path / "0.tar", [several])
-    index = tmp_path / "0.index.json"
-    [entry] = json.loads(index.read_text())
-    index.write_text(json.dumps([entry | {"members": dict(sorted(entry["members"].items()))}]))
-    assert ShardFolder(tmp_path).read(0) == several
+    members = {f"s.{number}.jpg": pictures[number] for number in (*range(6, 12), *range(6))}
+    _write_tar(
+        tmp_path, members | {"s.json": b'{"texts": [{"prompt": "", "answer": "a", "task": "t"}]}'}
+    )
+    assert ShardFolder(tmp_path).read(0).pictures == pictures
 
 
-def test_members_of_a_foreign_index_are_a_bad_sample(folder):
-    index = folder / "000000.index.json"
-    entries = json.loads(index.read_text())
-    extent = entries[0]["members"].pop("png")
-    entries[0]["members"] |= {"left.png": extent, "right.png": extent}
-    index.write_text(json.dumps(entries))
-    with pytest.raises(BadSampleError, match=r"has the members \['left\.png', 'right\.png'\]"):
-        ShardFolder(folder).read(0)
+def test_samples_of_img2dataset(tmp_path):
+    """Its JSON tells where the picture came from; the caption lies beside it."""
+    record = b'{"url": "http://a/b.jpg", "caption": "a cat", "width": 8}'
+    members = {"00001.jpg": picture("red", "JPEG"), "00001.json": record, "00001.txt": b"a cat"}
+    members |= {"00002.jpg": picture("blue", "JPEG"), "00002.txt": b"\xff\xfe"}
+    members |= {"00003.cls": b"3", "00003.jpg": picture("green", "JPEG")}
+    _write_tar(tmp_path, members)
+    shards = ShardFolder(tmp_path)
+    [turn] = shards.read(0).texts[0].turns
+    assert (turn.prompt, turn.answer, turn.pictures) == ("", "a cat", (0,))
+    with pytest.raises(BadSampleError, match=r"0\.tar:00002: its JSON or caption is broken"):
+        shards.read(1)
+    with pytest.raises(BadSampleError, match=r"neither a \.json member nor a \.txt"):
+        shards.read(2)
 
 
 def _names(one):
@@ -149,7 +189,6 @@ def _names(one):
         (("s.0.png", "s.2.png"), "numbered from 0 on"),
         (("s.png", "s.jpg"), "numbered from 0 on"),
         (("s.png", "s.0.png"), "numbered from 0 on"),
-        (("s.0.gif", "s.1.png"), "numbered from 0 on"),
         (tuple(f"s.{n}.png" for n in range(65)), "has 65 pictures; the limit is 64"),
     ],
 )
@@ -174,7 +213,7 @@ def test_pictures_that_are_not_numbered_right_are_a_bad_sample(tmp_path, names, 
 def test_broken_turns_are_a_bad_sample(tmp_path, turns):
     record = f'{{"texts": [{{"turns": {turns}, "task": "chat"}}]}}'
     _write_tar(tmp_path, {"s.png": picture("red"), "s.json": record.encode()})
-    with pytest.raises(BadSampleError, match="sample s: its JSON must hold a list `texts`"):
+    with pytest.raises(BadSampleError, match=r"sample 0\.tar:s: its JSON must hold a list `texts`"):
         ShardFolder(tmp_path).read(0)
 
 
@@ -184,4 +223,18 @@ def _write_tar(folder, members):
             info = tarfile.TarInfo(name)
             info.size = len(content)
             tar.addfile(info, io.BytesIO(content))
-    (folder / "0.index.json").write_text(json.dumps(index_shard(folder / "0.tar")))
+    with (folder / "0.tar").open("rb") as file:
+        members = index_tar(file)
+    write_index(Folder(folder), "0.tar", members)
+    size = ShardSize(samples_of(members), (folder / "0.tar").stat().st_size)
+    write_manifest(Folder(folder), {"0.tar": size})
+
+
+def test_a_foreign_folder_is_indexed_by_the_command(folder, tmp_path, capsys):
+    before = [ShardFolder(folder).read(n) for n in range(15)]
+    for path in (*folder.glob("*.index.npy"), folder / "shards.json"):
+        path.unlink()
+    assert main(["data", "index", str(folder), "--workers", "1"]) == 0
+    assert "15 samples in 3 shards, 3 of them new" in capsys.readouterr().out
+    assert [ShardFolder(folder).read(n) for n in range(15)] == before
+    ShardFolder(folder).check_sizes()

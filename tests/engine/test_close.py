@@ -5,9 +5,9 @@ from functools import partial
 
 import pytest
 
-from megavlm.checkpoint.folder import Folder
 from megavlm.checkpoint.store import load_checkpoint
 from megavlm.engine.start import start_engine
+from megavlm.files.folder import Folder
 from tests.memory import live_bytes
 from tests.parity.runs import CPU, LAYOUTS, SAVING, my_micro_batches, settings
 from tests.ranks import run_on_ranks

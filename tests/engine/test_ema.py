@@ -5,12 +5,12 @@ from functools import partial
 import pytest
 import torch
 
-from megavlm.checkpoint.folder import Folder
 from megavlm.checkpoint.shards import whole
 from megavlm.checkpoint.store import load_checkpoint
 from megavlm.engine.ema import Ema
 from megavlm.engine.start import start_engine
 from megavlm.errors import ConfigError
+from megavlm.files.folder import Folder
 from megavlm.model.params import parameters
 from tests.batches import TINY
 from tests.parity.runs import CPU, LAYOUTS, SAVING, my_micro_batches, settings

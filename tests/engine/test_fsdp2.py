@@ -5,9 +5,9 @@ import pytest
 import torch
 from torch.distributed.tensor import DTensor
 
-from megavlm.checkpoint.folder import Folder
 from megavlm.checkpoint.storage import folder_name
 from megavlm.engine.fsdp2 import Fsdp2Engine
+from megavlm.files.folder import Folder
 from megavlm.model.initial import initial_values
 from megavlm.model.params import CROSS_LAYERS, PROJECTOR, parameters
 from tests.batches import TINY

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from megavlm.checkpoint.folder import Folder
 from megavlm.checkpoint.storage import folder_name
 from megavlm.engine.start import start_engine
+from megavlm.files.folder import Folder
 from tests.parity.runs import CPU, LAYOUTS, my_micro_batches, run_steps, settings
 from tests.ranks import run_on_ranks
 

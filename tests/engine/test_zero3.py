@@ -8,9 +8,9 @@ import torch
 from deepspeed.runtime.zero import stage3
 from torch import nn
 
-from megavlm.checkpoint.folder import Folder
 from megavlm.checkpoint.storage import folder_name
 from megavlm.engine.zero3 import Zero3Engine
+from megavlm.files.folder import Folder
 from megavlm.model.initial import initial_values
 from megavlm.model.params import parameters
 from tests.batches import TINY

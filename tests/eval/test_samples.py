@@ -5,7 +5,7 @@ import torch
 
 from megavlm.config.data import SourceSettings
 from megavlm.data.samples import Sample, Text, Turn, text
-from megavlm.data.shards import write_shard
+from megavlm.data.shards import write_shards
 from megavlm.data.tokenizer import Tokenizer
 from megavlm.eval.answers import answered, find_prompts
 from megavlm.eval.samples import Split, batched, joined
@@ -32,7 +32,7 @@ def mixed(tmp_path):
             pictures[0] = pictures[0][:50]
         samples.append(Sample(key=f"{number}", pictures=tuple(pictures), texts=texts))
     (tmp_path / "mixed").mkdir()
-    write_shard(tmp_path / "mixed" / "000000.tar", samples)
+    write_shards(tmp_path / "mixed", samples, 1000)
     return [SourceSettings(folder=tmp_path / "mixed")]
 
 

@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 
 # The commands import these when they run; forked ranks shall find them imported.
@@ -10,6 +11,7 @@ import megavlm.eval.report
 import megavlm.infer.load
 import megavlm.train.loop  # noqa: F401
 from megavlm.__main__ import main
+from megavlm.data.index import PICTURE
 from megavlm.data.tokenizer import train_tokenizer
 from megavlm.train.metrics import read_metrics
 from tests.conftest import picture as coloured_square
@@ -223,8 +225,8 @@ def test_bad_samples_are_skipped_or_stop_the_run(capfd, tiny_run, tiny_run_file,
     shutil.copytree(tiny_run.data.train[0].folder, damaged)
     shard = damaged / "000001.tar"
     content = bytearray(shard.read_bytes())
-    entry = json.loads((damaged / "000001.index.json").read_text())[1]
-    offset, size = entry["members"]["png"]
+    [member] = (m for m in np.load(damaged / "000001.index.npy")[2:4] if m["kind"] == PICTURE)
+    offset, size = int(member["offset"]), int(member["size"])
     content[offset + size // 2 : offset + size] = bytes(size - size // 2)
     shard.write_bytes(content)
     overrides = [f"data.train={damaged}", "train.steps=5"]  # one epoch

@@ -8,9 +8,9 @@ import time
 
 import pytest
 
-from megavlm.checkpoint.folder import Folder
 from megavlm.checkpoint.storage import read_state
 from megavlm.checkpoint.store import latest_checkpoint
+from megavlm.files.folder import Folder
 from megavlm.train.metrics import read_metrics
 
 TIMEOUT_SECONDS = 200

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
-from megavlm.checkpoint.folder import Folder
 from megavlm.checkpoint.store import load_checkpoint
 from megavlm.config.run import CheckpointSettings, RunSettings
 from megavlm.config.schedule import learning_rate_at
@@ -20,6 +19,7 @@ from megavlm.dist import groups
 from megavlm.engine.base import DTYPES
 from megavlm.engine.optim import adamw, set_learning_rate
 from megavlm.engine.start import start_engine
+from megavlm.files.folder import Folder
 from megavlm.model.initial import materialise
 from megavlm.model.params import PARTS, parameters
 from megavlm.model.vlm import VisionLanguageModel

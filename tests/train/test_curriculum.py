@@ -5,11 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megavlm.checkpoint.folder import Folder
 from megavlm.checkpoint.storage import folder_name, read_state
 from megavlm.config.engines import MegatronSettings
 from megavlm.config.run import OptimizerSettings
 from megavlm.engine.ema import Ema
+from megavlm.files.folder import Folder
 from megavlm.train import start
 from megavlm.train.loop import train
 from megavlm.train.metrics import read_metrics

@@ -5,11 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megavlm.checkpoint.folder import Folder
 from megavlm.checkpoint.storage import CheckpointReader, folder_name
 from megavlm.checkpoint.store import lazy_tensors
 from megavlm.config.engines import MegatronSettings
 from megavlm.data.shards import ShardFolder
+from megavlm.files.folder import Folder
 from megavlm.train.loop import train
 from megavlm.train.metrics import read_metrics
 from tests.ranks import run_on_ranks
@@ -24,14 +24,14 @@ def trained(plan, ranks):
 
     def on_rank(_):
         read = []
-        original = ShardFolder.read
+        original = ShardFolder.parse
 
-        def recorded(folder, number):
-            if folder.paths[0].parent == plan.last.data.train[0].folder:
+        def recorded(folder, number, content):
+            if str(folder) == str(plan.last.data.train[0].folder):
                 read.append(number)
-            return original(folder, number)
+            return original(folder, number, content)
 
-        ShardFolder.read = recorded
+        ShardFolder.parse = recorded
         train(plan)
         return read
 

@@ -2,9 +2,9 @@ from pathlib import Path
 
 import pytest
 
-from megavlm.checkpoint import folder as folders
-from megavlm.checkpoint.folder import Folder
 from megavlm.errors import CheckpointError
+from megavlm.files import folder as folders
+from megavlm.files.folder import Folder
 
 
 def test_a_folder_on_the_disk_has_a_path(tmp_path, monkeypatch):

@@ -3,8 +3,8 @@ import random
 
 import pytest
 
-from megavlm.checkpoint import ranges
-from megavlm.checkpoint.ranges import RangeReader, pieces_of
+from megavlm.files import ranges
+from megavlm.files.ranges import RangeReader, pieces_of
 
 CONTENT = random.Random(1).randbytes(10_000)
 

@@ -2,7 +2,7 @@
 
 import io
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -12,8 +12,8 @@ from uuid import uuid4
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
-from megavlm.checkpoint.ranges import Range, RangeReader
-from megavlm.errors import CheckpointError
+from megavlm.errors import StorageError
+from megavlm.files.ranges import Range, RangeReader
 
 WRITE_REMEDY = (
     "earlier checkpoints are untouched. Free space or permit writing there, and run again"
@@ -30,7 +30,7 @@ MAX_SMALL_BYTES = 100_000_000
 class Folder:
     """A path, or a URL that fsspec knows (`s3://bucket/run`, say); it need not exist yet.
 
-    Raises CheckpointError for a URL whose protocol is unknown or lacks its package, and for
+    Raises StorageError for a URL whose protocol is unknown or lacks its package, and for
     whatever its disk or store says later. It belongs to the process that has made it.
 
     write_remedy: what errors of writing advise.
@@ -42,7 +42,7 @@ class Folder:
         try:
             fs, self._root = url_to_fs(self.place)
         except (ImportError, ValueError) as error:
-            raise CheckpointError(f"cannot use folder {self.place}: {error}") from error
+            raise StorageError(f"cannot use folder {self.place}: {error}") from error
         self._fs: Any = fs
         self.is_local = isinstance(fs, LocalFileSystem)
         # Paths of object stores start with a bucket.
@@ -108,7 +108,7 @@ class Folder:
         with _told(f"cannot read {self}/{name}", READ_REMEDY):
             content = self._fs.cat_file(self._path(name), start=0, end=MAX_SMALL_BYTES + 1)
         if len(content) > MAX_SMALL_BYTES:
-            raise CheckpointError(f"{self}/{name} is larger than {MAX_SMALL_BYTES} bytes")
+            raise StorageError(f"{self}/{name} is larger than {MAX_SMALL_BYTES} bytes")
         return content
 
     def open(self, name: str, mode: str, ranges: Iterable[Range] = ()) -> IO[bytes]:
@@ -124,14 +124,18 @@ class Folder:
         with _told(f"cannot read {self}/{name}", READ_REMEDY):
             return io.BufferedReader(_LocalFile(self._path(name)))
 
-    def _fetch(self, name: str, ranges: list[Range]) -> list[bytes]:
+    def read_ranges(self, names: Sequence[str], ranges: Sequence[Range]) -> list[bytes]:
+        """A range of each file; those of an object store come at once."""
         starts, stops = map(list, zip(*ranges, strict=True))
-        with _told(f"cannot read {self}/{name}", READ_REMEDY):
-            contents = self._fs.cat_ranges([self._path(name)] * len(ranges), starts, stops)
+        with _told(f"cannot read {self}/{names[0]}", READ_REMEDY):
+            contents = self._fs.cat_ranges([self._path(name) for name in names], starts, stops)
             for content in contents:
                 if isinstance(content, Exception):
                     raise content
         return contents
+
+    def _fetch(self, name: str, ranges: list[Range]) -> list[bytes]:
+        return self.read_ranges([name] * len(ranges), ranges)
 
     def write_atomically(self, name: str, content: bytes) -> None:
         """Write a small file that is there whole or not at all, whatever happens.
@@ -156,14 +160,14 @@ class Folder:
                 sync_path(os.path.dirname(self._root))
 
     def check_writable(self, remedy: str = UNWRITABLE_REMEDY) -> None:
-        """Raise CheckpointError unless files can be written here, and deleted."""
+        """Raise StorageError unless files can be written here, and deleted."""
         try:
             self.create()
             probe = f"writable-{uuid4().hex}"  # the ranks do this at once
             self.write_atomically(probe, b"?")
             self.delete_file(probe)
-        except CheckpointError as error:
-            raise CheckpointError(
+        except StorageError as error:
+            raise StorageError(
                 f"cannot write to {self}: {_said(error.__cause__)}; {remedy}"
             ) from error
 
@@ -178,7 +182,7 @@ class Folder:
 
     def _path(self, name: str) -> str:
         if not is_plain(name):
-            raise CheckpointError(f"{name!r} is no name of a file in {self}")
+            raise StorageError(f"{name!r} is no name of a file in {self}")
         return f"{self._root}/{name}"
 
 
@@ -255,11 +259,11 @@ def sync(file: Any) -> None:
 
 @contextmanager
 def _told(what: str, remedy: str) -> Iterator[None]:
-    """Turn what a disk or a store says into a CheckpointError."""
+    """Turn what a disk or a store says into a StorageError."""
     try:
         yield
     except Exception as error:  # object stores have errors of their own
-        raise CheckpointError(f"{what}: {_said(error)}; {remedy}") from error
+        raise StorageError(f"{what}: {_said(error)}; {remedy}") from error
 
 
 def _said(error: BaseException | None) -> str:

@@ -1,0 +1,186 @@
+"""Where each sample lies in a tar shard, so that any is one read away.
+
+Beside a shard `name.tar` lies `name.index.npy`, an array of its members; in a folder of shards
+`shards.json` tells how many samples each has.
+"""
+
+import io
+import json
+import multiprocessing
+import re
+import tarfile
+from collections import Counter
+from collections.abc import Mapping
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from typing import IO, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.progress import track
+
+from megavlm.errors import DataError
+from megavlm.files.folder import Folder
+
+MANIFEST = "shards.json"
+JSON, CAPTION, PICTURE = range(3)
+"""Kinds of members."""
+KINDS = {
+    "json": JSON,
+    "txt": CAPTION,
+    **dict.fromkeys(("jpg", "jpeg", "png", "webp"), PICTURE),
+    # Refused when they are read: a sample must not seem to have no picture.
+    **dict.fromkeys(("gif", "bmp", "tif", "tiff", "avif", "heic", "jp2"), PICTURE),
+}
+MOST_NUMBER = 255
+"""Of a picture; far more than a sample may have."""
+MEMBER = np.dtype(
+    [("sample", "<u4"), ("kind", "u1"), ("number", "u1"), ("offset", "<u8"), ("size", "<u8")]
+)
+"""One file in a tar; number: of the picture in its sample."""
+_NAME = re.compile(r"(?P<key>[^.]*)(\.(?P<number>\d{1,9}))?\.(?P<suffix>[^.]+)", re.DOTALL)
+
+Members = NDArray[np.void]
+"""Of MEMBER: sorted by sample, then kind, then number."""
+
+
+class ShardSize(NamedTuple):
+    """What `shards.json` tells of a shard."""
+
+    samples: int
+    size: int
+    """Bytes of the tar."""
+
+
+def index_name(shard: str) -> str:
+    """The name of a shard's index."""
+    return f"{shard.removesuffix('.tar')}.index.npy"
+
+
+def index_tar(file: IO[bytes], ignored: Counter[str] | None = None) -> Members:
+    """The members of a tar; those next to each other with the same key are a sample (WebDataset).
+
+    ignored: counts, by suffix, members that no sample uses.
+    """
+    members: list[tuple[int, int, int, int, int]] = []
+    sample, last_key = -1, None
+    with tarfile.open(fileobj=file, mode="r:") as tar:
+        for member in tar:
+            if not member.isfile():
+                continue
+            folder, _, base = member.name.rpartition("/")
+            parts = _NAME.fullmatch(base)
+            kind = KINDS.get(parts["suffix"].lower()) if parts else None
+            if parts is None or kind is None:
+                if ignored is not None:
+                    ignored[base.rpartition(".")[2]] += 1
+                continue
+            key = f"{folder}/{parts['key']}"
+            if key != last_key:
+                sample, last_key = sample + 1, key
+            number = min(MOST_NUMBER, int(parts["number"] or 0))
+            members.append((sample, kind, number, member.offset_data, member.size))
+    return np.sort(np.array(members, MEMBER), order=["sample", "kind", "number"], kind="stable")
+
+
+def samples_of(members: Members) -> int:
+    """How many samples a shard has."""
+    return int(members["sample"][-1]) + 1 if len(members) else 0
+
+
+def read_index(folder: Folder, shard: str, expected: ShardSize) -> Members:
+    """A shard's index, mapped into memory if it is a local file; raises DataError if broken."""
+    name = index_name(shard)
+    try:
+        if folder.local_path is not None:
+            members = np.load(folder.local_path / name, mmap_mode="r")
+        else:
+            members = np.load(io.BytesIO(folder.read(name)), allow_pickle=False)
+        if members.dtype != MEMBER or members.ndim != 1:
+            raise ValueError("it is no list of members")
+        steps = np.diff(members["sample"].astype(np.int64), prepend=-1)
+        if samples_of(members) != expected.samples or not ((steps == 0) | (steps == 1)).all():
+            raise ValueError(f"it does not number {expected.samples} samples, as {MANIFEST} says")
+        room = expected.size - np.minimum(members["offset"], expected.size)
+        if (members["size"] > room).any():
+            raise ValueError(f"it reaches beyond the shard's {expected.size} bytes")
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(
+            f"index {folder}/{name} is broken: {getattr(error, 'strerror', None) or error}; delete "
+            f"it and run `megavlm data index {folder}`"
+        ) from error
+    return members
+
+
+def write_index(folder: Folder, shard: str, members: Members) -> None:
+    """Have it beside its shard, whole or not at all."""
+    content = io.BytesIO()
+    np.save(content, members, allow_pickle=False)
+    folder.write_atomically(index_name(shard), content.getvalue())
+
+
+def index_shard(place: str, shard: str) -> Counter[str]:
+    """Index a shard; returns how many members were ignored, by suffix. Raises DataError."""
+    folder, ignored = Folder(place), Counter[str]()
+    try:
+        with folder.open(shard, "rb") as file:
+            write_index(folder, shard, index_tar(file, ignored))
+    except tarfile.TarError as error:
+        raise DataError(f"shard {folder}/{shard} is no whole tar: {error}") from error
+    return ignored
+
+
+def index_folder(place: str, workers: int) -> None:
+    """Index the shards of a folder that are new or of another size, and write `shards.json`.
+
+    Shows how far it is, and what was found. Raises DataError.
+    """
+    folder = Folder(place)
+    sizes = folder.sizes()
+    shards = sorted(name for name in sizes if name.endswith(".tar"))
+    if not shards:
+        raise DataError(f"data folder {folder} holds no .tar shard")
+    known = read_manifest(folder) if MANIFEST in sizes else {}
+    new = [
+        shard
+        for shard in shards
+        if index_name(shard) not in sizes or (shard in known and known[shard].size != sizes[shard])
+    ]
+    ignored = Counter[str]()
+    context = multiprocessing.get_context("spawn")  # clients of stores do not survive a fork
+    with ProcessPoolExecutor(workers, context) as pool:
+        indexed = pool.map(partial(index_shard, place), new, chunksize=4)
+        for of_shard in track(indexed, "shards", total=len(new), transient=True):
+            ignored += of_shard
+        counts = [*pool.map(partial(_samples_in, place), shards, chunksize=64)]
+    write_manifest(folder, {s: ShardSize(n, sizes[s]) for s, n in zip(shards, counts, strict=True)})
+    for suffix, count in ignored.most_common():
+        print(f"ignored {count:,} members .{suffix}, which no sample uses")
+    print(f"{folder}: {sum(counts):,} samples in {len(shards):,} shards, {len(new):,} of them new")
+
+
+def _samples_in(place: str, shard: str) -> int:
+    return samples_of(np.load(io.BytesIO(Folder(place).read(index_name(shard)))))
+
+
+def write_manifest(folder: Folder, shards: Mapping[str, ShardSize]) -> None:
+    """Write `shards.json`."""
+    record = {"shards": {name: list(size) for name, size in shards.items()}}
+    folder.write_atomically(MANIFEST, json.dumps(record).encode())
+
+
+def read_manifest(folder: Folder) -> dict[str, ShardSize]:
+    """How large a folder's shards are, in the order of their names; raises DataError."""
+    try:
+        record = json.loads(folder.read(MANIFEST))
+        shards = {str(name): ShardSize(*size) for name, size in sorted(record["shards"].items())}
+        if any(type(n) is not int or n < 0 for size in shards.values() for n in size):
+            raise ValueError("sizes must be whole numbers from 0 on")
+        if not any(size.samples for size in shards.values()):
+            raise ValueError("no shard has a sample")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(
+            f"{folder}/{MANIFEST} is broken: {error}; delete it and run `megavlm data index "
+            f"{folder}`"
+        ) from error
+    return shards
