@@ -30,7 +30,7 @@ def test_emulator():
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("operation", ["forward", "backward", "norm"])
 def test_random_problems(operation: str, target: str):
-    run_checks(target, "--operation", operation, "--cases", "10")
+    run_checks(target, "--operation", operation, "--cases", "4")
 
 
 def test_few_queries():

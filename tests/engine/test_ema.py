@@ -43,7 +43,9 @@ def assert_averages(averages, history, trained):
 
 
 @pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.slow), "bf16"])
-@pytest.mark.parametrize("name", [*ENGINES, "TP2 SP", "PP2"])
+@pytest.mark.parametrize(
+    "name", [*ENGINES, *(pytest.param(n, marks=pytest.mark.slow) for n in ("TP2 SP", "PP2"))]
+)
 def test_the_average_follows_the_weights(name, precision):
     check_average(name, f"train.precision={precision}")
 

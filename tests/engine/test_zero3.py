@@ -58,11 +58,11 @@ def saved_run(tmp_path_factory):
     ("layout", "after", "overrides"),
     [
         (X2, X2, ()),
-        (X2, X4, ()),
+        pytest.param(X2, X4, (), marks=pytest.mark.slow),
         (X2, X2, BF16),
         (X2, X2, OFFLOAD),
         (HPZ, HPZ, ()),
-        (HPZ, X2, ()),
+        pytest.param(HPZ, X2, (), marks=pytest.mark.slow),
     ],
     ids=str,
 )
@@ -87,7 +87,7 @@ def test_states_and_weights_may_live_on_the_cpu(saved_run):
     assert_equal_runs(saved_run(X2, *OFFLOAD)[0], saved_run(X2)[0])
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.slow), "bf16"])
 @pytest.mark.parametrize("layout", [X2, HPZ])
 def test_the_model_is_never_whole_and_starts_from_the_ledger(layout, precision, monkeypatch):
     run = settings(LAYOUT[layout], STEPS, f"train.precision={precision}")

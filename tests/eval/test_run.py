@@ -111,6 +111,7 @@ def test_every_stage_is_evaluated_once_by_any_number_of_ranks(monkeypatch, curri
         assert [n % 8 for n in row["best_samples"]] == [n % 8 for n in row_alone["best_samples"]]
 
 
+@pytest.mark.slow
 def test_the_newest_checkpoint_is_evaluated_within_a_stage(curriculum):
     longer = curriculum.stages[0].run
     plan = plan_of(

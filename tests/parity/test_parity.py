@@ -67,13 +67,17 @@ def test_every_layout_equals_one_process(layout):
 
 
 @pytest.mark.parametrize(
-    "layout", ["TP2", "TP2 SP", "PP2", "TP2 x PP2 interleaved SP", "ZeRO-3 x2", "FSDP2 x2"]
+    "layout",
+    [
+        *("TP2 x PP2 interleaved SP", "ZeRO-3 x2"),
+        *(slow(name) for name in ("TP2", "TP2 SP", "PP2", "FSDP2 x2")),
+    ],
 )
 def test_other_encoders_and_irregular_cross_attention(layout):
     check(layout, recompute="full" if "SP" in layout else "none", model=OTHER_FORM)
 
 
-@pytest.mark.parametrize("mix", [slow("image-only"), "text-only", "many images"])
+@pytest.mark.parametrize("mix", [slow("image-only"), "text-only", slow("many images")])
 @pytest.mark.parametrize("layout", ["TP2 x PP2 interleaved SP", "ZeRO-3 x2", "FSDP2 x2"])
 def test_every_mix_of_images_and_text(layout, mix):
     check(layout, mix)

@@ -142,7 +142,16 @@ def test_so_they_are_with_every_objective_alone(name, objectives):
     check(name, objectives)
 
 
-@pytest.mark.parametrize("name", ["TP2 x PP2 interleaved SP", "ZeRO-3 x4", "FSDP2 x4"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "ZeRO-3 x4",
+        *(
+            pytest.param(n, marks=pytest.mark.slow)
+            for n in ("TP2 x PP2 interleaved SP", "FSDP2 x4")
+        ),
+    ],
+)
 def test_nor_does_recomputation_change_anything(name):
     check(name, "both", "train.recompute=full")
 
@@ -178,7 +187,9 @@ def test_all_ranks_issue_the_same_collectives_whatever_their_pairs(name):
     assert first and all(calls == first for calls in others)
 
 
-@pytest.mark.parametrize("name", ["DP2", "ZeRO-3 x2", "FSDP2 x2"])
+@pytest.mark.parametrize(
+    "name", ["DP2", *(pytest.param(n, marks=pytest.mark.slow) for n in ("ZeRO-3 x2", "FSDP2 x2"))]
+)
 def test_memory_does_not_grow_with_the_step(name):
     """Of a step of 8 times as many micro-batches only the features are larger."""
     layout, slots = LAYOUT[name], 96

@@ -79,7 +79,8 @@ def test_resuming_anywhere_is_bit_identical(tiny_run, engine):
     ]
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", LAYOUTS)
 def test_what_a_stage_freezes_keeps_its_precision(tiny_run, engine):
     """In bf16, engines hold, and save, what is frozen without its fp32 weights."""
     run = curriculum(tiny_run, engine, steps=1).last
