@@ -21,7 +21,7 @@ def steps_under(name, steps, *overrides, **checkpoint):
     return run_steps(BY_NAME[name], run, steps, saved_at=SAVED_AT, **checkpoint)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.slow), "bf16"])
 @pytest.mark.parametrize(
     "name", ["TP2 x PP2 interleaved SP", pytest.param("PP2 x DP2", marks=pytest.mark.slow)]
 )

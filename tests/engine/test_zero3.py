@@ -61,7 +61,7 @@ def saved_run(tmp_path_factory):
         pytest.param(X2, X4, (), marks=pytest.mark.slow),
         (X2, X2, BF16),
         (X2, X2, OFFLOAD),
-        (HPZ, HPZ, ()),
+        pytest.param(HPZ, HPZ, (), marks=pytest.mark.slow),
         pytest.param(HPZ, X2, (), marks=pytest.mark.slow),
     ],
     ids=str,

@@ -83,6 +83,7 @@ def test_shares_join_in_the_samples_order(tiny_run):
         assert first.tolist() == second.tolist() == [[0, 7], [1, 7]]
 
 
+@pytest.mark.slow
 def test_several_ranks_answer_as_one_does(monkeypatch, tiny_run):
     # Several batches, and several rounds of them, on every rank.
     monkeypatch.setattr("megavlm.eval.answers.BATCH_SIZE", 2)

@@ -52,7 +52,11 @@ def without_cache(model, prompt, picture):
     return generated
 
 
-@pytest.mark.parametrize("sizes", [TINY, OTHER_FORM], ids=["preset", "other form"])
+@pytest.mark.parametrize(
+    "sizes",
+    [pytest.param(TINY, marks=pytest.mark.slow), OTHER_FORM],
+    ids=["preset", "other form"],
+)
 def test_the_cache_changes_no_token(sizes):
     model = random_model(sizes).eval()
     shown = [*pictures(3, sizes.encoder.image_pixels), None]

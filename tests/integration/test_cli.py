@@ -206,6 +206,7 @@ def test_every_engine_sees_the_same_samples_and_learns_the_same(tiny_run, tiny_r
         assert others == [first] * 3, name
 
 
+@pytest.mark.slow
 def test_stopping_and_resuming_changes_nothing(tiny_run, tiny_run_file):
     assert trained(tiny_run_file) == [0, 0]
     whole = read_metrics(tiny_run.run_folder)

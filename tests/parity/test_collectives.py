@@ -53,7 +53,14 @@ def test_all_ranks_issue_the_same_collectives(layout):
 
 
 @pytest.mark.parametrize("frozen", ["encoder", pytest.param("decoder", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", ["TP2 x PP2 interleaved SP", "ZeRO-3 x2", "FSDP2 x2"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("TP2 x PP2 interleaved SP", marks=pytest.mark.slow),
+        "ZeRO-3 x2",
+        pytest.param("FSDP2 x2", marks=pytest.mark.slow),
+    ],
+)
 def test_nor_under_recomputation_with_frozen_parts(name, frozen):
     [layout] = [layout for layout in LAYOUTS if layout.name == name]
     check(layout, "train.recompute=full", f"train.frozen=[{frozen}]", seeds=2)
