@@ -1,4 +1,4 @@
-"""The command line: `megavlm train | plan | tokenizer | generate | eval | report | convert`."""
+"""The command line: `megavlm train | plan | dryrun | data | tokenizer | convert | eval | ...`."""
 
 import argparse
 import os
