@@ -176,13 +176,7 @@ class ShardFolder:
                 f"sample {self.locate(number)} is cut off: shard {self.names[shard]} is shorter "
                 f"than {MANIFEST} says; copy it again"
             )
-        try:
-            key = _key_of(content[:BLOCK_BYTES])
-        except tarfile.HeaderError as error:
-            raise BadSampleError(
-                f"sample {self.locate(number)} is not where its index says; delete "
-                f"{index_name(self.names[shard])} and run `megavlm data index {self._place}`"
-            ) from error
+        key = self._key(number, content[:BLOCK_BYTES])
         name = self.name_of(number, key)
         parts = _parts()
         for member in members:
@@ -212,7 +206,7 @@ class ShardFolder:
     def locate(self, number: int) -> str:
         """The same, with the key read from the shard if it can be."""
         shard, members = self._find(number)
-        start = int(members["offset"].min()) - BLOCK_BYTES
+        start, _ = _range(members)
         try:
             header = self._folder().read_ranges([self.names[shard]], [(start, start + BLOCK_BYTES)])
             return self.name_of(number, _key_of(header[0]))
@@ -224,12 +218,25 @@ class ShardFolder:
         shard, members = self._find(number)
         pictures = int((members["kind"] == PICTURE).sum())
         written = members[members["kind"] != PICTURE]
-        ranges = [_range_of(member) for member in written]
-        contents = self._folder().read_ranges([self.names[shard]] * len(ranges), ranges)
+        start, _ = _range(members)
+        ranges = [(start, start + BLOCK_BYTES), *(_range_of(member) for member in written)]
+        header, *contents = self._folder().read_ranges([self.names[shard]] * len(ranges), ranges)
+        name = self.name_of(number, self._key(number, header))
         parts = _parts()
         for kind, content in zip(written["kind"].tolist(), contents, strict=True):
             parts[int(kind)].append(content)
-        return _texts(self.locate(number), parts[JSON], parts[CAPTION], pictures)
+        return _texts(name, parts[JSON], parts[CAPTION], pictures)
+
+    def _key(self, number: int, header: bytes) -> str:
+        """A sample's key, by the header of its first member; raises BadSampleError."""
+        try:
+            return _key_of(header)
+        except tarfile.HeaderError as error:
+            shard = self.names[self._shard_of(number)]
+            raise BadSampleError(
+                f"sample {self.locate(number)} is not where its index says; delete "
+                f"{index_name(shard)} and run `megavlm data index {self._place}`"
+            ) from error
 
     def _folder(self) -> Folder:
         """Of this process: clients of object stores do not survive a fork."""
