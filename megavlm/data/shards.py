@@ -12,6 +12,7 @@ import os
 import tarfile
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -55,20 +56,11 @@ OPEN_INDICES = 256
 def write_shards(folder: Path, samples: Iterable[Sample], shard_samples: int) -> None:
     """Write shards of so many samples, and what tells where they lie."""
     sizes: dict[str, ShardSize] = {}
-    pending: list[Sample] = []
-
-    def write() -> None:
+    samples = iter(samples)
+    while of_shard := list(islice(samples, shard_samples)):
         name = f"{len(sizes):06}.tar"
-        count = write_shard(folder / name, pending)
+        count = write_shard(folder / name, of_shard)
         sizes[name] = ShardSize(count, os.path.getsize(folder / name))
-        pending.clear()
-
-    for sample in samples:
-        pending.append(sample)
-        if len(pending) == shard_samples:
-            write()
-    if pending:
-        write()
     write_manifest(Folder(folder), sizes)
 
 
