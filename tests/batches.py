@@ -1,11 +1,13 @@
 """Random micro-batches for the smallest model."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from megavlm.config.data import DataSettings
 from megavlm.config.presets import PRESETS
 from megavlm.config.sizes import EncoderSizes, ModelSizes
 from megavlm.data.packing import Batch, PackedText, PairBatch, Span, pack, pack_pairs
@@ -37,6 +39,7 @@ OTHER_FORM = ModelSizes(
     ),
 )
 ROW_TOKENS = 16
+ROWS = DataSettings(train="none", heldout="none", tokenizer=Path("none"), row_tokens=ROW_TOKENS)
 
 
 def label_losses(model: nn.Module, batch: Batch) -> Tensor:
@@ -71,7 +74,7 @@ def random_batch(
             tokens = [BEGIN, *words.tolist(), END]
             seen = [(0, Span(sample, sample + 1))] if images else []
             texts.append(PackedText(tokens, [Span(2, len(tokens))], seen))
-    return pack(texts, pixels, row_tokens=ROW_TOKENS, image_tokens=encoder.tokens)
+    return pack(texts, pixels, ROWS, image_tokens=encoder.tokens)
 
 
 def random_pairs(seed: int, slots: int = 3, encoder: EncoderSizes = TINY.encoder) -> PairBatch:
@@ -94,5 +97,5 @@ def random_pairs(seed: int, slots: int = 3, encoder: EncoderSizes = TINY.encoder
         texts.pop()
         has_image[-1] = False
         pixels[-1] = 0
-    batch = pack_pairs(texts, pixels, has_image, masked, row_tokens=ROW_TOKENS)
+    batch = pack_pairs(texts, pixels, has_image, masked, ROWS)
     return replace(batch, samples=int(has_image.sum()))

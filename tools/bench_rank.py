@@ -145,7 +145,7 @@ def random_batch(run: RunSettings, samples: int) -> Batch:
     ]
     side = encoder.image_pixels
     pixels = torch.randint(0, 256, (samples, 3, side, side), dtype=torch.uint8)
-    return pack(texts, pixels, row_tokens=data.row_tokens, image_tokens=encoder.tokens)
+    return pack(texts, pixels, data, image_tokens=encoder.tokens)
 
 
 @contextmanager

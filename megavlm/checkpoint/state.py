@@ -1,7 +1,7 @@
 """What a checkpoint says of its run beside the tensors, and whether it fits another run."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from pydantic import TypeAdapter
@@ -138,6 +138,10 @@ def check_data_position(checkpoint: Folder, run: RunSettings, training: Sources)
     """
     state = read_state(checkpoint)
     saved, now = state["settings"], run_as_tree(run)
+    skipped_then, skipped_now = (
+        [*_skipped_before(state["samples_seen"], settings["data"].get("skip_samples", []))]
+        for settings in (saved, now)
+    )
     for name, before, after in (
         ("seed", saved["seed"], now["seed"]),
         (
@@ -147,12 +151,22 @@ def check_data_position(checkpoint: Folder, run: RunSettings, training: Sources)
         ),
         ("the number of training samples", state["training_samples"], len(training)),
         ("shards of SHA-256", state["training_sha256"], training.fingerprint),
+        ("data.skip_samples up to its place", skipped_then, skipped_now),
     ):
         if before != after:
             raise CheckpointError(
                 f"checkpoint {checkpoint} was trained with {name}={before}, now {after}: samples "
                 "would be repeated or skipped; restore it or choose another run_folder"
             )
+
+
+def _skipped_before(samples: int, skipped: Sequence[Sequence[int]]) -> Iterator[list[int]]:
+    """Of ranges of positions that are left out, those that so many samples have passed."""
+    for first, stop in skipped:
+        if samples <= first:
+            return
+        samples += stop - first
+        yield [first, stop]
 
 
 def check_moments(checkpoint: Folder, run: RunSettings) -> None:

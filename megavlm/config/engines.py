@@ -156,7 +156,7 @@ class MegatronSettings:
         """Parts that tokens are split into between the matrices."""
         return self.tensor_parallel if self.sequence_parallel else 1
 
-    def check_model(self, sizes: ModelSizes, row_tokens: int) -> None:
+    def check_model(self, sizes: ModelSizes, row_tokens: int, bucket_tokens: int = 0) -> None:
         """Raise ConfigError unless a model of these sizes can be divided this way."""
         encoder, decoder = sizes.encoder, sizes.decoder
         for name, size in (
@@ -176,6 +176,7 @@ class MegatronSettings:
         padded_tokens = encoder.tokens + encoder.register_tokens
         for name, size in (
             ("data.row_tokens", row_tokens),
+            ("data.row_bucket_tokens", bucket_tokens),
             ("tokens of an image in the encoder", padded_tokens),
         ):
             require_divides("megatron.tensor_parallel", self.token_shards, name, size)

@@ -214,7 +214,9 @@ class RunSettings:
         self._check_parts()
         contrastive = "contrastive" in self.objectives
         used = self.model if contrastive else replace(self.model, text_tower=None)
-        self.model_parallel.check_model(used, self.data.row_tokens)
+        self.model_parallel.check_model(
+            used, self.data.row_tokens, self.data.row_bucket_tokens or self.data.row_tokens
+        )
         self.model_parallel.check_micro_batches(self.train.micro_batches)
 
         if self.train.ema_decay and self.engine == "zero3" and self.zero3.nvme_folder is not None:

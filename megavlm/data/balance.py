@@ -1,23 +1,49 @@
-"""Which samples of a step go together, so that no rank waits for one with more images."""
+"""Which samples of a step go together, so that no rank waits for one with more to do."""
 
 import heapq
 from collections.abc import Sequence
 
 
-def deal(images: Sequence[int], cells: int) -> list[list[int]]:
+def deal(images: Sequence[int], text_bytes: Sequence[int], cells: int) -> list[list[int]]:
     """Deal items into cells: equally many in each, and images as evenly as a sort can.
 
-    images: how many each item has; their number is a multiple of `cells`. Returns the items of each
-    cell, ascending. Items with most images go first, each to the cell with fewest images so far
-    ("longest processing time first", Graham 1969).
+    images: how many each item has; their number is a multiple of `cells`. text_bytes: likewise;
+    texts are dealt evenly as far as the images leave it open. Returns the items of each cell,
+    ascending. Items with most images go first, each to the cell with fewest images so far ("longest
+    processing time first", Graham 1969).
     """
     room = len(images) // cells
     assert room * cells == len(images)
     dealt: list[list[int]] = [[] for _ in range(cells)]
-    lightest = [(0, cell) for cell in range(cells)]
-    for item in sorted(range(len(images)), key=lambda i: -images[i]):
-        load, cell = heapq.heappop(lightest)
+    lightest = [(0, 0, cell) for cell in range(cells)]
+    for item in sorted(range(len(images)), key=lambda i: (-images[i], -text_bytes[i])):
+        image_load, text_load, cell = heapq.heappop(lightest)
         dealt[cell].append(item)
         if len(dealt[cell]) < room:
-            heapq.heappush(lightest, (load + images[item], cell))
+            loads = (image_load + images[item], text_load + text_bytes[item], cell)
+            heapq.heappush(lightest, loads)
     return [sorted(items) for items in dealt]
+
+
+def deal_by_length(
+    images: Sequence[int], text_bytes: Sequence[int], micro_batches: int, ranks: int
+) -> list[list[int]]:
+    """As `deal` to micro-batches of all ranks, but those with texts of like length go together."""
+    ascending = sorted(range(len(images)), key=lambda i: text_bytes[i])
+    size = len(images) // micro_batches
+    cells: list[list[int]] = []
+    for first in range(0, len(images), size):
+        items = ascending[first : first + size]
+        dealt = deal([images[i] for i in items], [text_bytes[i] for i in items], ranks)
+        cells += [sorted(items[i] for i in cell) for cell in dealt]
+    return cells
+
+
+def within(images: Sequence[int], most: int) -> list[int]:
+    """Items of a cell, ascending, that have no more images than `most` together; fewest first."""
+    kept: list[int] = []
+    for item in sorted(range(len(images)), key=lambda i: images[i]):
+        most -= images[item]
+        if most >= 0:
+            kept.append(item)
+    return sorted(kept)

@@ -78,13 +78,14 @@ def _texts(drawn: Sequence[Drawn], tokenizer: Tokenizer, run: RunSettings, slots
         used += len(sample.pictures)
         packed += [text for text, _ in tokenized]
         truncated_texts += sum(cut for _, cut in tokenized)
-    batch = pack(packed, pixels, row_tokens=row_tokens, image_tokens=run.model.encoder.tokens)
+    batch = pack(packed, pixels, run.data, image_tokens=run.model.encoder.tokens)
     return replace(
         batch,
         samples=samples,
         skipped=tuple(skipped),
         without_text=without_text,
         truncated_texts=truncated_texts,
+        images=used,
     )
 
 
@@ -111,12 +112,13 @@ def pairs(drawn: Sequence[Drawn], tokenizer: Tokenizer, run: RunSettings, slots:
             truncated_texts += len(answer) > row_tokens - 2
             texts.append((slot, [BEGIN, *answer[: row_tokens - 2], END]))
     has_image_n = torch.arange(slots) < len(pictured)
-    batch = pack_pairs(texts, pixels, has_image_n, masked_np, row_tokens=row_tokens)
+    batch = pack_pairs(texts, pixels, has_image_n, masked_np, run.data)
     return replace(
         batch,
         samples=len(drawn),
         without_text=len(drawn) - len(texts),
         truncated_texts=truncated_texts,
+        images=len(pictured),
     )
 
 

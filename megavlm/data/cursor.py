@@ -26,7 +26,9 @@ class Shuffle:
     shard_samples: of each shard.
     """
 
-    def __init__(self, shard_samples: Sequence[int], group_shards: int, seed: int) -> None:
+    def __init__(
+        self, shard_samples: Sequence[int] | Numbers, group_shards: int, seed: int
+    ) -> None:
         self._sizes = np.asarray(shard_samples, np.int64)
         self._firsts = np.cumsum(self._sizes) - self._sizes
         self._group_shards = group_shards
@@ -88,6 +90,13 @@ def sources_at(positions: Numbers, parts: Sequence[int], seed: int) -> tuple[Num
     firsts = np.cumsum([0, *parts[:-1]])
     sources = np.searchsorted(firsts, places, side="right") - 1
     return sources, blocks * np.asarray(parts)[sources] + places - firsts[sources]
+
+
+def passed_over(positions: Numbers, skipped: Sequence[tuple[int, int]]) -> Numbers:
+    """Where positions lie when some ranges, ascending and apart, are left out."""
+    for first, stop in skipped:
+        positions = np.where(positions >= first, positions + (stop - first), positions)
+    return positions
 
 
 def key_of(*parts: int | str) -> np.uint64:

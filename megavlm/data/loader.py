@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 from megavlm.config.objectives import is_pretraining
 from megavlm.config.run import RunSettings, samples_per_micro_batch
 from megavlm.data.augment import rand_augment
-from megavlm.data.balance import deal
+from megavlm.data.balance import deal, deal_by_length, within
 from megavlm.data.collate import Collate, Drawn
 from megavlm.data.image import (
     CROP_ASPECTS,
@@ -23,7 +23,8 @@ from megavlm.data.image import (
 )
 from megavlm.data.packing import Batch, PairBatch
 from megavlm.data.samples import MAX_PICTURES
-from megavlm.data.sources import Place, Sources
+from megavlm.data.shards import SampleSizes
+from megavlm.data.sources import Place, Sources, id_of
 from megavlm.data.tokenizer import Tokenizer
 from megavlm.errors import BadSampleError
 
@@ -37,6 +38,24 @@ class Share(NamedTuple):
     """Which copy of the model this is."""
     ranks: int
     """Copies of the model."""
+
+
+class _Cell(NamedTuple):
+    """What a rank has in a micro-batch."""
+
+    positions: list[int]
+    left_out: list[int]
+    """Positions whose pictures find no room in it."""
+
+
+class _Dealt(NamedTuple):
+    """Samples that are trained on together, or measured."""
+
+    step: int
+    cells: list[_Cell]
+    """One for each micro-batch and rank."""
+    slots: int
+    """Of images, in every cell."""
 
 
 class MicroBatches(Dataset[Batch | PairBatch]):
@@ -71,13 +90,14 @@ class MicroBatches(Dataset[Batch | PairBatch]):
         self.samples = samples_per_micro_batch(run.train, share.ranks)
         # Pre-training looks at the first picture of a sample; the others are not decoded.
         self._pictures = 1 if is_pretraining(run.objectives) else MAX_PICTURES
-        self._dealt: tuple[int, list[list[int]], int] | None = None
+        self._dealt: _Dealt | None = None
 
     def __getitem__(self, number: int) -> Batch | PairBatch:
         """The micro-batch; unusable samples leave their slot empty and are named in it."""
-        positions, slots = self._positions(number)
+        (positions, left_out), slots = self._cell(number)
         drawn: list[Drawn] = []
-        skipped: list[str] = []
+        left_places = self._places(left_out)
+        skipped = [self._without_room(place) for place in left_places]
         places = self._places(positions)
         contents = self.sources.fetch(places)
         for position, place, content in zip(positions, places, contents, strict=True):
@@ -86,41 +106,69 @@ class MicroBatches(Dataset[Batch | PairBatch]):
             except BadSampleError as error:
                 skipped.append(f"{self.sources.locate(place)}: {error}")
         batch = self.collate(drawn, self.tokenizer, self.run, slots)
-        return replace(batch, skipped=(*skipped, *batch.skipped))
+        ids = tuple(id_of(place) for place in (*places, *left_places))
+        return replace(batch, skipped=(*skipped, *batch.skipped), sample_ids=ids)
 
     def count(self) -> int:
         """Micro-batches that hold every sample once; the same on all ranks."""
         return -(-len(self.sources) // (self.samples * self.share.ranks))
 
-    def _positions(self, number: int) -> tuple[Sequence[int], int]:
-        """Global positions of a micro-batch's samples, and how many image slots it has."""
+    def _cell(self, number: int) -> tuple[_Cell, int]:
+        """What we have in a micro-batch, and how many image slots it has."""
         if self.training:
             step, micro_batch = divmod(number, self.run.train.micro_batches)
-            cells, slots = self._deal_step(step)
-            return cells[micro_batch * self.share.ranks + self.share.rank], slots
+            dealt = self._deal_step(step)
+            return dealt.cells[micro_batch * self.share.ranks + self.share.rank], dealt.slots
         first = number * self.share.ranks * self.samples
-        starts = range(first, first + self.share.ranks * self.samples, self.samples)
-        end = len(self.sources)
-        by_rank = [range(min(start, end), min(start + self.samples, end)) for start in starts]
-        images = [self._images(cell) for cell in by_rank]
-        return by_rank[self.share.rank], _slots(images)
+        end = min(first + self.share.ranks * self.samples, len(self.sources))
+        images = self._sizes(range(first, end)).pictures_n.tolist()
+        starts = range(0, self.share.ranks * self.samples, self.samples)
+        cells = [[*range(len(images))[start : start + self.samples]] for start in starts]
+        dealt = self._fitted(number, cells, range(first, end), images)
+        return dealt.cells[self.share.rank], dealt.slots
 
-    def _deal_step(self, step: int) -> tuple[list[list[int]], int]:
-        """Positions of every micro-batch of every share in a step, and their image slots."""
-        if self._dealt is None or self._dealt[0] != step:
+    def _deal_step(self, step: int) -> _Dealt:
+        """What every rank has in every micro-batch of a step."""
+        if self._dealt is None or self._dealt.step != step:
             size = self.run.train.samples_per_step
             first = self.first_sample + step * size
             positions = range(first, first + size)
-            images = self._images(positions)
-            dealt = deal(images, self.run.train.micro_batches * self.share.ranks)
-            cells = [[positions[i] for i in cell] for cell in dealt]
-            self._dealt = (step, cells, _slots([[images[i] for i in cell] for cell in dealt]))
-        return self._dealt[1:]
+            images, text_bytes = (sizes_n.tolist() for sizes_n in self._sizes(positions))
+            micro_batches, ranks = self.run.train.micro_batches, self.share.ranks
+            if self.run.data.pack_texts:
+                cells = deal(images, text_bytes, micro_batches * ranks)
+            else:
+                cells = deal_by_length(images, text_bytes, micro_batches, ranks)
+            self._dealt = self._fitted(step, cells, positions, images)
+        return self._dealt
 
-    def _images(self, positions: Sequence[int]) -> list[int]:
-        """Pictures that are used of the samples at positions, by the index alone."""
-        pictures = self.sources.pictures_of(self._places(positions))
-        return [min(self._pictures, count) for count in pictures]
+    def _fitted(
+        self, step: int, cells: list[list[int]], positions: Sequence[int], images: list[int]
+    ) -> _Dealt:
+        """Leave out what exceeds the image slots that are allowed.
+
+        cells: numbers of positions. images: of each position.
+        """
+        most = self.run.data.micro_batch_images or sum(images)
+        fitted: list[_Cell] = []
+        slots = 1  # the encoder runs whatever there is
+        for cell in cells:
+            kept = {cell[i] for i in within([images[i] for i in cell], most)}
+            slots = max(slots, sum(images[i] for i in kept))
+            left_out = [positions[i] for i in cell if i not in kept]
+            fitted.append(_Cell([positions[i] for i in cell if i in kept], left_out))
+        return _Dealt(step, fitted, slots)
+
+    def _without_room(self, place: Place) -> str:
+        return (
+            f"{self.sources.locate(place)}: its pictures find no room in a micro-batch of "
+            f"data.micro_batch_images={self.run.data.micro_batch_images}"
+        )
+
+    def _sizes(self, positions: Sequence[int]) -> SampleSizes:
+        """Of samples at positions, by the index alone; pictures that are not used do not count."""
+        sizes = self.sources.sizes_of(self._places(positions))
+        return sizes._replace(pictures_n=np.minimum(sizes.pictures_n, self._pictures))
 
     def _places(self, positions: Sequence[int]) -> list[Place]:
         if self.training:
@@ -162,11 +210,6 @@ class MicroBatches(Dataset[Batch | PairBatch]):
             fill=AUGMENT_FILL,
         )
         return to_uint8_tensor(image)
-
-
-def _slots(images: Iterable[Iterable[int]]) -> int:
-    """Image slots that micro-batches whose samples have so many pictures need alike."""
-    return max(1, *map(sum, images))
 
 
 def load(

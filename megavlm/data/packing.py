@@ -1,4 +1,4 @@
-"""Samples to one micro-batch: texts packed into rows, images in slots.
+"""Samples to one micro-batch: texts in rows, which they may share, and images in slots.
 
 Letters in shapes: b rows, t tokens of a row, n image slots.
 """
@@ -8,9 +8,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple, Self, cast
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from megavlm.config.data import DataSettings
 from megavlm.data.samples import Text
 from megavlm.data.tokenizer import END, PADDING, Tokenizer
 from megavlm.errors import BadSampleError
@@ -47,6 +50,12 @@ class Counted:
     """Samples none of whose texts are of the tasks that are trained."""
     truncated_texts: int = 0
     """Texts that were cut to the row length."""
+    text_tokens: int = 0
+    """Of the places in its rows, those that are no padding."""
+    images: int = 0
+    """Of its image slots, those that are no padding."""
+    sample_ids: tuple[int, ...] = ()
+    """Of all that were drawn for it, bad ones too, by `sources.id_of`."""
 
     def to(self, device: torch.device) -> Self:
         """The same with its tensors on a device."""
@@ -131,15 +140,49 @@ def tokenize(
     return PackedText(tokens[: row_tokens + 1], answers, images), cut
 
 
+class Layout(NamedTuple):
+    """Where texts lie in rows."""
+
+    shape: tuple[int, int]
+    """Rows, at least one, and the tokens of each."""
+    places: list[tuple[int, int, int]]
+    """Row, first token in it and number in it of each text."""
+
+
+def lay_out(lengths: Sequence[int], data: DataSettings) -> Layout:
+    """Where texts of so many tokens lie, none longer than `data.row_tokens`."""
+    lengths_n = np.array(lengths, np.int64)
+    place = text_places if data.pack_texts else _one_each
+    places_3n = place(lengths_n, data.row_tokens)
+    rows = int(places_3n[0].max(initial=0)) + 1
+    # Rows need not be longer than fills them evenly, if the texts still fit in as many.
+    needed = max(-(-int(lengths_n.sum()) // rows), int(lengths_n.max(initial=1)))
+    step = data.row_bucket_tokens or data.row_tokens
+    for row_tokens in range(needed + -needed % step, data.row_tokens, step):
+        closer_3n = place(lengths_n, row_tokens)
+        if closer_3n[0].max(initial=0) < rows:
+            return Layout((rows, row_tokens), _listed(closer_3n))
+    return Layout((rows, data.row_tokens), _listed(places_3n))
+
+
+def _one_each(lengths_n: NDArray[np.int64], capacity: int) -> NDArray[np.int64]:
+    rows_n = np.arange(len(lengths_n))
+    return np.stack((rows_n, 0 * rows_n, 0 * rows_n))
+
+
+def _listed(places_3n: NDArray[np.int64]) -> list[tuple[int, int, int]]:
+    return [*zip(*places_3n.tolist(), strict=True)]
+
+
 def pack(
-    texts: Sequence[PackedText], pixels: Tensor, *, row_tokens: int, image_tokens: int
+    texts: Sequence[PackedText], pixels: Tensor, data: DataSettings, *, image_tokens: int
 ) -> Batch:
-    """Pack texts into as few rows of `row_tokens` as first-fit decreasing finds.
+    """Lay texts out in rows.
 
     image_tokens: tokens of one image; slot i holds tokens i * image_tokens and on.
     """
-    places = text_places([len(text.tokens) - 1 for text in texts], row_tokens)
-    shape = (max((row for row, _, _ in places), default=0) + 1, row_tokens)
+    lengths = [len(text.tokens) - 1 for text in texts]
+    shape, places = lay_out(lengths, data)
     tokens = torch.full(shape, PADDING)
     labels = torch.full(shape, PADDING)
     learned = torch.zeros(shape, dtype=torch.bool)
@@ -165,6 +208,7 @@ def pack(
         text_numbers_bt=numbers,
         image_ranges_2bt=ranges,
         pixels=pixels,
+        text_tokens=sum(lengths),
     )
 
 
@@ -173,12 +217,11 @@ def pack_pairs(
     pixels: Tensor,
     has_image_n: Tensor,
     masked_np: Tensor,
-    *,
-    row_tokens: int,
+    data: DataSettings,
 ) -> PairBatch:
-    """Pack the texts of pictures, each given with its slot, into rows as `pack` does."""
-    places = text_places([len(tokens) for _, tokens in texts], row_tokens)
-    shape = (max((row for row, _, _ in places), default=0) + 1, row_tokens)
+    """Lay the texts of pictures, each given with its slot, out in rows."""
+    lengths = [len(tokens) for _, tokens in texts]
+    shape, places = lay_out(lengths, data)
     tokens_bt = torch.full(shape, PADDING)
     numbers = torch.full(shape, NO_TEXT, dtype=torch.int32)
     ends_n = torch.zeros(len(pixels), dtype=torch.int64)
@@ -187,7 +230,7 @@ def pack_pairs(
         end = start + len(tokens)
         tokens_bt[row, start:end] = torch.tensor(tokens)
         numbers[row, start:end] = number
-        ends_n[slot] = row * row_tokens + end - 1
+        ends_n[slot] = row * shape[1] + end - 1
         is_pair_n[slot] = True
     return PairBatch(
         tokens_bt=tokens_bt,
@@ -197,15 +240,17 @@ def pack_pairs(
         pixels=pixels,
         has_image_n=has_image_n,
         masked_np=masked_np,
+        text_tokens=sum(lengths),
     )
 
 
-def python_text_places(lengths: Sequence[int], capacity: int) -> list[tuple[int, int, int]]:
-    """Row, first token in it and number in it of each text.
+def python_text_places(lengths_n: NDArray[np.int64], capacity: int) -> NDArray[np.int64]:
+    """Row, first token in it and number in it of each text, as three rows of an array.
 
     Rows by first-fit decreasing: the longest first, each into the first row with room. In a row
     texts keep their order.
     """
+    lengths: list[int] = lengths_n.tolist()
     room: list[int] = []
     row_of = [0] * len(lengths)
     for item in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
@@ -216,16 +261,16 @@ def python_text_places(lengths: Sequence[int], capacity: int) -> list[tuple[int,
         room[row] -= lengths[item]
         row_of[item] = row
     used, texts = [0] * len(room), [0] * len(room)
-    places: list[tuple[int, int, int]] = []
-    for row, length in zip(row_of, lengths, strict=True):
-        places.append((row, used[row], texts[row]))
+    places_3n = np.empty((3, len(lengths)), np.int64)
+    for i, (row, length) in enumerate(zip(row_of, lengths, strict=True)):
+        places_3n[:, i] = row, used[row], texts[row]
         used[row] += length
         texts[row] += 1
-    return places
+    return places_3n
 
 
 try:
     _data = cast(Any, importlib.import_module("megavlm._data"))
-    text_places: Callable[[Sequence[int], int], list[tuple[int, int, int]]] = _data.text_places
+    text_places: Callable[[NDArray[np.int64], int], NDArray[np.int64]] = _data.text_places
 except (ImportError, AttributeError):  # installed without a compiler, or built from older sources
     text_places = python_text_places

@@ -1,12 +1,13 @@
 """What one training sample is."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from megavlm.errors import BadSampleError
 
 MAX_PICTURES = 64
 """Of one sample."""
+CAPTION_TASK = "caption"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +34,16 @@ class Text:
     def prompt(self) -> str:
         """Of the first turn."""
         return self.turns[0].prompt
+
+    @property
+    def is_bare(self) -> bool:
+        """Whether it is a caption alone, without a prompt."""
+        return self.task == CAPTION_TASK and len(self.turns) == 1 and not self.prompt
+
+    def with_prompt(self, prompt: str) -> "Text":
+        """The same with this prompt in its first turn."""
+        first, *later = self.turns
+        return replace(self, turns=(replace(first, prompt=prompt), *later))
 
     @property
     def answer(self) -> str:

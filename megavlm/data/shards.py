@@ -14,9 +14,10 @@ from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from megavlm.data.cursor import Numbers
 from megavlm.data.index import (
@@ -35,6 +36,7 @@ from megavlm.data.index import (
     write_manifest,
 )
 from megavlm.data.samples import (
+    CAPTION_TASK,
     MAX_PICTURES,
     Sample,
     Text,
@@ -48,7 +50,6 @@ from megavlm.files.folder import Folder
 MAX_SAMPLE_BYTES = 256 * 2**20
 """Anything larger is refused before it is read."""
 BLOCK_BYTES = 512
-CAPTION_TASK = "caption"
 OPEN_INDICES = 256
 """Of shards, at once; a local one is mapped into memory, and takes little."""
 
@@ -86,6 +87,21 @@ def write_shard(path: Path, samples: Iterable[Sample]) -> int:
     return samples_of(members)
 
 
+class SampleSizes(NamedTuple):
+    """Of samples, by the index alone."""
+
+    pictures_n: Numbers
+    """0 for those with too many."""
+    text_bytes_n: Numbers
+    """Of the caption, or of the JSON where there is none: how long the texts are, about."""
+
+
+class _OpenShard(NamedTuple):
+    members: Members
+    pictures_n: NDArray[np.uint16]
+    text_bytes_n: NDArray[np.uint32]
+
+
 class ShardFolder:
     """All shards of a folder or an object store, in name order, read by sample number.
 
@@ -99,11 +115,13 @@ class ShardFolder:
         folder = self._folder()
         if not folder.has(MANIFEST):
             raise DataError(_without_manifest(folder))
-        self._shards = read_manifest(folder)
-        self.names = list(self._shards)
-        self.shard_samples = [size.samples for size in self._shards.values()]
+        shards = read_manifest(folder)
+        # In arrays, which the forked workers of a loader share: of dicts each would have a copy.
+        self._names = np.array([name.encode() for name in shards])
+        self.shard_samples = np.array([size.samples for size in shards.values()])
+        self._shard_bytes = np.array([size.size for size in shards.values()])
         self._firsts = np.cumsum([0, *self.shard_samples])
-        self._indices: OrderedDict[int, tuple[Members, Numbers]] = OrderedDict()
+        self._open: OrderedDict[int, _OpenShard] = OrderedDict()
 
     def __str__(self) -> str:
         return self._place
@@ -114,13 +132,17 @@ class ShardFolder:
     @property
     def fingerprint(self) -> str:
         """SHA-256 of the shards' names and lengths: which sample has which number."""
-        shards = [*zip(self.names, self.shard_samples, strict=True)]
+        shards = [*zip(self.names(), self.shard_samples.tolist(), strict=True)]
         return hashlib.sha256(json.dumps(shards).encode()).hexdigest()
+
+    def names(self) -> list[str]:
+        """Of the shards, in order."""
+        return [name.decode() for name in self._names]
 
     def check_sizes(self) -> None:
         """Raise DataError unless all shards and indices are there, and the shards are whole."""
         found = self._folder().sizes()
-        for name, (_, size) in self._shards.items():
+        for name, size in zip(self.names(), self._shard_bytes.tolist(), strict=True):
             if index_name(name) not in found:
                 raise DataError(
                     f"shard {self._place}/{name} has no index {index_name(name)} beside it; run "
@@ -133,15 +155,16 @@ class ShardFolder:
                     f"or, if it was meant to change, run `megavlm data index {self._place}`"
                 )
 
-    def pictures_of(self, numbers: Numbers) -> Numbers:
-        """How many pictures samples have, by the index alone; 0 for those with too many."""
+    def sizes_of(self, numbers: Numbers) -> SampleSizes:
+        """How large samples are, by the index alone."""
         shards = np.searchsorted(self._firsts, numbers, side="right") - 1
-        out = np.empty_like(numbers)
+        pictures_n, text_bytes_n = np.empty_like(numbers), np.empty_like(numbers)
         for shard in np.unique(shards).tolist():
             here = shards == shard
-            _, pictures = self._index(shard)
-            out[here] = pictures[numbers[here] - self._firsts[shard]]
-        return np.where(out > MAX_PICTURES, 0, out)
+            of_shard, places = self._opened(shard), numbers[here] - self._firsts[shard]
+            pictures_n[here] = of_shard.pictures_n[places]
+            text_bytes_n[here] = of_shard.text_bytes_n[places]
+        return SampleSizes(np.where(pictures_n > MAX_PICTURES, 0, pictures_n), text_bytes_n)
 
     def fetch(self, numbers: Sequence[int]) -> list[bytes]:
         """What `parse` makes samples of: the part of a shard that holds each of them.
@@ -152,7 +175,7 @@ class ShardFolder:
         ranges = [_range(members) for _, members in places]
         # What is too large is not read, and refused when it is parsed.
         ranges = [(a, b if b - a <= MAX_SAMPLE_BYTES else a) for a, b in ranges]
-        return self._folder().read_ranges([self.names[shard] for shard, _ in places], ranges)
+        return self._folder().read_ranges([self._name(shard) for shard, _ in places], ranges)
 
     def parse(self, number: int, content: bytes) -> Sample:
         """One sample; raises BadSampleError when its members are not as the format says."""
@@ -165,7 +188,7 @@ class ShardFolder:
             )
         if len(content) < stop - start:
             raise BadSampleError(
-                f"sample {self.locate(number)} is cut off: shard {self.names[shard]} is shorter "
+                f"sample {self.locate(number)} is cut off: shard {self._name(shard)} is shorter "
                 f"than {MANIFEST} says; copy it again"
             )
         key = self._key(number, content[:BLOCK_BYTES])
@@ -193,17 +216,17 @@ class ShardFolder:
 
     def name_of(self, number: int, key: str) -> str:
         """Name of a sample for logs: `shard.tar:key`."""
-        return f"{self.names[self._shard_of(number)]}:{key}"
+        return f"{self._name(self._shard_of(number))}:{key}"
 
     def locate(self, number: int) -> str:
         """The same, with the key read from the shard if it can be."""
         shard, members = self._find(number)
         start, _ = _range(members)
         try:
-            header = self._folder().read_ranges([self.names[shard]], [(start, start + BLOCK_BYTES)])
+            header = self._folder().read_ranges([self._name(shard)], [(start, start + BLOCK_BYTES)])
             return self.name_of(number, _key_of(header[0]))
         except (DataError, tarfile.HeaderError):
-            return f"{self.names[shard]}, number {number - self._firsts[shard]}"
+            return f"{self._name(shard)}, number {number - self._firsts[shard]}"
 
     def read_texts(self, number: int) -> tuple[Text, ...]:
         """The texts of one sample alone; raises BadSampleError."""
@@ -212,7 +235,7 @@ class ShardFolder:
         written = members[members["kind"] != PICTURE]
         start, _ = _range(members)
         ranges = [(start, start + BLOCK_BYTES), *(_range_of(member) for member in written)]
-        header, *contents = self._folder().read_ranges([self.names[shard]] * len(ranges), ranges)
+        header, *contents = self._folder().read_ranges([self._name(shard)] * len(ranges), ranges)
         name = self.name_of(number, self._key(number, header))
         parts = _parts()
         for kind, content in zip(written["kind"].tolist(), contents, strict=True):
@@ -224,7 +247,7 @@ class ShardFolder:
         try:
             return _key_of(header)
         except tarfile.HeaderError as error:
-            shard = self.names[self._shard_of(number)]
+            shard = self._name(self._shard_of(number))
             raise BadSampleError(
                 f"sample {self.locate(number)} is not where its index says; delete "
                 f"{index_name(shard)} and run `megavlm data index {self._place}`"
@@ -242,23 +265,39 @@ class ShardFolder:
     def _find(self, number: int) -> tuple[int, Members]:
         """A sample's shard, and its members."""
         shard = self._shard_of(number)
-        members, _ = self._index(shard)
+        members = self._opened(shard).members
         place = number - self._firsts[shard]
         first, stop = np.searchsorted(members["sample"], [place, place + 1])
         return shard, members[first:stop]
 
-    def _index(self, shard: int) -> tuple[Members, Numbers]:
-        """Of a shard: its members, and how many pictures each sample has."""
-        if shard not in self._indices:
-            name = self.names[shard]
-            members = read_index(self._folder(), name, self._shards[name])
-            of_pictures = members["sample"][members["kind"] == PICTURE]
-            counts = np.bincount(of_pictures, minlength=self.shard_samples[shard])
-            self._indices[shard] = members, counts
-            if len(self._indices) > OPEN_INDICES:
-                self._indices.popitem(last=False)
-        self._indices.move_to_end(shard)
-        return self._indices[shard]
+    def _name(self, shard: int) -> str:
+        return self._names[shard].decode()
+
+    def _opened(self, shard: int) -> _OpenShard:
+        if shard not in self._open:
+            samples = int(self.shard_samples[shard])
+            size = ShardSize(samples, int(self._shard_bytes[shard]))
+            members = read_index(self._folder(), self._name(shard), size)
+            self._open[shard] = _OpenShard(members, *_sizes_in(members, samples))
+            if len(self._open) > OPEN_INDICES:
+                self._open.popitem(last=False)
+        self._open.move_to_end(shard)
+        return self._open[shard]
+
+
+def _sizes_in(members: Members, samples: int) -> tuple[NDArray[np.uint16], NDArray[np.uint32]]:
+    """Of a shard's samples: how many pictures they have, and how many bytes of text."""
+
+    def of_kind(kind: int) -> Members:
+        return members[members["kind"] == kind]
+
+    pictures_n = np.bincount(of_kind(PICTURE)["sample"], minlength=samples)
+    captions, records = (
+        np.bincount(of_kind(kind)["sample"], of_kind(kind)["size"], minlength=samples)
+        for kind in (CAPTION, JSON)
+    )
+    text_bytes_n = np.where(captions > 0, captions, records)
+    return pictures_n.astype(np.uint16), text_bytes_n.astype(np.uint32)
 
 
 def _texts(

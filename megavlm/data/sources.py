@@ -11,11 +11,13 @@ import numpy as np
 
 from megavlm.config.data import SourceSettings
 from megavlm.config.run import RunSettings
-from megavlm.data.cursor import Numbers, Shuffle, sources_at
+from megavlm.data.cursor import Numbers, Shuffle, passed_over, sources_at
 from megavlm.data.samples import Sample, Text
-from megavlm.data.shards import ShardFolder
+from megavlm.data.shards import SampleSizes, ShardFolder
 from megavlm.errors import BadSampleError, DataError
 
+NUMBER_BITS = 48
+"""Of a sample's id, for its number in its source."""
 TASK_SAMPLES = 200
 """So many of a source's samples, evenly spaced, say which tasks it has."""
 
@@ -28,9 +30,24 @@ class Place(NamedTuple):
     """In the source's folder."""
 
 
+def id_of(place: Place) -> int:
+    """Its source and number in one."""
+    return place.source << NUMBER_BITS | place.number
+
+
+def place_of(sample_id: int) -> Place:
+    """Undo `id_of`."""
+    return Place(sample_id >> NUMBER_BITS, sample_id & (1 << NUMBER_BITS) - 1)
+
+
 def training_sources(run: RunSettings) -> "Sources":
     """What a stage trains on; raises DataError when one cannot be read."""
-    return Sources(run.data.train, run.seed, group_shards=run.data.shuffle_shards)
+    return Sources(
+        run.data.train,
+        run.seed,
+        group_shards=run.data.shuffle_shards,
+        skip_samples=run.data.skip_samples,
+    )
 
 
 class Sources:
@@ -40,12 +57,18 @@ class Sources:
     """
 
     def __init__(
-        self, settings: Sequence[SourceSettings], seed: int, *, group_shards: int = 1
+        self,
+        settings: Sequence[SourceSettings],
+        seed: int,
+        *,
+        group_shards: int = 1,
+        skip_samples: Sequence[tuple[int, int]] = (),
     ) -> None:
-        """group_shards: whose samples are mixed in training."""
+        """group_shards: whose samples are mixed in training. skip_samples: positions left out."""
         self._settings = settings
         self._seed = seed
         self._group_shards = group_shards
+        self._skip_samples = skip_samples
         self.folders = [ShardFolder(source.folder) for source in settings]
         # Each with an order of its own: two of one folder would show each sample twice in a step.
         self._shuffles = [
@@ -70,12 +93,17 @@ class Sources:
 
         Each pass through a source has an order of its own.
         """
+        positions = self.position(positions)
         parts = [source.parts for source in self._settings]
         sources, own_positions = sources_at(positions, parts, self._seed)
         numbers = np.empty_like(positions)
         for source, shuffle in enumerate(self._shuffles):
             numbers[sources == source] = shuffle.numbers(own_positions[sources == source])
         return [Place(*place) for place in zip(sources.tolist(), numbers.tolist(), strict=True)]
+
+    def position(self, samples: Numbers) -> Numbers:
+        """Positions in the order of the data, when so many samples were trained on before."""
+        return passed_over(samples, self._skip_samples)
 
     def in_order(self, position: int) -> Place:
         """The sample at a position when all sources are read once, one after the other."""
@@ -93,14 +121,14 @@ class Sources:
         """The same for a sample whose key is known."""
         return self.folders[place.source].name_of(place.number, key)
 
-    def pictures_of(self, places: Sequence[Place]) -> list[int]:
-        """How many pictures samples have, by the index alone."""
-        out = [0] * len(places)
+    def sizes_of(self, places: Sequence[Place]) -> SampleSizes:
+        """How large samples are, by the index alone."""
+        sizes = SampleSizes(np.zeros(len(places), np.int64), np.zeros(len(places), np.int64))
         for of_source, folder in self._by_source(places):
-            numbers = np.array([places[i].number for i in of_source])
-            for i, pictures in zip(of_source, folder.pictures_of(numbers).tolist(), strict=True):
-                out[i] = pictures
-        return out
+            own = folder.sizes_of(np.array([places[i].number for i in of_source]))
+            for all_n, own_n in zip(sizes, own, strict=True):
+                all_n[of_source] = own_n
+        return sizes
 
     def fetch(self, places: Sequence[Place]) -> list[bytes]:
         """What `parse` makes samples of; those of an object store come at once."""
@@ -166,5 +194,9 @@ class Sources:
             return set()
 
     def _taken(self, place: Place, texts: tuple[Text, ...]) -> tuple[Text, ...]:
-        tasks = self._settings[place.source].tasks
+        settings = self._settings[place.source]
+        tasks, prompts = settings.tasks, settings.caption_prompts
+        if prompts:
+            prompt = prompts[place.number % len(prompts)]
+            texts = tuple(text.with_prompt(prompt) if text.is_bare else text for text in texts)
         return tuple(text for text in texts if not tasks or text.task in tasks)

@@ -5,9 +5,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar, cast
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.distributed.distributed_c10d import Store
 
@@ -112,6 +114,14 @@ def sum_over_copies(*counts: int) -> list[int]:
     totals = torch.tensor(counts, device=device())
     dist.all_reduce(totals, group=copies_group())
     return totals.tolist()
+
+
+def joined_copies(numbers_n: NDArray[np.int64]) -> NDArray[np.int64]:
+    """What all copies of the model have, equally many each, in their order; collective."""
+    mine = torch.from_numpy(numbers_n).to(device())
+    joined = mine.new_empty(data_ranks() * len(mine))
+    dist.all_gather_into_tensor(joined, mine, group=copies_group())
+    return joined.cpu().numpy()
 
 
 def _model_group() -> dist.ProcessGroup:

@@ -1,7 +1,6 @@
 """One optimiser step of one rank of many, on tensors without data."""
 
 import gc
-import math
 import resource
 import time
 from collections.abc import Mapping
@@ -18,6 +17,7 @@ from megavlm.dryrun.record import Call
 from megavlm.engine.base import Engine
 from megavlm.engine.start import start_engine
 from megavlm.planner.cut import TOKENS_PER_TEXT
+from megavlm.planner.work import tokens_of
 
 CPU = torch.device("cpu")
 FEW_MICRO_BATCHES = 2
@@ -32,6 +32,7 @@ class Shapes:
     """Of a micro-batch."""
 
     rows: int
+    row_tokens: int
     images: int
 
 
@@ -59,9 +60,10 @@ class DryRun:
 def shapes_of(run: RunSettings, ranks: int) -> Shapes:
     """A guess: every sample has one picture, and texts of the planner's length."""
     samples = samples_per_micro_batch(run.train, data_parallel_ranks(run, ranks))
-    texts = 1 if is_pretraining(run.objectives) else run.data.texts_per_sample
-    tokens = samples * texts * min(TOKENS_PER_TEXT, run.data.row_tokens)
-    return Shapes(rows=math.ceil(tokens / run.data.row_tokens), images=samples)
+    if is_pretraining(run.objectives):
+        run = replace(run, data=replace(run.data, texts_per_sample=1))
+    tokens = tokens_of(run, samples, TOKENS_PER_TEXT)
+    return Shapes(rows=tokens.rows, row_tokens=tokens.row_tokens, images=tokens.images)
 
 
 def dry_run(
@@ -161,7 +163,7 @@ def neighbours(run: RunSettings, ranks: int) -> list[int]:
 
 def batch_of(run: RunSettings, shapes: Shapes) -> Batch | PairBatch:
     """A micro-batch of empty texts and black pictures, from which nothing is learned."""
-    shape = (shapes.rows, run.data.row_tokens)
+    shape = (shapes.rows, shapes.row_tokens)
     encoder = run.model.encoder
     side = encoder.image_pixels
     tokens = torch.zeros(shape, dtype=torch.int64)

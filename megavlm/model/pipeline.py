@@ -42,13 +42,13 @@ def padded(image_tokens: int, parallel: MegatronSettings) -> int:
 
 
 def same_shapes(batches: Sequence[Batch]) -> list[Batch]:
-    """Pad micro-batches with empty rows and images until all have the same shapes.
+    """Pad micro-batches with empty rows, places and images until all have the same shapes.
 
     The schedules want one shape for all micro-batches of a step.
     """
-    rows = max(len(batch.tokens_bt) for batch in batches)
+    rows, length = (max(sizes) for sizes in zip(*(b.tokens_bt.shape for b in batches), strict=True))
     images = max(len(batch.pixels) for batch in batches)
-    return [_grown(batch, rows, images) for batch in batches]
+    return [_grown(batch, rows, length, images) for batch in batches]
 
 
 def blank(batch: Batch) -> Batch:
@@ -56,10 +56,11 @@ def blank(batch: Batch) -> Batch:
     return replace(batch, learned_bt=torch.zeros_like(batch.learned_bt), samples=0, skipped=())
 
 
-def _grown(batch: Batch, rows: int, images: int) -> Batch:
-    if (rows, images) == (len(batch.tokens_bt), len(batch.pixels)):
+def _grown(batch: Batch, rows: int, length: int, images: int) -> Batch:
+    if (rows, length, images) == (*batch.tokens_bt.shape, len(batch.pixels)):
         return batch
-    below = (0, 0, 0, rows - len(batch.tokens_bt))
+    has_rows, has_length = batch.tokens_bt.shape
+    below = (0, length - has_length, 0, rows - has_rows)
     return replace(
         batch,
         tokens_bt=functional.pad(batch.tokens_bt, below),

@@ -118,10 +118,13 @@ class Tokens(NamedTuple):
 def tokens_of(run: RunSettings, samples: int, tokens_per_text: float) -> Tokens:
     """A micro-batch of samples with a picture each, and texts of this mean length."""
     texts = samples * run.data.texts_per_sample
-    row_tokens = run.data.row_tokens
-    text_tokens = texts * min(tokens_per_text, row_tokens)
-    per_row = max(1, int(row_tokens // min(tokens_per_text, row_tokens)))
-    return Tokens(samples, max(1, ceil(texts / per_row)), row_tokens, text_tokens, texts)
+    row_tokens, bucket = run.data.row_tokens, run.data.row_bucket_tokens
+    of_text = min(tokens_per_text, row_tokens)
+    per_row = max(1, int(row_tokens // of_text)) if run.data.pack_texts else 1
+    rows = max(1, ceil(texts / per_row))
+    if bucket is not None:
+        row_tokens = min(row_tokens, bucket * ceil(ceil(texts / rows) * of_text / bucket))
+    return Tokens(samples, rows, row_tokens, texts * of_text, texts)
 
 
 def passed_on_bytes(

@@ -13,6 +13,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from megavlm.checkpoint.state import checkpoint_root, checkpoint_state
@@ -34,6 +35,7 @@ from megavlm.errors import BadSampleError, DataError, DivergenceError, LaunchErr
 from megavlm.ops import library
 from megavlm.stages.base import Objective, weighted
 from megavlm.stages.start import objective_of
+from megavlm.train.ledger import Ledger
 from megavlm.train.metrics import MetricsLog
 from megavlm.train.preflight import check_plan
 from megavlm.train.start import Start, find_start, load_average, start_of, trained_names
@@ -121,6 +123,7 @@ def _run_steps(
     numbers = range((first_step - stage.first_step) * per_step, run.train.steps * per_step)
     batches = load(training, numbers, run.data.workers) if groups.is_first_model_rank() else None
     ends = [stage.end_step for stage in plan.stages]
+    ledger = Ledger(run, first_step, enabled=groups.rank() == 0) if run.data.ledger else None
     with CheckpointSaver(checkpoint_root(run), run.checkpoint, keep=ends) as saver:
         log.say(
             f"stage {stage.name} ({', '.join(run.objectives)}): engine {run.engine}, "
@@ -137,6 +140,9 @@ def _run_steps(
             micro_batches = groups.from_first_model_rank(mine)
             data_seconds = time.perf_counter() - started
             counts = _count_samples(micro_batches, run)
+            if ledger is not None:
+                ids = [i for batch in micro_batches for i in batch.sample_ids]
+                ledger.write(step, groups.joined_copies(np.array(ids, np.int64)))
             learning_rate = scheduled(plan, stage, step)
             result = engine.step(micro_batches, learning_rate)
             _check_result(step, result)
@@ -151,6 +157,7 @@ def _run_steps(
                     **_by_objective("loss", result.losses),
                     "gradient_norm": result.gradient_norm,
                     "learning_rate": learning_rate,
+                    "first_sample": int(sources.position(np.array(stage.sample_at(step)))),
                     "items": result.items,
                     **counts,
                     "step_seconds": step_seconds,
@@ -165,6 +172,8 @@ def _run_steps(
                 _log_heldout_loss(engine, objective, heldout, stage, log, done)
             if done % run.checkpoint.every == 0 or done == stage.end_step:
                 started = time.perf_counter()
+                if ledger is not None:
+                    ledger.sync()
                 taken: dict[Part, int] = {
                     part: n + done - first_step for part, n in optimizer_steps.items()
                 }
@@ -196,14 +205,20 @@ def _check_result(step: int, result: StepResult) -> None:
         )
 
 
-def _count_samples(micro_batches: Sequence[Any], run: RunSettings) -> dict[str, int]:
+def _count_samples(micro_batches: Sequence[Any], run: RunSettings) -> dict[str, float]:
     """Samples of a step over all ranks. Names the bad ones, and stops the run if it is told to."""
     skipped = [name for batch in micro_batches for name in _name_skipped(batch)]
-    samples, all_skipped, without_text, truncated = groups.sum_over_copies(
-        sum(batch.samples for batch in micro_batches),
-        len(skipped),
-        sum(batch.without_text for batch in micro_batches),
-        sum(batch.truncated_texts for batch in micro_batches),
+    samples, all_skipped, without_text, truncated, tokens, places, images, slots = (
+        groups.sum_over_copies(
+            sum(batch.samples for batch in micro_batches),
+            len(skipped),
+            sum(batch.without_text for batch in micro_batches),
+            sum(batch.truncated_texts for batch in micro_batches),
+            sum(batch.text_tokens for batch in micro_batches),
+            sum(batch.tokens_bt.numel() for batch in micro_batches),
+            sum(batch.images for batch in micro_batches),
+            sum(len(batch.pixels) for batch in micro_batches),
+        )
     )
     if all_skipped and run.data.on_bad_sample == "stop":
         raise BadSampleError(
@@ -215,6 +230,10 @@ def _count_samples(micro_batches: Sequence[Any], run: RunSettings) -> dict[str, 
         "skipped_samples": all_skipped,
         "samples_without_text": without_text,
         "truncated_texts": truncated,
+        "text_tokens": tokens,
+        "packing_efficiency": tokens / places,
+        "images": images,
+        "image_slots_used": images / slots,
     }
 
 

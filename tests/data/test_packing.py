@@ -1,12 +1,24 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
-from megavlm.data.packing import NO_TEXT, PackedText, Span, pack, python_text_places
+from megavlm.data.packing import (
+    NO_TEXT,
+    Layout,
+    PackedText,
+    Span,
+    lay_out,
+    pack,
+    python_text_places,
+)
 from megavlm.data.tokenizer import BEGIN, END, PADDING
+from tests import batches
 
 IMAGE_TOKENS = 5
 ROW_TOKENS = 24
+ROWS = replace(batches.ROWS, row_tokens=ROW_TOKENS)
 
 
 def packed(tokens: list[int], answer_start: int, image: int | None) -> PackedText:
@@ -29,7 +41,7 @@ def random_texts(seed: int) -> list[PackedText]:
 @pytest.mark.parametrize("seed", range(30))
 def test_no_token_is_lost_and_none_is_mixed_up(seed):
     texts = random_texts(seed)
-    batch = pack(texts, torch.zeros(4, 3, 8, 8), row_tokens=ROW_TOKENS, image_tokens=IMAGE_TOKENS)
+    batch = pack(texts, torch.zeros(4, 3, 8, 8), ROWS, image_tokens=IMAGE_TOKENS)
     found = []
     for row in range(len(batch.tokens_bt)):
         for number in set(batch.text_numbers_bt[row].tolist()) - {NO_TEXT}:
@@ -51,25 +63,54 @@ def test_no_token_is_lost_and_none_is_mixed_up(seed):
 
 def test_texts_share_rows():
     texts = [packed([BEGIN, *[9] * 10, END], 1, None)] * 4  # 11 tokens each go into a row
-    batch = pack(texts, torch.zeros(1, 3, 8, 8), row_tokens=ROW_TOKENS, image_tokens=IMAGE_TOKENS)
+    batch = pack(texts, torch.zeros(1, 3, 8, 8), ROWS, image_tokens=IMAGE_TOKENS)
     assert batch.tokens_bt.shape == (2, ROW_TOKENS)
 
 
 def test_a_batch_without_texts_still_has_a_row():
-    batch = pack([], torch.zeros(2, 3, 8, 8), row_tokens=ROW_TOKENS, image_tokens=IMAGE_TOKENS)
+    batch = pack([], torch.zeros(2, 3, 8, 8), ROWS, image_tokens=IMAGE_TOKENS)
     assert batch.tokens_bt.shape == (1, ROW_TOKENS)
     assert not batch.learned_bt.any()
+
+
+def loads_of(lengths: list[int], layout: Layout) -> list[int]:
+    loads = [0] * layout.shape[0]
+    for length, (row, start, _) in zip(lengths, layout.places, strict=True):
+        assert start == loads[row], "texts of a row follow one another"
+        loads[row] += length
+    return loads
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_rows_are_no_longer_than_the_texts_need(seed):
+    generator = np.random.default_rng(seed)
+    lengths = generator.integers(1, 60, int(generator.integers(1, 80))).tolist()
+    whole = lay_out(lengths, replace(ROWS, row_tokens=100))
+    short = lay_out(lengths, replace(ROWS, row_tokens=100, row_bucket_tokens=8))
+    rows, row_tokens = short.shape
+    assert whole.shape == (rows, 100)
+    assert max(loads_of(lengths, short)) <= row_tokens
+    assert row_tokens == 100 or row_tokens % 8 == 0
+    shorter = replace(ROWS, row_tokens=row_tokens - 8)
+    fits = max(lengths) <= row_tokens - 8
+    assert row_tokens == 100 or not fits or lay_out(lengths, shorter).shape[0] > rows
+
+
+def test_texts_that_are_not_packed_have_rows_of_their_own():
+    layout = lay_out([5, 19, 7], replace(ROWS, pack_texts=False))
+    assert layout == ((3, ROW_TOKENS), [(0, 0, 0), (1, 0, 0), (2, 0, 0)])
+    bucketed = lay_out([5, 9, 7], replace(ROWS, pack_texts=False, row_bucket_tokens=4))
+    assert bucketed == ((3, 12), [(0, 0, 0), (1, 0, 0), (2, 0, 0)])
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_the_extension_packs_like_the_python_version(seed):
     extension = pytest.importorskip("megavlm._data", reason="installed without a compiler")
     generator = np.random.default_rng(seed)
-    lengths = generator.integers(1, ROW_TOKENS + 1, int(generator.integers(0, 200))).tolist()
+    lengths = generator.integers(1, ROW_TOKENS + 1, int(generator.integers(0, 200)))
     places = extension.text_places(lengths, ROW_TOKENS)
-    assert places == python_text_places(lengths, ROW_TOKENS)
-    rows = [row for row, _, _ in places]
-    loads = np.bincount(rows, weights=lengths) if lengths else np.zeros(0)
+    assert np.array_equal(places, python_text_places(lengths, ROW_TOKENS))
+    loads = np.bincount(places[0], weights=lengths) if len(lengths) else np.zeros(0)
     assert (loads <= ROW_TOKENS).all()
     # No two rows could be one: each item went into the first row with room.
     assert (loads[:-1] + loads[1:] > ROW_TOKENS).all()
@@ -78,4 +119,4 @@ def test_the_extension_packs_like_the_python_version(seed):
 def test_the_extension_refuses_what_cannot_fit():
     extension = pytest.importorskip("megavlm._data", reason="installed without a compiler")
     with pytest.raises(ValueError, match="exceeds the row's capacity"):
-        extension.text_places([3, 9], 8)
+        extension.text_places(np.array([3, 9]), 8)

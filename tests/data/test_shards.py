@@ -149,7 +149,7 @@ def test_chats_over_several_pictures_come_back(tmp_path):
     write_shards(tmp_path, [several, one], 2)
     shards = ShardFolder(tmp_path)
     assert [shards.read(n) for n in range(2)] == [several, one]
-    assert shards.pictures_of(np.arange(2)).tolist() == [3, 1]
+    assert shards.sizes_of(np.arange(2)).pictures_n.tolist() == [3, 1]
     with tarfile.open(tmp_path / "000000.tar") as tar:
         assert tar.getnames() == ["s.0.png", "s.1.png", "s.2.png", "s.json", *_names(one)]
 

@@ -34,7 +34,7 @@ NAMES = [
     ),
 ]
 BATCH = random_batch(1, samples=2)
-SHAPES = Shapes(rows=len(BATCH.tokens_bt), images=len(BATCH.pixels))
+SHAPES = Shapes(rows=len(BATCH.tokens_bt), row_tokens=ROW_TOKENS, images=len(BATCH.pixels))
 
 
 class Real(NamedTuple):

@@ -1,0 +1,111 @@
+"""Which samples each step took: proof that training skips none and repeats none."""
+
+import os
+import struct
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megavlm.config.plan import Plan
+from megavlm.config.run import RunSettings
+from megavlm.data.sources import id_of, place_of, training_sources
+from megavlm.errors import DataError
+
+FILE = "samples.ledger"
+HEADER = struct.Struct("<QII")
+"""Of a record: its step, its samples and the bytes that follow: the ids, ascending, as differences
+from one to the next (uint64), compressed by zlib."""
+SHOWN = 5
+
+
+class Ledger:
+    """Writes which samples each step took, on the rank where it is enabled.
+
+    After a resume, records of steps that will be done again are dropped.
+    """
+
+    def __init__(self, run: RunSettings, first_step: int, *, enabled: bool) -> None:
+        self._file: IO[bytes] | None = None
+        if enabled:
+            path = run.run_folder / FILE
+            path.touch()
+            kept = [end for step, *_, end in _records(path) if step < first_step]
+            os.truncate(path, kept[-1] if kept else 0)
+            self._file = path.open("ab", buffering=0)
+
+    def write(self, step: int, ids_n: NDArray[np.int64]) -> None:
+        """Add the samples of a step."""
+        if self._file is not None:
+            differences = np.diff(np.sort(ids_n), prepend=0).astype(np.uint64)
+            packed = zlib.compress(differences.view(np.uint8).reshape(-1, 8).T.tobytes())
+            self._file.write(HEADER.pack(step, len(ids_n), len(packed)) + packed)
+
+    def sync(self) -> None:
+        """Have what was written on the disk."""
+        if self._file is not None:
+            os.fsync(self._file.fileno())
+
+
+def read_ledger(run_folder: Path) -> Iterator[tuple[int, NDArray[np.int64]]]:
+    """Steps and the ids of their samples, ascending; a torn last record is left out."""
+    for step, samples, packed, _ in _records(run_folder / FILE):
+        planes = np.frombuffer(zlib.decompress(packed), np.uint8).reshape(8, samples)
+        differences = np.ascontiguousarray(planes.T).view(np.int64).reshape(-1)
+        yield step, np.cumsum(differences)
+
+
+def _records(path: Path) -> Iterator[tuple[int, int, bytes, int]]:
+    """Steps, how many samples each has, what they are packed in, and where the record ends."""
+    with path.open("rb") as file:
+        while len(header := file.read(HEADER.size)) == HEADER.size:
+            step, samples, size = HEADER.unpack(header)
+            packed = file.read(size)
+            if len(packed) < size:
+                return
+            yield step, samples, packed, file.tell()
+
+
+def check_ledger(plan: Plan) -> list[str]:
+    """What a run's ledger proves, in lines; raises DataError if it is not as planned.
+
+    Each step must have exactly the samples at its positions in the order of the data; and beside
+    that it is counted how often each sample was taken.
+    """
+    if not (plan.first.run_folder / FILE).is_file():
+        raise DataError(
+            f"run {plan.first.run_folder} has no {FILE}; train with data.ledger=true to keep one"
+        )
+    sources_of = {stage.name: training_sources(stage.run) for stage in plan.stages}
+    taken: dict[str, list[NDArray[np.uint32]]] = {
+        sources.fingerprint: [np.zeros(len(folder), np.uint32) for folder in sources.folders]
+        for sources in sources_of.values()
+    }
+    steps: list[int] = []
+    wrong: list[int] = []
+    for step, ids_n in read_ledger(plan.first.run_folder):
+        stage = plan.at(step + 1)
+        sources = sources_of[stage.name]
+        positions = np.arange(stage.sample_at(step), stage.sample_at(step + 1))
+        planned_n = sorted(id_of(place) for place in sources.shuffled(positions))
+        if ids_n.tolist() != planned_n:
+            wrong.append(step)
+        for place in map(place_of, ids_n.tolist()):
+            taken[sources.fingerprint][place.source][place.number] += 1
+        steps.append(step)
+    missing = sorted({*range(steps[0], steps[-1])} - {*steps}) if steps else []
+    for problem, of in (("have other samples than planned", wrong), ("are missing", missing)):
+        if of:
+            shown = ", ".join(map(str, of[:SHOWN])) + (", ..." if len(of) > SHOWN else "")
+            raise DataError(f"{len(of)} steps {problem} in {FILE}: {shown}")
+    lines = [f"steps {steps[0]} to {steps[-1]}: each took exactly its samples"] if steps else []
+    for sources in {s.fingerprint: s for s in sources_of.values()}.values():
+        for folder, times_n in zip(sources.folders, taken[sources.fingerprint], strict=True):
+            lines.append(
+                f"{folder}: {times_n.sum():,} samples taken out of {len(times_n):,}, each of them "
+                f"{times_n.min():,} to {times_n.max():,} times"
+            )
+    return lines
