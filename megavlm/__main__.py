@@ -201,6 +201,12 @@ def _index(_: None, options: argparse.Namespace) -> None:
     index_folder(options.folder, options.workers)
 
 
+def _ledger(plan: Plan, _: argparse.Namespace) -> None:
+    from megavlm.train.ledger import check_ledger
+
+    print("\n".join(check_ledger(plan)))
+
+
 def _generate(plan: Plan, options: argparse.Namespace) -> None:
     from megavlm.dist.groups import process_groups
     from megavlm.infer.generate import Request, generate
@@ -334,6 +340,9 @@ def _parser() -> argparse.ArgumentParser:
     index.add_argument("folder", help="or the URL of one in an object store")
     index.add_argument("--workers", type=_positive, default=os.cpu_count(), help="processes")
     index.set_defaults(command=_index, run_file=None)
+    ledger = actions.add_parser("ledger", help="prove which samples a run has taken")
+    ledger.add_argument("run_file", type=Path, help="YAML file of a run with data.ledger=true")
+    ledger.set_defaults(command=_ledger)
     convert = commands.add_parser(
         "convert",
         help="convert checkpoints between formats, with a certificate",

@@ -8,15 +8,16 @@ from megavlm.config.data import SourceSettings
 from megavlm.data.collate import chats, pairs, texts_alone
 from megavlm.data.loader import MicroBatches, Share, load
 from megavlm.data.packing import NO_TEXT
+from megavlm.data.samples import Sample, text
 from megavlm.data.shards import write_shards
-from megavlm.data.sources import Sources
+from megavlm.data.sources import Sources, training_sources
 from megavlm.data.tokenizer import Tokenizer
 from tests.conftest import coloured_sample, picture
 
 
 def micro_batches(run, rank=0, ranks=1, training=True, collate=texts_alone):
     tokenizer = Tokenizer(run.data.tokenizer)
-    sources = Sources(run.data.train if training else (run.data.heldout,), run.seed)
+    sources = training_sources(run) if training else Sources((run.data.heldout,), run.seed)
     share = Share(rank, ranks)
     return MicroBatches(sources, tokenizer, run, share, collate, training=training)
 
@@ -127,6 +128,64 @@ def test_a_sample_with_too_many_pictures_takes_no_slots(tiny_run, tmp_path):
     assert all(len(batch.pixels) <= 4 for batch in batches)
     [name] = [name for batch in batches for name in batch.skipped]
     assert "has 65 pictures; the limit is 64" in name
+
+
+def test_pictures_that_find_no_room_are_left_out_and_named(tiny_run, tmp_path):
+    samples = [coloured_sample(n) for n in range(8)]
+    samples[2] = replace(samples[2], pictures=(picture("red"),) * 6)
+    write_shards(tmp_path, samples, 1000)
+    source = (SourceSettings(folder=tmp_path),)
+    run = replace(tiny_run, data=replace(tiny_run.data, train=source, micro_batch_images=4))
+    data = micro_batches(run)
+    batches = [data[n] for n in range(2)]
+    assert max(len(batch.pixels) for batch in batches) <= 4
+    assert sum(batch.samples for batch in batches) == 7
+    assert sum(len(batch.sample_ids) for batch in batches) == 8
+    [name] = [name for batch in batches for name in batch.skipped]
+    assert name.startswith("000000.tar:000002: its pictures find no room in a micro-batch of")
+
+
+def test_what_is_no_padding_is_counted(tiny_run):
+    for batch in batches_of_step(tiny_run, 0, ranks=2):
+        assert batch.text_tokens == int((batch.text_numbers_bt != NO_TEXT).sum())
+        last_token = int(batch.image_ranges_2bt[1].max())
+        assert batch.images == last_token // tiny_run.model.encoder.tokens
+
+
+def test_texts_with_rows_of_their_own_are_the_same_texts(tiny_run):
+    tokenizer = Tokenizer(tiny_run.data.tokenizer)
+    data = replace(tiny_run.data, pack_texts=False, row_bucket_tokens=4)
+    found, widths = [], []
+    for run in (tiny_run, replace(tiny_run, data=data)):
+        batches = batches_of_step(run, 0, ranks=2)
+        found.append(sorted(text for batch in batches for text in texts_of(batch, tokenizer)))
+        widths.append([batch.tokens_bt.shape[1] for batch in batches])
+        rows = [len(batch.tokens_bt) for batch in batches]
+    assert found[0] == found[1]
+    assert set(widths[0]) == {24}
+    assert max(widths[1]) < 24
+    assert sum(rows) == len(found[1])
+
+
+def test_positions_of_bad_samples_are_passed_over(tiny_run):
+    def ids(run, steps):
+        batches = [batch for step in steps for batch in batches_of_step(run, step, ranks=2)]
+        return sorted(i for batch in batches for i in batch.sample_ids)
+
+    size = tiny_run.train.samples_per_step
+    skipped = replace(tiny_run.data, skip_samples=((size, 2 * size), (4 * size, 5 * size)))
+    mended = replace(tiny_run, data=skipped)
+    assert ids(mended, range(4)) == ids(tiny_run, (0, 2, 3, 5))
+
+
+def test_captions_without_a_prompt_get_one(tiny_run, tmp_path):
+    captions = [text("", f"a thing {n}", "caption", pictures=()) for n in range(8)]
+    samples = [Sample(key=f"{n}", pictures=(), texts=(t,)) for n, t in enumerate(captions)]
+    write_shards(tmp_path, samples, 1000)
+    source = SourceSettings(folder=tmp_path, caption_prompts=("Caption:", "What is it?"))
+    sources = Sources([source], 1)
+    prompts = [sources.read(sources.in_order(n)).texts[0].prompt for n in range(8)]
+    assert prompts == ["Caption:", "What is it?"] * 4
 
 
 def test_pre_training_looks_at_the_first_picture_alone(tiny_run, tmp_path):

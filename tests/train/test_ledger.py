@@ -1,0 +1,70 @@
+"""A run's own record of its samples."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from megavlm.checkpoint.storage import folder_name
+from megavlm.errors import CheckpointError, DataError
+from megavlm.train.ledger import FILE, HEADER, Ledger, check_ledger, read_ledger
+from megavlm.train.loop import train
+from tests.ranks import run_on_ranks
+from tests.runs import plan_of
+
+
+def with_ledger(run):
+    return replace(run, data=replace(run.data, ledger=True))
+
+
+def test_a_ledger_proves_that_a_resumed_run_skips_and_repeats_nothing(tiny_run):
+    run = with_ledger(tiny_run)
+    run_on_ranks(2, lambda _: train(plan_of(run)), groups=False)
+    [(before), *_] = [*read_ledger(run.run_folder)][2:]
+    (run.run_folder / "checkpoints" / folder_name(6) / "state.json").unlink()
+    run_on_ranks(4, lambda _: train(plan_of(run)), groups=False)
+    again = [*read_ledger(run.run_folder)]
+    assert [step for step, _ in again] == [*range(6)]
+    assert np.array_equal(again[2][1], before[1])
+    assert check_ledger(plan_of(run)) == [
+        "steps 0 to 5: each took exactly its samples",
+        f"{run.data.train[0].folder}: 48 samples taken out of 40, each of them 1 to 2 times",
+    ]
+    skipping = replace(run, data=replace(run.data, skip_samples=((8, 16),)))
+    with pytest.raises(DataError, match="5 steps have other samples than planned in"):
+        check_ledger(plan_of(skipping))
+    with pytest.raises(CheckpointError, match=r"trained with data\.skip_samples up to its place="):
+        run_on_ranks(1, lambda _: train(plan_of(skipping)), groups=False)
+
+
+def test_ids_come_back_and_a_torn_record_does_not(tiny_run):
+    run = with_ledger(tiny_run)
+    run.run_folder.mkdir()
+    ids = [np.array([2**50 + 7, 3, 3, 2**33]), np.array([5, 4]), np.array([9])]
+    ledger = Ledger(run, 0, enabled=True)
+    for step, of_step in enumerate(ids):
+        ledger.write(step, of_step)
+    found = [*read_ledger(run.run_folder)]
+    assert [(step, n.tolist()) for step, n in found] == [(s, sorted(n)) for s, n in enumerate(ids)]
+    path = run.run_folder / FILE
+    path.write_bytes(path.read_bytes()[:-1])
+    assert [step for step, _ in read_ledger(run.run_folder)] == [0, 1]
+    Ledger(run, 1, enabled=True).write(1, np.array([8]))
+    assert [(s, n.tolist()) for s, n in read_ledger(run.run_folder)] == [
+        (0, [3, 3, 2**33, 2**50 + 7]),
+        (1, [8]),
+    ]
+
+
+def test_a_sample_takes_few_bytes(tiny_run):
+    run = with_ledger(tiny_run)
+    run.run_folder.mkdir()
+    ids = np.random.default_rng(0).integers(0, 640_000, 2048) + 10**9
+    Ledger(run, 0, enabled=True).write(0, ids)
+    assert (run.run_folder / FILE).stat().st_size < HEADER.size + 2 * 2048
+
+
+def test_gaps_and_a_missing_ledger_are_told(tiny_run):
+    run = with_ledger(tiny_run)
+    with pytest.raises(DataError, match=r"train with data\.ledger=true to keep one"):
+        check_ledger(plan_of(run))
