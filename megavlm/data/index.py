@@ -38,6 +38,8 @@ MEMBER = np.dtype(
     [("sample", "<u4"), ("kind", "u1"), ("number", "u1"), ("offset", "<u8"), ("size", "<u8")]
 )
 """One file in a tar; number: of the picture in its sample."""
+HEADER_BYTES = 1024
+"""What numpy writes before the members is shorter."""
 _NAME = re.compile(r"(?P<key>[^.]*)(\.(?P<number>\d{1,9}))?\.(?P<suffix>[^.]+)", re.DOTALL)
 
 Members = NDArray[np.void]
@@ -88,28 +90,39 @@ def samples_of(members: Members) -> int:
     return int(members["sample"][-1]) + 1 if len(members) else 0
 
 
-def read_index(folder: Folder, shard: str, expected: ShardSize) -> Members:
-    """A shard's index, mapped into memory if it is a local file; raises DataError if broken."""
+def read_index(folder: Folder, shard: str, expected: ShardSize | None = None) -> Members:
+    """A shard's index, mapped into memory if it is a local file; raises DataError if broken.
+
+    expected: what `shards.json` says, if it does.
+    """
     name = index_name(shard)
+    content = folder.mapped(name)
     try:
-        if folder.local_path is not None:
-            members = np.load(folder.local_path / name, mmap_mode="r")
-        else:
-            members = np.load(io.BytesIO(folder.read(name)), allow_pickle=False)
-        if members.dtype != MEMBER or members.ndim != 1:
-            raise ValueError("it is no list of members")
+        members = _members_of(content)
+        if expected is None:
+            return members
         steps = np.diff(members["sample"].astype(np.int64), prepend=-1)
         if samples_of(members) != expected.samples or not ((steps == 0) | (steps == 1)).all():
             raise ValueError(f"it does not number {expected.samples} samples, as {MANIFEST} says")
         room = expected.size - np.minimum(members["offset"], expected.size)
         if (members["size"] > room).any():
             raise ValueError(f"it reaches beyond the shard's {expected.size} bytes")
-    except (OSError, ValueError, EOFError) as error:
+    except ValueError as error:
         raise DataError(
-            f"index {folder}/{name} is broken: {getattr(error, 'strerror', None) or error}; delete "
-            f"it and run `megavlm data index {folder}`"
+            f"index {folder}/{name} is broken: {error}; delete it and run `megavlm data index "
+            f"{folder}`"
         ) from error
     return members
+
+
+def _members_of(content: NDArray[np.uint8]) -> Members:
+    """Those in an array file of numpy's, not copied; raises ValueError if it has no such."""
+    header = io.BytesIO(content[:HEADER_BYTES].tobytes())
+    np.lib.format.read_magic(header)
+    shape, _, dtype = np.lib.format.read_array_header_1_0(header)
+    if dtype != MEMBER or len(shape) != 1:
+        raise ValueError("it is no list of members")
+    return content[header.tell() :].view(MEMBER).reshape(shape)
 
 
 def write_index(folder: Folder, shard: str, members: Members) -> None:
@@ -160,7 +173,7 @@ def index_folder(place: str, workers: int) -> None:
 
 
 def _samples_in(place: str, shard: str) -> int:
-    return samples_of(np.load(io.BytesIO(Folder(place).read(index_name(shard)))))
+    return samples_of(read_index(Folder(place), shard))
 
 
 def write_manifest(folder: Folder, shards: Mapping[str, ShardSize]) -> None:

@@ -50,8 +50,8 @@ from megavlm.files.folder import Folder
 MAX_SAMPLE_BYTES = 256 * 2**20
 """Anything larger is refused before it is read."""
 BLOCK_BYTES = 512
-OPEN_INDICES = 256
-"""Of shards, at once; a local one is mapped into memory, and takes little."""
+OPEN_INDICES = 64
+"""Of shards, at once, or two groups' if that is more; a local one is mapped, and takes little."""
 
 
 def write_shards(folder: Path, samples: Iterable[Sample], shard_samples: int) -> None:
@@ -98,8 +98,8 @@ class SampleSizes(NamedTuple):
 
 class _OpenShard(NamedTuple):
     members: Members
-    pictures_n: NDArray[np.uint16]
-    text_bytes_n: NDArray[np.uint32]
+    pictures_n: NDArray[np.uint8]
+    text_bytes_n: NDArray[np.uint16]
 
 
 class ShardFolder:
@@ -109,8 +109,10 @@ class ShardFolder:
     processes may use it: each opens what it reads itself.
     """
 
-    def __init__(self, place: str | Path) -> None:
+    def __init__(self, place: str | Path, group_shards: int = 1) -> None:
+        """group_shards: from which samples are read in turn; a step may end one such group."""
         self._place = str(place)
+        self._most_open = max(OPEN_INDICES, 2 * group_shards)
         self._pid = 0
         folder = self._folder()
         if not folder.has(MANIFEST):
@@ -173,8 +175,8 @@ class ShardFolder:
         """
         places = [self._find(number) for number in numbers]
         ranges = [_range(members) for _, members in places]
-        # What is too large is not read, and refused when it is parsed.
-        ranges = [(a, b if b - a <= MAX_SAMPLE_BYTES else a) for a, b in ranges]
+        # What is too large is refused when it is parsed. Of an empty range, S3 would send all.
+        ranges = [(a, b if b - a <= MAX_SAMPLE_BYTES else a + BLOCK_BYTES) for a, b in ranges]
         return self._folder().read_ranges([self._name(shard) for shard, _ in places], ranges)
 
     def parse(self, number: int, content: bytes) -> Sample:
@@ -279,14 +281,17 @@ class ShardFolder:
             size = ShardSize(samples, int(self._shard_bytes[shard]))
             members = read_index(self._folder(), self._name(shard), size)
             self._open[shard] = _OpenShard(members, *_sizes_in(members, samples))
-            if len(self._open) > OPEN_INDICES:
+            if len(self._open) > self._most_open:
                 self._open.popitem(last=False)
         self._open.move_to_end(shard)
         return self._open[shard]
 
 
-def _sizes_in(members: Members, samples: int) -> tuple[NDArray[np.uint16], NDArray[np.uint32]]:
-    """Of a shard's samples: how many pictures they have, and how many bytes of text."""
+def _sizes_in(members: Members, samples: int) -> tuple[NDArray[np.uint8], NDArray[np.uint16]]:
+    """Of a shard's samples: how many pictures they have, and how many bytes of text.
+
+    In few bytes: many are open in many processes.
+    """
 
     def of_kind(kind: int) -> Members:
         return members[members["kind"] == kind]
@@ -297,7 +302,10 @@ def _sizes_in(members: Members, samples: int) -> tuple[NDArray[np.uint16], NDArr
         for kind in (CAPTION, JSON)
     )
     text_bytes_n = np.where(captions > 0, captions, records)
-    return pictures_n.astype(np.uint16), text_bytes_n.astype(np.uint32)
+    return (
+        np.minimum(pictures_n, np.iinfo(np.uint8).max).astype(np.uint8),
+        np.minimum(text_bytes_n, np.iinfo(np.uint16).max).astype(np.uint16),
+    )
 
 
 def _texts(

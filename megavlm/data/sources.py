@@ -69,7 +69,7 @@ class Sources:
         self._seed = seed
         self._group_shards = group_shards
         self._skip_samples = skip_samples
-        self.folders = [ShardFolder(source.folder) for source in settings]
+        self.folders = [ShardFolder(source.folder, group_shards) for source in settings]
         # Each with an order of its own: two of one folder would show each sample twice in a step.
         self._shuffles = [
             Shuffle(folder.shard_samples, group_shards, seed + source)

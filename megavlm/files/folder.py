@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import IO, Any, cast
 from uuid import uuid4
 
+import numpy as np
+import torch
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
+from numpy.typing import NDArray
 
 from megavlm.errors import StorageError
 from megavlm.files.ranges import Range, RangeReader
@@ -110,6 +113,15 @@ class Folder:
         if len(content) > MAX_SMALL_BYTES:
             raise StorageError(f"{self}/{name} is larger than {MAX_SMALL_BYTES} bytes")
         return content
+
+    def mapped(self, name: str) -> NDArray[np.uint8]:
+        """A small file, whole; mapped into memory if it is a local one, and none stays open."""
+        if not self.is_local:
+            return np.frombuffer(self.read(name), np.uint8)
+        path = self._path(name)
+        with _told(f"cannot read {self}/{name}", READ_REMEDY):
+            # numpy's and Python's maps each keep their file open, and a process may have few.
+            return torch.from_file(path, size=os.path.getsize(path), dtype=torch.uint8).numpy()
 
     def open(self, name: str, mode: str, ranges: Iterable[Range] = ()) -> IO[bytes]:
         """A file, for reading ("rb") or writing anew ("wb").

@@ -46,9 +46,7 @@ def epoch_run(tiny_run, tmp_path):
     return replace(
         tiny_run,
         data=replace(tiny_run.data, train=(SourceSettings(folder=folder),), shuffle_shards=5),
-        train=replace(
-            tiny_run.train, steps=STEPS, samples_per_step=STEP_SAMPLES, micro_batches=1
-        ),
+        train=replace(tiny_run.train, steps=STEPS, samples_per_step=STEP_SAMPLES, micro_batches=1),
     )
 
 

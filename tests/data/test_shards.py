@@ -1,16 +1,26 @@
 import io
 import json
+import os
+import re
 import tarfile
+from collections import Counter
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from megavlm.__main__ import main
-from megavlm.data.index import ShardSize, index_tar, samples_of, write_index, write_manifest
+from megavlm.data.index import (
+    ShardSize,
+    index_tar,
+    read_index,
+    samples_of,
+    write_index,
+    write_manifest,
+)
 from megavlm.data.samples import Sample, Text, Turn, text
 from megavlm.data.shards import ShardFolder, write_shard, write_shards
-from megavlm.errors import BadSampleError, DataError
+from megavlm.errors import BadSampleError, DataError, StorageError
 from megavlm.files.folder import Folder
 
 
@@ -62,7 +72,7 @@ def test_missing_things_are_named(tmp_path, folder):
     (folder / "000001.index.npy").unlink()
     with pytest.raises(DataError, match=r"has no index 000001\.index\.npy"):
         ShardFolder(folder).check_sizes()
-    with pytest.raises(DataError, match=r"000001\.index\.npy is broken: No such file"):
+    with pytest.raises(StorageError, match=r"cannot read .*000001\.index\.npy: No such file"):
         ShardFolder(folder).read(5)
     (folder / "shards.json").unlink()
     with pytest.raises(DataError, match=r"has no shards\.json; run `megavlm data index"):
@@ -90,7 +100,7 @@ def test_a_truncated_shard(folder):
         (lambda members: members["offset"], "no list of members"),
         (lambda members: _with(members, "size", 2**63), "reaches beyond"),
         (lambda members: _with(members, "offset", 2**64 - 1), "reaches beyond"),
-        (lambda members: np.array([None]), "Python objects in dtype"),
+        (lambda members: np.array([None]), "no list of members"),
     ],
 )
 def test_a_broken_index(folder, change, says):
@@ -98,6 +108,51 @@ def test_a_broken_index(folder, change, says):
     np.save(path, change(np.load(path)))
     with pytest.raises(DataError, match=f"is broken: .*({says})"):
         ShardFolder(folder).read(0)
+
+
+@pytest.mark.parametrize("content", [b"", b"\x93NUMPY", b"no array", "cut"])
+def test_an_index_that_is_no_whole_array(folder, content):
+    path = folder / "000000.index.npy"
+    path.write_bytes(path.read_bytes()[:-1] if content == "cut" else content)
+    with pytest.raises(DataError, match=r"000000\.index\.npy is broken: "):
+        ShardFolder(folder).read(0)
+
+
+def test_the_command_names_a_broken_index(folder, capsys):
+    (folder / "000001.index.npy").write_bytes(b"no array")
+    assert main(["data", "index", str(folder), "--workers", "1"]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert re.search(r"000001\.index\.npy is broken: .*; delete it and run `megavlm data", line)
+
+
+def test_no_file_stays_open(folder):
+    """A process may have few, and a mixture has indices of many shards at once."""
+    shards = ShardFolder(folder)
+    before = _free_descriptor()
+    assert [shards.read(number) for number in range(15)]
+    assert _free_descriptor() == before
+
+
+def _free_descriptor():
+    """The lowest number that no open file has."""
+    with open(os.devnull) as file:
+        return file.fileno()
+
+
+def test_indices_of_two_groups_stay_open(folder, monkeypatch):
+    monkeypatch.setattr("megavlm.data.shards.OPEN_INDICES", 1)
+    read = Counter()
+
+    def counted(folder, shard, expected):
+        read[shard] += 1
+        return read_index(folder, shard, expected)
+
+    monkeypatch.setattr("megavlm.data.shards.read_index", counted)
+    for group_shards, times in ((1, 2), (2, 1)):
+        shards, _ = ShardFolder(folder, group_shards), read.clear()
+        for _ in range(2):
+            shards.sizes_of(np.arange(15))
+        assert set(read.values()) == {times}
 
 
 def _with(members, name, value):
@@ -132,7 +187,8 @@ def test_a_huge_sample_is_refused_unread(folder):
     manifest["shards"]["000000.tar"][1] = 2**31
     (folder / "shards.json").write_text(json.dumps(manifest))
     shards = ShardFolder(folder)
-    assert shards.fetch([0]) == [b""]
+    [content] = shards.fetch([0])
+    assert len(content) == 512, "the header alone"
     with pytest.raises(BadSampleError, match="the limit is"):
         shards.read(0)
 
