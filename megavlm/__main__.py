@@ -196,7 +196,7 @@ def _tokenizer(plan: Plan, options: argparse.Namespace) -> None:
 
 
 def _index(_: None, options: argparse.Namespace) -> None:
-    from megavlm.data.index import index_folder
+    from megavlm.data.index_folder import index_folder
 
     index_folder(options.folder, options.workers)
 

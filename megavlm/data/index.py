@@ -6,18 +6,14 @@ Beside a shard `name.tar` lies `name.index.npy`, an array of its members; in a f
 
 import io
 import json
-import multiprocessing
 import re
 import tarfile
 from collections import Counter
 from collections.abc import Mapping
-from concurrent.futures import ProcessPoolExecutor
-from functools import partial
 from typing import IO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.progress import track
 
 from megavlm.errors import DataError
 from megavlm.files.folder import Folder
@@ -40,6 +36,8 @@ MEMBER = np.dtype(
 """One file in a tar; number: of the picture in its sample."""
 HEADER_BYTES = 1024
 """What numpy writes before the members is shorter."""
+END_BYTES = 1024
+"""Zeros that end a tar."""
 _NAME = re.compile(r"(?P<key>[^.]*)(\.(?P<number>\d{1,9}))?\.(?P<suffix>[^.]+)", re.DOTALL)
 
 Members = NDArray[np.void]
@@ -62,10 +60,12 @@ def index_name(shard: str) -> str:
 def index_tar(file: IO[bytes], ignored: Counter[str] | None = None) -> Members:
     """The members of a tar; those next to each other with the same key are a sample (WebDataset).
 
-    ignored: counts, by suffix, members that no sample uses.
+    ignored: counts, by suffix, members that no sample uses. Raises TarError unless the tar is whole
+    and members of a sample lie together.
     """
     members: list[tuple[int, int, int, int, int]] = []
-    sample, last_key = -1, None
+    keys = set[str]()
+    last_key = None
     with tarfile.open(fileobj=file, mode="r:") as tar:
         for member in tar:
             if not member.isfile():
@@ -78,10 +78,19 @@ def index_tar(file: IO[bytes], ignored: Counter[str] | None = None) -> Members:
                     ignored[base.rpartition(".")[2]] += 1
                 continue
             key = f"{folder}/{parts['key']}"
-            if key != last_key:
-                sample, last_key = sample + 1, key
+            if key != last_key and key in keys:
+                raise tarfile.TarError(
+                    f"members of the sample {parts['key']!r} do not lie next to each other; write "
+                    "it with `tar --sort=name`"
+                )
+            keys.add(key)
+            last_key = key
             number = min(MOST_NUMBER, int(parts["number"] or 0))
-            members.append((sample, kind, number, member.offset_data, member.size))
+            members.append((len(keys) - 1, kind, number, member.offset_data, member.size))
+        # Cut off between two members, it would read like a shorter one.
+        file.seek(tar.offset)
+        if file.read(END_BYTES) != bytes(END_BYTES):
+            raise tarfile.TarError("its end is missing; copy it again")
     return np.sort(np.array(members, MEMBER), order=["sample", "kind", "number"], kind="stable")
 
 
@@ -130,50 +139,6 @@ def write_index(folder: Folder, shard: str, members: Members) -> None:
     content = io.BytesIO()
     np.save(content, members, allow_pickle=False)
     folder.write_atomically(index_name(shard), content.getvalue())
-
-
-def index_shard(place: str, shard: str) -> Counter[str]:
-    """Index a shard; returns how many members were ignored, by suffix. Raises DataError."""
-    folder, ignored = Folder(place), Counter[str]()
-    try:
-        with folder.open(shard, "rb") as file:
-            write_index(folder, shard, index_tar(file, ignored))
-    except tarfile.TarError as error:
-        raise DataError(f"shard {folder}/{shard} is no whole tar: {error}") from error
-    return ignored
-
-
-def index_folder(place: str, workers: int) -> None:
-    """Index the shards of a folder that are new or of another size, and write `shards.json`.
-
-    Shows how far it is, and what was found. Raises DataError.
-    """
-    folder = Folder(place)
-    sizes = folder.sizes()
-    shards = sorted(name for name in sizes if name.endswith(".tar"))
-    if not shards:
-        raise DataError(f"data folder {folder} holds no .tar shard")
-    known = read_manifest(folder) if MANIFEST in sizes else {}
-    new = [
-        shard
-        for shard in shards
-        if index_name(shard) not in sizes or (shard in known and known[shard].size != sizes[shard])
-    ]
-    ignored = Counter[str]()
-    context = multiprocessing.get_context("spawn")  # clients of stores do not survive a fork
-    with ProcessPoolExecutor(workers, context) as pool:
-        indexed = pool.map(partial(index_shard, place), new, chunksize=4)
-        for of_shard in track(indexed, "shards", total=len(new), transient=True):
-            ignored += of_shard
-        counts = [*pool.map(partial(_samples_in, place), shards, chunksize=64)]
-    write_manifest(folder, {s: ShardSize(n, sizes[s]) for s, n in zip(shards, counts, strict=True)})
-    for suffix, count in ignored.most_common():
-        print(f"ignored {count:,} members .{suffix}, which no sample uses")
-    print(f"{folder}: {sum(counts):,} samples in {len(shards):,} shards, {len(new):,} of them new")
-
-
-def _samples_in(place: str, shard: str) -> int:
-    return samples_of(read_index(Folder(place), shard))
 
 
 def write_manifest(folder: Folder, shards: Mapping[str, ShardSize]) -> None:

@@ -198,6 +198,7 @@ class ShardFolder:
         parts = _parts()
         for member in members:
             offset, size = int(member["offset"]) - start, int(member["size"])
+            self._check_header(number, content[offset - BLOCK_BYTES : offset], size)
             parts[int(member["kind"])].append(content[offset : offset + size])
         numbers = members["number"][members["kind"] == PICTURE].tolist()
         if len(numbers) > MAX_PICTURES:
@@ -249,11 +250,23 @@ class ShardFolder:
         try:
             return _key_of(header)
         except tarfile.HeaderError as error:
-            shard = self._name(self._shard_of(number))
-            raise BadSampleError(
-                f"sample {self.locate(number)} is not where its index says; delete "
-                f"{index_name(shard)} and run `megavlm data index {self._place}`"
-            ) from error
+            raise BadSampleError(self._misplaced(number)) from error
+
+    def _check_header(self, number: int, header: bytes, size: int) -> None:
+        """Raise BadSampleError unless this is the header of a member of this size."""
+        try:
+            found = tarfile.TarInfo.frombuf(header, "utf-8", "replace").size
+        except tarfile.HeaderError:
+            found = None
+        if found != size:
+            raise BadSampleError(self._misplaced(number))
+
+    def _misplaced(self, number: int) -> str:
+        name = index_name(self._name(self._shard_of(number)))
+        return (
+            f"sample {self.locate(number)} is not where its index says; delete {name} and run "
+            f"`megavlm data index {self._place}`"
+        )
 
     def _folder(self) -> Folder:
         """Of this process: clients of object stores do not survive a fork."""
@@ -282,7 +295,8 @@ class ShardFolder:
             members = read_index(self._folder(), self._name(shard), size)
             self._open[shard] = _OpenShard(members, *_sizes_in(members, samples))
             if len(self._open) > self._most_open:
-                self._open.popitem(last=False)
+                closed, _ = self._open.popitem(last=False)
+                self._folder().forget(index_name(self._name(closed)))
         self._open.move_to_end(shard)
         return self._open[shard]
 

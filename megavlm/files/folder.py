@@ -2,11 +2,11 @@
 
 import io
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any, NamedTuple, cast
 from uuid import uuid4
 
 import numpy as np
@@ -16,6 +16,7 @@ from fsspec.implementations.local import LocalFileSystem
 from numpy.typing import NDArray
 
 from megavlm.errors import StorageError
+from megavlm.files.copies import copy_path, have_copy
 from megavlm.files.ranges import Range, RangeReader
 
 WRITE_REMEDY = (
@@ -28,6 +29,15 @@ WRITE_BYTES = 16 << 20
 """At once: a file in an object store keeps a copy until it has enough for a request."""
 MAX_SMALL_BYTES = 100_000_000
 """Of a file that is read whole; the `state.json` of 30.5 billion parameters has 0.4 MB."""
+
+
+class Entry(NamedTuple):
+    """What a folder's listing tells of a file."""
+
+    size: int
+    """Bytes."""
+    modified: float
+    """When it was written, in seconds; 0 if that is not told."""
 
 
 class Folder:
@@ -47,6 +57,7 @@ class Folder:
         except (ImportError, ValueError) as error:
             raise StorageError(f"cannot use folder {self.place}: {error}") from error
         self._fs: Any = fs
+        self._copies: dict[str, str] = {}
         self.is_local = isinstance(fs, LocalFileSystem)
         # Paths of object stores start with a bucket.
         self._in_bucket = not self._root.startswith("/")
@@ -70,6 +81,10 @@ class Folder:
 
     def sizes(self) -> dict[str, int]:
         """Of the files and folders in it, in bytes, by name; none if it does not exist."""
+        return {name: entry.size for name, entry in self.entries().items()}
+
+    def entries(self) -> dict[str, Entry]:
+        """The files and folders in it, by name; none if it does not exist."""
         self._fs.invalidate_cache()  # others write here, too
         with _told(f"cannot list {self}", READ_REMEDY):
             try:
@@ -77,7 +92,7 @@ class Folder:
             except FileNotFoundError:
                 return {}
         # Of a file, and of a bucket's key that ends with a slash, stores list itself.
-        paths = {entry["name"].rstrip("/"): entry["size"] for entry in entries}
+        paths = {entry["name"].rstrip("/"): _entry(entry) for entry in entries}
         return {path.rpartition("/")[2]: paths[path] for path in paths if path != self._root}
 
     def names(self) -> list[str]:
@@ -115,13 +130,24 @@ class Folder:
         return content
 
     def mapped(self, name: str) -> NDArray[np.uint8]:
-        """A small file, whole; mapped into memory if it is a local one, and none stays open."""
-        if not self.is_local:
-            return np.frombuffer(self.read(name), np.uint8)
-        path = self._path(name)
+        """A small file, whole, mapped into memory; none stays open.
+
+        Of one in an object store it is a copy, which all processes of this machine share until one
+        of them calls `forget`.
+        """
         with _told(f"cannot read {self}/{name}", READ_REMEDY):
+            path = self._path(name)
+            if not self.is_local:
+                copy = copy_path(f"{self}/{name} {self._fs.ukey(path)}")
+                have_copy(copy, lambda: self.read(name))
+                path = self._copies[name] = str(copy)
             # numpy's and Python's maps each keep their file open, and a process may have few.
             return torch.from_file(path, size=os.path.getsize(path), dtype=torch.uint8).numpy()
+
+    def forget(self, name: str) -> None:
+        """Delete the copy of an object store's file that `mapped` has made; maps of it stay."""
+        with suppress(KeyError, FileNotFoundError):
+            os.unlink(self._copies.pop(name))
 
     def open(self, name: str, mode: str, ranges: Iterable[Range] = ()) -> IO[bytes]:
         """A file, for reading ("rb") or writing anew ("wb").
@@ -267,6 +293,11 @@ def sync_path(path: str | Path) -> None:
 def sync(file: Any) -> None:
     """Have what was written to a file on its disk, if it is a local one."""
     file.sync()
+
+
+def _entry(listed: Mapping[str, Any]) -> Entry:
+    modified: Any = listed.get("mtime") or listed.get("LastModified") or 0.0
+    return Entry(listed["size"], modified if isinstance(modified, float) else modified.timestamp())
 
 
 @contextmanager

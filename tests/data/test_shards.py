@@ -1,7 +1,6 @@
 import io
 import json
 import os
-import re
 import tarfile
 from collections import Counter
 
@@ -9,7 +8,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from megavlm.__main__ import main
 from megavlm.data.index import (
     ShardSize,
     index_tar,
@@ -116,13 +114,6 @@ def test_an_index_that_is_no_whole_array(folder, content):
     path.write_bytes(path.read_bytes()[:-1] if content == "cut" else content)
     with pytest.raises(DataError, match=r"000000\.index\.npy is broken: "):
         ShardFolder(folder).read(0)
-
-
-def test_the_command_names_a_broken_index(folder, capsys):
-    (folder / "000001.index.npy").write_bytes(b"no array")
-    assert main(["data", "index", str(folder), "--workers", "1"]) == 2
-    [line] = capsys.readouterr().err.splitlines()
-    assert re.search(r"000001\.index\.npy is broken: .*; delete it and run `megavlm data", line)
 
 
 def test_no_file_stays_open(folder):
@@ -284,13 +275,3 @@ def _write_tar(folder, members):
     write_index(Folder(folder), "0.tar", members)
     size = ShardSize(samples_of(members), (folder / "0.tar").stat().st_size)
     write_manifest(Folder(folder), {"0.tar": size})
-
-
-def test_a_foreign_folder_is_indexed_by_the_command(folder, tmp_path, capsys):
-    before = [ShardFolder(folder).read(n) for n in range(15)]
-    for path in (*folder.glob("*.index.npy"), folder / "shards.json"):
-        path.unlink()
-    assert main(["data", "index", str(folder), "--workers", "1"]) == 0
-    assert "15 samples in 3 shards, 3 of them new" in capsys.readouterr().out
-    assert [ShardFolder(folder).read(n) for n in range(15)] == before
-    ShardFolder(folder).check_sizes()
