@@ -24,8 +24,10 @@ SHARED = (
 )
 """Settings that all stages of a run have in common."""
 
+ONLY_STAGE = "training"
+"""Name of the stage of a run file that lists none."""
+
 _STAGE_NAME = re.compile(r"[a-z0-9_]+")
-_ONLY_STAGE = "training"  # of a run file that lists none
 
 
 def load_plan(path: Path, overrides: Sequence[str] = ()) -> Plan:
@@ -84,7 +86,7 @@ class _UniqueKeys(yaml.SafeLoader):
 
 def _stages(path: Path, tree: Tree) -> dict[str, Tree]:
     """The settings in which each stage differs, by its name."""
-    stages: Any = tree.get("stages", {_ONLY_STAGE: {}})
+    stages: Any = tree.get("stages", {ONLY_STAGE: {}})
     if not isinstance(stages, dict) or not stages:
         raise ConfigError(f"{path}: stages must map names of stages to their settings")
     for name, changes in cast(dict[Any, Any], stages).items():
@@ -112,7 +114,7 @@ def _require_effect(
     """
     section, *place = name.split(".")
     if section == "stages" and place:
-        if changes_by_stage == {_ONLY_STAGE: {}}:
+        if changes_by_stage == {ONLY_STAGE: {}}:
             raise ConfigError(
                 f"override {override!r}: the run file lists no stages; leave out stages.{place[0]}"
             )

@@ -103,7 +103,7 @@ def largest_part(candidate: Candidate) -> str:
     fullest = candidate.fullest
     sizes = asdict(fullest)
     name = max(sizes, key=lambda name: sizes[name])
-    stages = [stage for stage, memory in candidate.other_stages.items() if memory is fullest]
+    stages = [stage for stage, c in candidate.other_stages.items() if c.fullest is fullest]
     part = name.replace("gathered", "gathered weights").replace("optimizer", "optimiser states")
     return f"{sizes[name] / GIB:.0f} GiB of {part}" + "".join(f" in {stage}" for stage in stages)
 

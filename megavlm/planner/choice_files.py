@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from megavlm.config.load import load_plan
-from megavlm.dist.launch import sbatch_script
+from megavlm.dist.launch import read_hostfile, sbatch_script
 from megavlm.errors import ConfigError
 from megavlm.planner.memory_picture import draw_memory, labels_of
 from megavlm.planner.predict import predict
@@ -25,24 +25,26 @@ def make_folder(folder: Path) -> None:
 def write_choice(
     best: Candidate,
     tokens_per_text: float,
-    hosts: dict[str, int],
+    hosts: dict[str, int] | None,
     run_file: Path,
     changes: Sequence[str],
     folder: Path,
 ) -> list[Path]:
     """Write pictures and files of a layout; their paths.
 
-    hosts: slots by host. changes: overrides of the run file that give the layout.
+    hosts: slots by host, for a hostfile, if one is wanted; what has as many slots stays, since
+    names may have been filled in. changes: overrides of the run file that give the layout.
     Raises ConfigError where they cannot be written.
     """
     run, cluster = best.run, best.cluster
     step, memory = folder / "step.svg", folder / "memory.svg"
     texts = {
-        HOSTFILE: "".join(f"{host} slots={slots}\n" for host, slots in hosts.items()),
         "run.sbatch": sbatch_script(
             load_plan(run_file, changes), cluster.hosts, cluster.gpus_per_host, run_file, changes
-        ),
+        )
     }
+    if hosts is not None and not _has_slots(folder / HOSTFILE, hosts):
+        texts[HOSTFILE] = "".join(f"{host} slots={slots}\n" for host, slots in hosts.items())
     if run.engine == "zero3":
         texts["deepspeed.json"] = deepspeed_json(run)
     with _told(folder):
@@ -51,6 +53,11 @@ def write_choice(
         for name, text in texts.items():
             (folder / name).write_text(text)
     return [step, memory, *(folder / name for name in texts)]
+
+
+def _has_slots(hostfile: Path, hosts: dict[str, int]) -> bool:
+    """Whether a hostfile is there that has as many slots on as many hosts."""
+    return hostfile.exists() and [*read_hostfile(hostfile).values()] == [*hosts.values()]
 
 
 @contextmanager

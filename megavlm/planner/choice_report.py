@@ -7,6 +7,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from megavlm.config.load import ONLY_STAGE
 from megavlm.config.objectives import is_pretraining
 from megavlm.config.plan import Plan, Stage
 from megavlm.config.run import RunSettings, data_parallel_ranks, samples_per_micro_batch
@@ -31,9 +32,7 @@ from megavlm.planner.search import (
     Candidate,
     Found,
     candidate_of,
-    fastest_in,
     planned_stage,
-    predicted_stages,
     search,
 )
 from megavlm.planner.work import tokens_of
@@ -77,12 +76,7 @@ def print_choice(
     _print_lines(console, [*legend, "", *told])
     best = found.best
     console.print(f"\nChosen: {layout_name(best.run)}", style="bold")
-    by_stage = {planned.name: best}
-    for stage in predicted_stages(plan):
-        if stage is not planned:
-            other = fastest_in(best.run, stage.run, cluster, tokens_per_text)
-            assert other is not None  # the search has seen to it
-            by_stage[stage.name] = other
+    by_stage = {planned.name: best, **best.other_stages}
     _print_lines(console, [*_stage_lines(plan, by_stage), *_in_hosts(best)])
     changes = _changes(plan, by_stage, given)
     named = hostfile or (folder / HOSTFILE if folder else Path("HOSTFILE"))
@@ -94,16 +88,18 @@ def print_choice(
             how = f"replace {named} by your own; --out DIR writes a template"
         _print_lines(console, [how])
     if folder is not None:
-        written = write_choice(best, tokens_per_text, hosts, run_file, changes, folder)
+        template = hosts if hostfile is None else None
+        written = write_choice(best, tokens_per_text, template, run_file, changes, folder)
         _print_lines(console, [f"wrote {path}" for path in written])
 
 
 def _changes(plan: Plan, by_stage: dict[str, Candidate], given: Sequence[str]) -> list[str]:
     """The overrides that were given, but for those that the chosen layout changes, and its own."""
     changes: dict[str, str] = {}
+    lists_stages = [stage.name for stage in plan.stages] != [ONLY_STAGE]
     for stage in plan.stages:
         if stage.name in by_stage:
-            prefix = f"stages.{stage.name}." if len(plan.stages) > 1 else ""
+            prefix = f"stages.{stage.name}." if lists_stages else ""
             found = overrides(by_stage[stage.name].run, stage.run, prefix)
             changes |= {change.partition("=")[0]: change for change in found}
     return [*(o for o in given if o.partition("=")[0] not in changes), *changes.values()]
@@ -265,8 +261,9 @@ def _about_the_run(own: Candidate, found: Found, tokens_per_text: float) -> list
 
 
 def _in_hosts(candidate: Candidate) -> list[str]:
-    """What hosts must hold, besides loaders and the system."""
-    held = host_bytes(candidate.run, candidate.cluster)
+    """What hosts must hold in any stage, besides loaders and the system."""
+    stages = (candidate, *candidate.other_stages.values())
+    held = max(host_bytes(stage.run, stage.cluster) for stage in stages)
     told = f"Each host is predicted to hold {held / GIB:,.0f} GiB of what is offloaded"
     return [told] if held else []
 

@@ -81,14 +81,15 @@ def run_pipeline(
 
 def _ready(task: Pass, done: dict[Pass, float], chunks: int, send_seconds: float) -> float | None:
     """When what a pass needs is there; None while that is not known."""
-    if task.kind == "forward":
-        if task.chunk == 0:
+    kind, chunk, micro_batch = task
+    if kind == "forward":
+        if chunk == 0:
             return 0.0
-        needed, sent = task._replace(chunk=task.chunk - 1), send_seconds
-    elif task.chunk == chunks - 1:
-        needed, sent = task._replace(kind="forward"), 0.0
+        needed, sent = Pass(kind, chunk - 1, micro_batch), send_seconds
+    elif chunk == chunks - 1:
+        needed, sent = Pass("forward", chunk, micro_batch), 0.0
     else:
-        needed, sent = task._replace(chunk=task.chunk + 1), send_seconds
+        needed, sent = Pass(kind, chunk + 1, micro_batch), send_seconds
     return done[needed] + sent if needed in done else None
 
 

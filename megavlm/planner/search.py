@@ -34,18 +34,19 @@ class Candidate:
     """Of each pipeline rank."""
     prediction: Prediction
     """Without the spans of its step."""
-    other_stages: Mapping[str, Memory] = field(default_factory=dict)
-    """Of the fullest rank in each other stage of the plan whose memory is predicted."""
+    other_stages: "Mapping[str, Candidate]" = field(default_factory=dict)
+    """Of the same plan, in the same layout, by name; those that are predicted."""
 
     @property
     def fullest(self) -> Memory:
         """Of the rank that holds most, in the stage in which it does."""
-        return max((*self.memory, *self.other_stages.values()), key=_total)
+        others = (other.fullest for other in self.other_stages.values())
+        return max((*self.memory, *others), key=lambda memory: memory.total)
 
     @property
     def fits(self) -> bool:
         """Whether no GPU is predicted to run out of memory."""
-        return _fits(self.fullest, self.cluster)
+        return self.fullest.total <= FILLED * self.cluster.gpu.memory_bytes
 
     @property
     def rounds(self) -> bool:
@@ -105,12 +106,15 @@ def candidate_of(
     Raises ConfigError where one of them does not divide over the cluster's ranks.
     """
     _require_predictable(run)
-    others = _memory_by_stage(other_stages, run, cluster, tokens_per_text)
+    others = _others_in(run, other_stages, cluster, tokens_per_text, adapted=False)
     return _candidate(run, cluster, tokens_per_text, others)
 
 
 def _candidate(
-    run: RunSettings, cluster: Cluster, tokens_per_text: float, other_stages: Mapping[str, Memory]
+    run: RunSettings,
+    cluster: Cluster,
+    tokens_per_text: float,
+    other_stages: Mapping[str, Candidate],
 ) -> Candidate:
     prediction = predict(run, cluster, tokens_per_text)
     return Candidate(
@@ -123,49 +127,37 @@ def _candidate(
     )
 
 
-def _memory_by_stage(
-    stages: Sequence[Stage],
+def _others_in(
     layout: RunSettings,
+    stages: Sequence[Stage],
     cluster: Cluster,
     tokens_per_text: float,
     *,
-    adapted: bool = False,
-) -> dict[str, Memory]:
-    """Of the fullest rank in each stage in the layout of another; pre-training is not predicted.
+    adapted: bool,
+) -> dict[str, Candidate]:
+    """Other stages in a layout; pre-training is not predicted.
 
-    adapted: what does not divide or fit as it stands may have other micro-batches and
-    recomputation. Raises ConfigError, pre-training's too, where a stage does not divide.
+    adapted: in the micro-batches and with the recomputation that suit them there. Raises
+    ConfigError, pre-training's too, where a stage does not divide.
     """
-    found: dict[str, Memory] = {}
+    found: dict[str, Candidate] = {}
     for stage in stages:
-        predicted = not is_pretraining(stage.run.objectives)
-        refused = None
         try:
-            run = replace(stage.run, **_engine_of(layout))
-            samples_per_micro_batch(run.train, data_parallel_ranks(run, cluster.ranks))
-            if predicted:
-                found[stage.name] = max(memory_of(run, cluster, tokens_per_text), key=_total)
+            if is_pretraining(stage.run.objectives):
+                run = replace(stage.run, **_engine_of(layout))
+                samples_per_micro_batch(run.train, data_parallel_ranks(run, cluster.ranks))
+            elif adapted:
+                found[stage.name] = fastest_in(layout, stage.run, cluster, tokens_per_text)
+            else:
+                run = replace(stage.run, **_engine_of(layout))
+                found[stage.name] = candidate_of(run, cluster, tokens_per_text)
         except ConfigError as error:
-            refused = ConfigError(f"stages.{stage.name}: {error}")
-        if predicted and adapted and (refused or not _fits(found[stage.name], cluster)):
-            other = fastest_in(layout, stage.run, cluster, tokens_per_text)
-            if other is not None and (refused or other.fits):
-                found[stage.name], refused = other.fullest, None
-        if refused is not None:
-            raise refused
+            raise ConfigError(f"stages.{stage.name}: {error}") from error
     return found
-
-
-def _fits(memory: Memory, cluster: Cluster) -> bool:
-    return memory.total <= FILLED * cluster.gpu.memory_bytes
 
 
 def _engine_of(run: RunSettings) -> dict[str, Any]:
     return {name: getattr(run, name) for name in ("engine", "zero3", "fsdp2", "megatron")}
-
-
-def _total(memory: Memory) -> float:
-    return memory.total
 
 
 def _require_predictable(run: RunSettings) -> None:
@@ -196,7 +188,7 @@ def search(
         if not ways or ways[0].engine not in engines:
             continue
         try:
-            others = _memory_by_stage(other_stages, ways[0], cluster, tokens_per_text, adapted=True)
+            others = _others_in(ways[0], other_stages, cluster, tokens_per_text, adapted=True)
         except ConfigError as error:
             refused[_rule(error)] += len(ways)
             continue
@@ -214,10 +206,10 @@ def search(
 
 def fastest_in(
     layout: RunSettings, run: RunSettings, cluster: Cluster, tokens_per_text: float
-) -> Candidate | None:
+) -> Candidate:
     """A run in the layout of another, with the micro-batches and recomputation that suit it there.
 
-    None where it does not divide.
+    If none fits, the smallest. Raises ConfigError, for the run as it stands, where none divides.
     """
     found: list[Candidate] = []
     for way in _ways(run, **_engine_of(layout)):
@@ -225,7 +217,10 @@ def fastest_in(
             found.append(candidate_of(way, cluster, tokens_per_text))
         except ConfigError:
             continue
-    return min(found, key=_place, default=None)
+    if not found:
+        return candidate_of(replace(run, **_engine_of(layout)), cluster, tokens_per_text)
+    fitting = [candidate for candidate in found if candidate.fits]
+    return min(fitting, key=_place) if fitting else min(found, key=lambda c: c.fullest.total)
 
 
 def _rule(error: ConfigError) -> str:

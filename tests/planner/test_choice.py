@@ -184,8 +184,8 @@ def test_a_partition_of_all_ranks_is_plain_zero3():
 
 def test_another_stage_that_is_too_large_is_named():
     best = recipe.searched().best
-    larger = replace(best.fullest, activations=1000 * 2**30)
-    candidate = replace(best, other_stages={"pairs": best.fullest, "chats": larger})
+    larger = replace(best, memory=(replace(best.fullest, activations=1000 * 2**30),))
+    candidate = replace(best, other_stages={"pairs": best, "chats": larger})
     assert best.fits and not candidate.fits
     assert largest_part(candidate) == "1000 GiB of activations in chats"
     says = "does not fit: 1000 GiB of activations in chats"

@@ -14,7 +14,7 @@ from megavlm.config.load import load_plan
 from megavlm.config.run import data_parallel_ranks, samples_per_micro_batch
 from megavlm.dist.launch import read_hostfile
 from megavlm.planner.choice import layout_name
-from megavlm.planner.choice_report import _about_the_run, _what_travels
+from megavlm.planner.choice_report import _about_the_run, _in_hosts, _what_travels
 from megavlm.planner.hardware import H100_80, cluster_of, load_gpu, save_gpu
 from megavlm.planner.search import fastest_in, search
 from megavlm.planner.zero3 import with_bucket_sizes
@@ -112,6 +112,28 @@ def test_the_lines_start_what_was_chosen(capsys, run_file):
     assert "NCCL_SOCKET_IFNAME: set if" in yours and "OMP" not in yours
 
 
+def test_the_lines_change_the_one_stage_that_a_file_lists(capsys, tmp_path, run_file):
+    """Which sets itself what the chosen layout changes."""
+    tree = yaml.safe_load(run_file.read_text())
+    stages = {"pairs": {"train": {"micro_batches": 4, "recompute": "full"}}}
+    run_file.write_text(yaml.safe_dump(tree | {"stages": stages}))
+    told = told_of(capsys, run_file, *ON_TWO_HOSTS, "--out", tmp_path / "out")
+    best = search(load_plan(run_file).last, cluster_of("h100-80", 2, 4), TEXT).best
+    assert load_plan(run_file, launched(told)[3:]).last == best.run
+
+
+def test_a_hostfile_that_was_filled_in_stays(capsys, tmp_path, run_file):
+    hostfile = tmp_path / "hostfile"
+    for before, after in (
+        ("a slots=4\nb slots=4\n", {"a": 4, "b": 4}),
+        ("a slots=4\n", {"node-01": 4, "node-02": 4}),  # of a plan for other hosts
+    ):
+        hostfile.write_text(before)
+        told = told_of(capsys, run_file, *ON_TWO_HOSTS, "--out", tmp_path)
+        assert read_hostfile(hostfile) == after
+        assert (f"wrote {hostfile}\n" in told) == ("node-01" in after)
+
+
 @pytest.mark.parametrize("engine", ["zero3", "fsdp2"])
 def test_what_is_written(capsys, tmp_path, run_file, monkeypatch, engine):
     run = load_plan(run_file, [f"engine={engine}"]).last
@@ -171,6 +193,16 @@ def test_a_run_that_is_not_bound_is_told_no_remedy():
     assert not any(line.startswith("It is bound by communication") for line in told)
 
 
+def test_hosts_have_room_for_the_stage_that_offloads_most():
+    offloaded = ("zero3.offload_optimizer=cpu", "zero3.secondary_partition=1")
+    frozen = recipe.candidate(*offloaded, "train.frozen=[encoder, decoder]")
+    whole = recipe.candidate(*offloaded)
+    [of_frozen], [of_whole] = _in_hosts(frozen), _in_hosts(whole)
+    assert of_frozen != of_whole == "Each host is predicted to hold 35 GiB of what is offloaded"
+    assert _in_hosts(replace(frozen, other_stages={"chats": whole})) == [of_whole]
+    assert _in_hosts(replace(whole, other_stages={"pairs": frozen})) == [of_whole]
+
+
 def test_a_run_that_does_not_divide_as_it_stands_is_planned_all_the_same(capsys, run_file):
     told = told_of(capsys, run_file, *ON_TWO_HOSTS, "train.micro_batches=16")
     says = "As it stands, it is not compared: train.samples_per_step=32 is not divisible by"
@@ -201,6 +233,8 @@ def test_the_longest_stage_is_planned_and_all_are_told_and_can_run(capsys, run_f
     best = search(pairs.run, cluster, TEXT, other_stages=[start, chats]).best
     other = fastest_in(best.run, chats.run, cluster, TEXT)
     assert [stage.run for stage in plan.stages[1:]] == [best.run, other.run]
+    [shown] = [row for row in rows_of(told) if row[-1] == "chosen"]
+    assert shown[3] == f"{max(best.fullest.total, other.fullest.total) / 2**30:.1f}"
     says = "stages: pairs is planned, the longest that is predicted; start is checked to divide "
     assert f"{says}only; chats is checked to divide and to fit" in told
     for name, candidate, steps in (("pairs", best, "1,000"), ("chats", other, "10")):
@@ -312,7 +346,7 @@ def test_a_hostfile_tells_the_hosts(capsys, tmp_path, run_file):
     assert "Predicted for 2 hosts of 4 x H200 141 GB (131 GiB)" in told
     assert told.count(f" --hostfile {hostfile}") == 2 and "has lines such as" not in told
     assert "--rdzv-endpoint=a:" in told and "node-01" not in told
-    assert read_hostfile(folder / "hostfile") == {"a": 4, "b": 4}
+    assert not (folder / "hostfile").exists()
     same = told_of(capsys, run_file, *arguments[:3], "--hosts", "2", "--gpus-per-host", "4")
     assert rows_of(told) == rows_of(same)
     assert told.partition("Predicted")[0] == same.partition("Predicted")[0]

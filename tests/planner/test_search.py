@@ -254,6 +254,14 @@ def test_all_stages_of_a_plan_fit():
     longest = stage("data.row_tokens=16384", "train.micro_batches=1", "train.samples_per_step=64")
     neither = search(tiny(), cluster, TEXT, ["fsdp2"], other_stages=[longest])
     assert not any(c.fits for c in neither.ranked) and neither.chosen is None
+    # Then it is taken as it needs least, which the error tells.
+    least = {c.other_stages["other"].fullest.total for c in neither.ranked}
+    for recompute in ("none", "selective", "full"):
+        train = replace(longest.run.train, recompute=recompute)
+        same = replace(longest.run, engine="fsdp2", train=train)
+        assert candidate_of(same, cluster, TEXT).fullest.total >= min(least)
+    with pytest.raises(ConfigError, match=f"smallest needs {min(least) / 2**30:.0f} GiB"):
+        _ = neither.best
 
 
 def test_the_longest_stage_is_planned():
