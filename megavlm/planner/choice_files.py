@@ -14,6 +14,7 @@ from megavlm.planner.search import Candidate
 from megavlm.planner.step_picture import draw_step
 
 HOSTFILE = "hostfile"
+DEEPSPEED_JSON = "deepspeed.json"
 
 
 def make_folder(folder: Path) -> None:
@@ -46,8 +47,9 @@ def write_choice(
     if hosts is not None and not _has_slots(folder / HOSTFILE, hosts):
         texts[HOSTFILE] = "".join(f"{host} slots={slots}\n" for host, slots in hosts.items())
     if run.engine == "zero3":
-        texts["deepspeed.json"] = deepspeed_json(run)
+        texts[DEEPSPEED_JSON] = deepspeed_json(run)
     with _told(folder):
+        (folder / DEEPSPEED_JSON).unlink(missing_ok=True)  # of an earlier choice
         draw_step(predict(run, cluster, tokens_per_text), run, cluster, step)
         draw_memory(best.memory, labels_of(run, cluster), cluster, memory)
         for name, text in texts.items():

@@ -181,6 +181,14 @@ def _legend(
         rest = sum(found.refused.values())
         such = f"such as {count:,} in which" if count < rest else "all because"
         told.append(f"{rest:,} more are refused, {such} {rule}")
+    ranks = found.ranked[0].cluster.ranks
+    samples = planned.run.train.samples_per_step
+    if samples % ranks:
+        below, above = samples // ranks * ranks or ranks, (samples // ranks + 1) * ranks
+        told.append(
+            f"train.samples_per_step={samples} does not divide among {ranks} GPUs, so that ZeRO-3, "
+            f"FSDP2 and all copies of one GPU are out; compare with {below} or {above}"
+        )
     told.append(
         "batch: micro-batches x samples of one; GiB: of the fullest GPU, CUDA and NCCL included; "
         "MFU: model FLOPs on real tokens over the GPUs' peak"

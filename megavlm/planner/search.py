@@ -184,6 +184,7 @@ def search(
     _require_predictable(run)
     ranked: list[Candidate] = []
     refused: Counter[str] = Counter()
+    told: dict[str, str] = {}
     for ways in _layouts(run, cluster):
         if not ways or ways[0].engine not in engines:
             continue
@@ -191,16 +192,17 @@ def search(
             others = _others_in(ways[0], other_stages, cluster, tokens_per_text, adapted=True)
         except ConfigError as error:
             refused[_rule(error)] += len(ways)
+            told.setdefault(_rule(error), str(error))
             continue
         for way in ways:
             try:
                 ranked.append(_candidate(way, cluster, tokens_per_text, others))
             except ConfigError as error:
                 refused[_rule(error)] += 1
+                told.setdefault(_rule(error), str(error))
     if not ranked:
-        raise ConfigError(
-            f"no layout divides: {refused.most_common(1)[0][0]}; change the batch or the hosts"
-        )
+        rule, _ = refused.most_common(1)[0]
+        raise ConfigError(f"no layout divides: {told[rule]}; or change the hosts")
     return Found(sorted(ranked, key=_place), refused)
 
 
