@@ -140,6 +140,8 @@ def test_what_is_written(capsys, tmp_path, run_file, monkeypatch, engine):
     chosen = search(run, cluster_of("h100-80", 2, 4), TEXT, [engine])
     monkeypatch.setattr("megavlm.planner.choice_report.search", lambda *_, **__: chosen)
     folder = tmp_path / "new" / "out"
+    folder.mkdir(parents=True)
+    (folder / "deepspeed.json").write_text("of an earlier choice")
     told = told_of(capsys, run_file, *ON_TWO_HOSTS, "--out", folder, f"engine={engine}")
     names = {"step.svg", "memory.svg", "hostfile", "run.sbatch"}
     names |= {"deepspeed.json"} if engine == "zero3" else set()
@@ -208,6 +210,14 @@ def test_a_run_that_does_not_divide_as_it_stands_is_planned_all_the_same(capsys,
     says = "As it stands, it is not compared: train.samples_per_step=32 is not divisible by"
     assert says in told and "(as it stands)" not in told
     assert load_plan(run_file, launched(told)[3:]).last.train.micro_batches == 1
+
+
+def test_a_batch_that_keeps_layouts_out_is_told_with_its_neighbours(capsys, run_file):
+    batch = ("train.samples_per_step=36", "train.micro_batches=1")
+    told = told_of(capsys, run_file, *ON_TWO_HOSTS, "megatron.tensor_parallel=2", *batch)
+    assert "samples_per_step=36 does not divide among 8 GPUs, so that ZeRO-3, FSDP2" in told
+    assert "are out; compare with 32 or 40\n" in told
+    assert "does not divide among" not in told_of(capsys, run_file, *ON_TWO_HOSTS)
 
 
 def test_the_longest_stage_is_planned_and_all_are_told_and_can_run(capsys, run_file):
@@ -343,7 +353,7 @@ def test_a_hostfile_tells_the_hosts(capsys, tmp_path, run_file):
     # It would not divide over these hosts as it stands, and is planned all the same.
     arguments = ("train.micro_batches=16", "--gpu", "h200", "--out", folder)
     told = told_of(capsys, run_file, *arguments, "--hostfile", hostfile)
-    assert "Predicted for 2 hosts of 4 x H200 141 GB (131 GiB)" in told
+    assert "Predicted for 2 hosts of 4 x H200 141 GB (141 GiB)" in told
     assert told.count(f" --hostfile {hostfile}") == 2 and "has lines such as" not in told
     assert "--rdzv-endpoint=a:" in told and "node-01" not in told
     assert not (folder / "hostfile").exists()
