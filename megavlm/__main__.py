@@ -243,6 +243,43 @@ def _index(_: None, options: argparse.Namespace) -> None:
     index_folder(options.folder, options.workers)
 
 
+def _data_inspect(plan: Plan | None, options: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from megavlm.data.inspect import inspect_folder, layouts_of, micro_batches_of
+    from megavlm.data.inspect_report import print_folder, write_page
+    from megavlm.data.tokenizer import Tokenizer
+
+    folders = options.sources
+    if plan and not folders:
+        settings = [
+            s for stage in plan.stages for s in (*stage.run.data.train, stage.run.data.heldout)
+        ]
+        folders = [*dict.fromkeys(source.folder for source in settings)]
+    if not folders:
+        raise ConfigError("name a folder of shards, or with --run the run whose folders to look at")
+    if options.html and not options.html.parent.is_dir():
+        raise DataError(f"cannot write page {options.html}: there is no folder to write it to")
+    path = options.tokenizer or (plan and plan.first.data.tokenizer)
+    tokenizer = Tokenizer(path) if path else None
+    layouts, micro_batches = layouts_of(plan), micro_batches_of(plan, options.ranks)
+    console, reports = Console(), []
+    for folder in folders:
+        reports.append(
+            inspect_folder(
+                folder,
+                samples=options.samples,
+                tokenizer=tokenizer,
+                layouts=layouts,
+                micro_batches=micro_batches,
+            )
+        )
+        print_folder(reports[-1], console)
+    if options.html:
+        write_page(reports, options.html)
+        print(f"page: {options.html}")
+
+
 def _generate(plan: Plan, options: argparse.Namespace) -> None:
     from megavlm.dist.groups import process_groups
     from megavlm.infer.generate import Request, generate
@@ -334,7 +371,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Options, and overrides wherever they stand among them."""
     parser = _parser()
     options, options.overrides = parser.parse_known_args(arguments)
-    if options.command is _convert:  # its sources are as free as overrides are
+    if options.command in (_convert, _data_inspect):  # sources are as free as overrides are
         words = [*options.sources, *options.overrides]
         options.sources = [w for w in words if not w.startswith("-") and not OVERRIDE.match(w)]
         options.overrides = [w for w in words if w not in options.sources]
@@ -381,6 +418,16 @@ def _parser() -> argparse.ArgumentParser:
     index.add_argument("folder", help="or the URL of one in an object store")
     index.add_argument("--workers", type=_positive, default=os.cpu_count(), help="processes")
     index.set_defaults(command=_index, run_file=None)
+    inspect = actions.add_parser("inspect", help="show what folders of shards hold")
+    inspect.add_argument("sources", nargs="*", metavar="FOLDER", help="or URL; or those of --run")
+    inspect.add_argument(
+        "--run", dest="run_file", type=Path, help="whose texts and packing to show"
+    )
+    inspect.add_argument("--tokenizer", type=Path, help="that counts tokens, if not the run's")
+    inspect.add_argument("--ranks", type=_positive, default=1, help="copies of the run's model")
+    inspect.add_argument("--samples", type=_positive, default=2_000, help="to read, evenly spaced")
+    inspect.add_argument("--html", type=Path, metavar="PAGE", help="write a page, with pictures")
+    inspect.set_defaults(command=_data_inspect)
     convert = commands.add_parser(
         "convert",
         help="convert checkpoints between formats, with a certificate",
