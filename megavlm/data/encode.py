@@ -46,7 +46,7 @@ def _parts(lines: Iterator[str]) -> Iterator[list[str]]:
 
 def _encoded(model: Path, pieces: bool, lines: list[str]) -> str:
     tokenizer, words = _open(model, pieces)
-    encoded = tokenizer.encode_batch(lines)
+    encoded = map(tokenizer.encode, lines)
     return "".join(f"{' '.join([words[token] for token in tokens])}\n" for tokens in encoded)
 
 

@@ -18,6 +18,12 @@ BYTE_PIECES = 256
 # unknown, begin, end, padding, the control symbols and the bytes, before any learned piece
 RESERVED_PIECES = 4 + len(CONTROL_SYMBOLS) + BYTE_PIECES
 
+SPACE = "\u2581"
+KNOWN_WORDS = 1 << 16
+"""At most so many words are remembered, some 15 MB; then it begins anew."""
+LONGEST_WORD = 24
+"""Characters; what is longer, as a sentence in Japanese, hardly comes again."""
+
 VOCABULARY = 64_000
 SEED_TEXTS = 10**7
 """A tokenizer is trained on at most so many lines."""
@@ -38,7 +44,7 @@ class Piece(NamedTuple):
     """One entry of the vocabulary."""
 
     text: str
-    """Its spaces are U+2581."""
+    """With SPACE for a space."""
     kind: str
     """unknown, control, byte or learned."""
 
@@ -65,6 +71,9 @@ class Tokenizer:
                 f"tokenizer {path} must number its begin, end and padding symbols {BEGIN}, {END} "
                 f"and {PADDING}; train it with `megavlm tokenizer train`"
             )
+        self._words: dict[str, list[int]] = {}
+        """Tokens of words: captions have the same few again and again."""
+        self._by_words = self._never_crosses_spaces()
         self.image, self.user, self.assistant = (self._symbol(s, path) for s in CONTROL_SYMBOLS)
 
     @property
@@ -78,17 +87,14 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Tokens of a text; raises BadSampleError for one with lone surrogates."""
-        try:
-            return self._pieces.encode(text)
-        except RuntimeError as error:
-            raise BadSampleError(NO_CHARACTER) from error
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """The same of many texts in one call, which is faster; on one core."""
-        try:
-            return self._pieces.encode(list(texts), num_threads=1)
-        except TypeError as error:
-            raise BadSampleError(NO_CHARACTER) from error
+        if not self._by_words:
+            return self._new(text)
+        first, *later = text.split(" ")
+        tokens = [*(self._words.get(first) or self._new(first))]
+        for word in later:
+            word = f" {word}"
+            tokens += self._words.get(word) or self._new(word)
+        return tokens
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of the tokens; control symbols and padding leave no trace."""
@@ -106,6 +112,29 @@ class Tokenizer:
         """Tokens of a chat's turn up to where its answer begins."""
         begin = [BEGIN] if first else []
         return [*[self.image] * images, *begin, self.user, *self.encode(prompt), self.assistant]
+
+    def _new(self, word: str) -> list[int]:
+        """Tokens of a word that is not known yet, or of a whole text, by SentencePiece."""
+        try:
+            tokens: list[int] = self._pieces.encode(word)
+        except RuntimeError as error:
+            raise BadSampleError(NO_CHARACTER) from error
+        if len(word) <= LONGEST_WORD:
+            if len(self._words) == KNOWN_WORDS:
+                self._words.clear()
+            self._words[word] = tokens
+        return tokens
+
+    def _never_crosses_spaces(self) -> bool:
+        """Whether the tokens of a text are those of its words, one after the other.
+
+        So it is when no piece has a space after its first character, and nothing is normalised.
+        """
+        probe = "  \uff21\u3000b "  # a full-width letter, an ideographic space
+        normal: str = self._pieces.normalize(probe)
+        return normal == probe.replace(" ", SPACE) and not any(
+            SPACE in piece.text[1:] for piece in self.pieces()
+        )
 
     def _kind(self, number: int) -> str:
         model = self._pieces

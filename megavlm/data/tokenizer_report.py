@@ -5,7 +5,6 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import islice
 from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
@@ -20,7 +19,6 @@ LONGEST = 12
 EXAMPLES = 6
 FEW_PIECES = 10
 """Scripts with fewer are counted together."""
-TEXTS_AT_ONCE = 1_000
 ALL = "all"
 NO_LETTERS = "no letters"
 # Of names of characters in Unicode, where their first word is not their script.
@@ -54,33 +52,24 @@ def figures_by_script(tokenizer: Tokenizer, texts: Iterable[str]) -> dict[str, T
     """
     is_byte = [piece.kind == "byte" for piece in tokenizer.pieces()]
     by_script: defaultdict[str, TextFigures] = defaultdict(TextFigures)
-    texts = iter(texts)
-    while part := [*islice(texts, TEXTS_AT_ONCE)]:
-        for text, tokens in _encoded(tokenizer, part):
-            figures = TextFigures(
-                texts=1,
-                characters=len(text),
-                tokens=len(tokens),
-                bytes=sum(is_byte[token] for token in tokens),
-                unknown=tokens.count(UNKNOWN),
-                changed=tokenizer.decode(tokens) != text,
-            )
-            by_script[script_of(text)].add(figures)
+    for text in texts:
+        try:
+            tokens = tokenizer.encode(text)
+        except BadSampleError:  # no text to begin with
+            tokens = [UNKNOWN]
+        figures = TextFigures(
+            texts=1,
+            characters=len(text),
+            tokens=len(tokens),
+            bytes=sum(is_byte[token] for token in tokens),
+            unknown=tokens.count(UNKNOWN),
+            changed=tokenizer.decode(tokens) != text,
+        )
+        by_script[script_of(text)].add(figures)
     total = TextFigures()
     for figures in by_script.values():
         total.add(figures)
     return dict(sorted(by_script.items(), key=lambda item: -item[1].texts)) | {ALL: total}
-
-
-def _encoded(tokenizer: Tokenizer, texts: list[str]) -> Iterator[tuple[str, list[int]]]:
-    try:
-        yield from zip(texts, tokenizer.encode_batch(texts), strict=True)
-    except BadSampleError:  # one of them; its neighbours are looked at
-        for text in texts:
-            try:
-                yield text, tokenizer.encode(text)
-            except BadSampleError:
-                yield text, [UNKNOWN]
 
 
 def script_of(text: str) -> str:

@@ -21,7 +21,7 @@ def test_a_line_of_numbers_for_each_line(model, monkeypatch):
     lines = "".join(encode_lines(model, LINES)).split("\n")
     assert lines.pop() == ""
     tokenizer = Tokenizer(model)
-    assert [[*map(int, line.split())] for line in lines] == tokenizer.encode_batch(LINES)
+    assert [[*map(int, line.split())] for line in lines] == [tokenizer.encode(t) for t in LINES]
     pieces = "".join(encode_lines(model, ["a red square"], pieces=True))
     assert pieces.replace(" ", "").replace("▁", " ") == "a red square\n"
 
