@@ -45,7 +45,7 @@ $(DATA)/summary.json: tools/make_sample_data.py | setup packages
 # Two ranks on the CPUs, or one on each of up to two GPUs.
 demo: data
 	@mkdir -p runs/demo
-	@[ -f runs/demo/tokenizer.model ] || megavlm tokenizer $(DEMO)
+	@[ -f runs/demo/tokenizer.model ] || megavlm tokenizer train $(DEMO)
 	@python -c "import torch; print('localhost slots=%d' % (min(2, torch.cuda.device_count()) or 2))" \
 	  > runs/demo/hostfile
 	megavlm train $(DEMO) --hostfile runs/demo/hostfile

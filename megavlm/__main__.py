@@ -34,6 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         warnings.filterwarnings("ignore", module=rf"{module}\.")
     try:
         plan = load_plan(options.run_file, options.overrides) if options.run_file else None
+        if options.overrides and plan is None:
+            raise ConfigError(_without_run_file(options))
         options.command(plan, options)
     except MegavlmError as error:
         rank = os.environ.get("RANK")
@@ -181,18 +183,58 @@ def _dryrun(plan: Plan, options: argparse.Namespace) -> None:
     )
 
 
-def _tokenizer(plan: Plan, options: argparse.Namespace) -> None:
-    from megavlm.config.data import SourceSettings
-    from megavlm.data.sources import Sources
-    from megavlm.data.tokenizer import train_tokenizer
+def _tokenizer_train(plan: Plan | None, options: argparse.Namespace) -> None:
+    from megavlm.data.texts import read_texts
+    from megavlm.data.tokenizer import SEED_TEXTS, VOCABULARY, train_tokenizer
 
-    run = plan.first
-    # Each folder once, and all its tasks, whatever the stages take from it.
-    folders = {source.folder: None for stage in plan.stages for source in stage.run.data.train}
-    texts = Sources([SourceSettings(folder=f) for f in folders], run.seed).readable_texts()
-    parts = (part for text in texts for turn in text.turns for part in (turn.prompt, turn.answer))
-    train_tokenizer(parts, run.data.tokenizer, run.model.decoder.vocabulary)
-    print(f"tokenizer of {run.model.decoder.vocabulary} pieces: {run.data.tokenizer}")
+    if plan:
+        for name, setting in (
+            ("out", "data.tokenizer"),
+            ("vocabulary", "model.decoder.vocabulary"),
+        ):
+            if getattr(options, name):
+                raise ConfigError(f"--{name} is {setting} of {options.run_file}; set that instead")
+        run = plan.first
+        # Each folder once, and all its tasks, whatever the stages take from it.
+        folders = {source.folder: None for stage in plan.stages for source in stage.run.data.train}
+        places, out = options.texts or [*folders], run.data.tokenizer
+        vocabulary = run.model.decoder.vocabulary
+    elif options.texts and options.out:
+        places, out = options.texts, options.out
+        vocabulary = options.vocabulary or VOCABULARY
+    else:
+        raise ConfigError("name a run file, or with --texts what to train on and --out a new file")
+    train_tokenizer(read_texts(places, samples=SEED_TEXTS), out, vocabulary)
+    print(f"tokenizer of {vocabulary} pieces: {out}")
+
+
+def _tokenizer_encode(_: None, options: argparse.Namespace) -> None:
+    from megavlm.data.encode import encode_lines
+    from megavlm.data.texts import decoded_lines
+
+    is_standard_input = str(options.file) == "-"
+    try:
+        file = sys.stdin.buffer if is_standard_input else options.file.open("rb")
+    except OSError as error:
+        raise DataError(f"cannot read {options.file}: {error.strerror}") from error
+    place = "standard input" if is_standard_input else str(options.file)
+    lines = decoded_lines(file, place)
+    try:
+        for part in encode_lines(
+            options.model, lines, workers=options.workers, pieces=options.pieces
+        ):
+            sys.stdout.buffer.write(part.encode())
+        sys.stdout.buffer.flush()
+    except BrokenPipeError:  # its reader has seen enough, as `head` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _tokenizer_inspect(_: None, options: argparse.Namespace) -> None:
+    from megavlm.data.texts import read_texts
+    from megavlm.data.tokenizer_report import print_tokenizer
+
+    texts = read_texts(options.texts, options.samples) if options.texts else None
+    print_tokenizer(options.model, texts)
 
 
 def _index(_: None, options: argparse.Namespace) -> None:
@@ -205,6 +247,43 @@ def _ledger(plan: Plan, _: argparse.Namespace) -> None:
     from megavlm.train.ledger import check_ledger
 
     print("\n".join(check_ledger(plan)))
+
+
+def _data_inspect(plan: Plan | None, options: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from megavlm.data.inspect import inspect_folder, layouts_of, micro_batches_of
+    from megavlm.data.inspect_report import print_folder, write_page
+    from megavlm.data.tokenizer import Tokenizer
+
+    folders = options.sources
+    if plan and not folders:
+        settings = [
+            s for stage in plan.stages for s in (*stage.run.data.train, stage.run.data.heldout)
+        ]
+        folders = [*dict.fromkeys(source.folder for source in settings)]
+    if not folders:
+        raise ConfigError("name a folder of shards, or with --run the run whose folders to look at")
+    if options.html and not options.html.parent.is_dir():
+        raise DataError(f"cannot write page {options.html}: there is no folder to write it to")
+    path = options.tokenizer or (plan and plan.first.data.tokenizer)
+    tokenizer = Tokenizer(path) if path else None
+    layouts, micro_batches = layouts_of(plan), micro_batches_of(plan, options.ranks)
+    console, reports = Console(), []
+    for folder in folders:
+        reports.append(
+            inspect_folder(
+                folder,
+                samples=options.samples,
+                tokenizer=tokenizer,
+                layouts=layouts,
+                micro_batches=micro_batches,
+            )
+        )
+        print_folder(reports[-1], console)
+    if options.html:
+        write_page(reports, options.html)
+        print(f"page: {options.html}")
 
 
 def _generate(plan: Plan, options: argparse.Namespace) -> None:
@@ -246,11 +325,6 @@ def _convert(plan: Plan | None, options: argparse.Namespace) -> None:
     from megavlm.convert.certificate import summary
     from megavlm.convert.run import Conversion, convert, verify
 
-    if options.overrides and plan is None:
-        raise ConfigError(
-            f"{options.overrides[0]} changes a run file; name one with --run (or write a folder of "
-            f"that name as ./{options.overrides[0]})"
-        )
     if options.verify:
         if options.sources or options.out or plan:
             raise ConfigError(
@@ -283,6 +357,16 @@ def _report(plan: Plan, options: argparse.Namespace) -> None:
     print(f"report: {write_report(plan)}")
 
 
+def _without_run_file(options: argparse.Namespace) -> str:
+    word = options.overrides[0]
+    if options.command is _convert:
+        return (
+            f"{word} changes a run file; name one with --run (or write a folder of that name as "
+            f"./{word})"
+        )
+    return f"{word} is one word too many, or changes a run file, and none is named"
+
+
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
@@ -293,7 +377,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Options, and overrides wherever they stand among them."""
     parser = _parser()
     options, options.overrides = parser.parse_known_args(arguments)
-    if options.command is _convert:  # its sources are as free as overrides are
+    if options.command in (_convert, _data_inspect):  # sources are as free as overrides are
         words = [*options.sources, *options.overrides]
         options.sources = [w for w in words if not w.startswith("-") and not OVERRIDE.match(w)]
         options.overrides = [w for w in words if w not in options.sources]
@@ -330,7 +414,7 @@ def _parser() -> argparse.ArgumentParser:
     dryrun.add_argument("--micro-batches", type=_positive, help="of the step, if not as by default")
     dryrun.add_argument("--gpus-per-host", type=_positive, default=8)
     dryrun.add_argument("--only-build", action="store_true", help="build the engine, run no step")
-    add("tokenizer", _tokenizer, "train the SentencePiece tokenizer of a run")
+    _add_tokenizer(commands)
     generate = add("generate", _generate, "answer a prompt about pictures")
     add("eval", _eval, "measure the newest checkpoint on held-out samples")
     add("report", _report, "draw a run as one HTML page")
@@ -343,6 +427,16 @@ def _parser() -> argparse.ArgumentParser:
     ledger = actions.add_parser("ledger", help="prove which samples a run has taken")
     ledger.add_argument("run_file", type=Path, help="YAML file of a run with data.ledger=true")
     ledger.set_defaults(command=_ledger)
+    inspect = actions.add_parser("inspect", help="show what folders of shards hold")
+    inspect.add_argument("sources", nargs="*", metavar="FOLDER", help="or URL; or those of --run")
+    inspect.add_argument(
+        "--run", dest="run_file", type=Path, help="whose texts and packing to show"
+    )
+    inspect.add_argument("--tokenizer", type=Path, help="that counts tokens, if not the run's")
+    inspect.add_argument("--ranks", type=_positive, default=1, help="copies of the run's model")
+    inspect.add_argument("--samples", type=_positive, default=2_000, help="to read, evenly spaced")
+    inspect.add_argument("--html", type=Path, metavar="PAGE", help="write a page, with pictures")
+    inspect.set_defaults(command=_data_inspect)
     convert = commands.add_parser(
         "convert",
         help="convert checkpoints between formats, with a certificate",
@@ -413,6 +507,32 @@ def _parser() -> argparse.ArgumentParser:
         "--picture", type=Path, action="append", required=True, dest="pictures", help="repeatable"
     )
     return parser
+
+
+def _add_tokenizer(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    tokenizer = commands.add_parser("tokenizer", help="train and try SentencePiece tokenizers")
+    actions = tokenizer.add_subparsers(required=True, metavar="action")
+    train = actions.add_parser("train", help="on the texts of a run, or of files and folders")
+    train.add_argument("run_file", type=Path, nargs="?", help="YAML file with the run's settings")
+    train.add_argument("--vocabulary", type=_positive, help="pieces (64,000), without a run file")
+    train.add_argument("--out", type=Path, help="the new file, without a run file")
+    train.set_defaults(command=_tokenizer_train)
+    encode = actions.add_parser("encode", help="write each line's tokens as a line of numbers")
+    encode.add_argument("model", type=Path)
+    encode.add_argument("file", type=Path, nargs="?", default="-", help="- is standard input")
+    encode.add_argument("--pieces", action="store_true", help="write pieces in place of numbers")
+    encode.add_argument("--workers", type=_positive, default=1, help="processes")
+    encode.set_defaults(command=_tokenizer_encode, run_file=None)
+    inspect = actions.add_parser("inspect", help="show the vocabulary, and how texts are split")
+    inspect.add_argument("model", type=Path)
+    inspect.add_argument(
+        "--samples", type=_positive, default=10_000, help="of a folder of shards, evenly spaced"
+    )
+    inspect.set_defaults(command=_tokenizer_inspect, run_file=None)
+    for sub in (train, inspect):
+        sub.add_argument(
+            "--texts", nargs="+", metavar="PLACE", help="text files, and folders or URLs of shards"
+        )
 
 
 if __name__ == "__main__":

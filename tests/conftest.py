@@ -61,7 +61,9 @@ def coloured_squares(tmp_path_factory) -> Path:
         (folder / split).mkdir()
         write_shards(folder / split, (coloured_sample(n) for n in range(count)), 10)
     texts = [t for n in range(40) for x in coloured_sample(n).texts for t in (x.prompt, x.answer)]
-    words = [f"{a} {b} {n}" for n, a in enumerate(texts) for b in texts[:9]]
+    # Each with a word of its own, as there must be enough to make pieces of.
+    words = [f"{a} {b} {n:b}" for n, a in enumerate(texts) for b in texts[:9]]
+    words = [line.replace("0", "o").replace("1", "i") for line in words]
     vocabulary = PRESETS["vlm-tiny"].decoder.vocabulary
     train_tokenizer([*words, *texts], folder / "tokenizer.model", vocabulary)
     return folder

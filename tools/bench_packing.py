@@ -12,13 +12,11 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megavlm.config.data import DataSettings, SourceSettings
 from megavlm.data.packing import lay_out, python_text_places, text_places
 from megavlm.data.tokenizer import END, Tokenizer
 
@@ -47,12 +45,13 @@ def next_fit(lengths: Lengths, row_tokens: int) -> int:
     return rows
 
 
-def efficiency(lengths: Lengths, at_once: int, data: DataSettings) -> float:
+def efficiency(lengths: Lengths, at_once: int, row_tokens: int, bucket_tokens: int | None) -> float:
     """Share of places that are no padding, over all that is packed at once in turn."""
     places = 0
     for first in range(0, len(lengths), at_once):
-        (rows, row_tokens), _ = lay_out(lengths[first : first + at_once].tolist(), data)
-        places += rows * row_tokens
+        part = lengths[first : first + at_once].tolist()
+        (rows, length), _ = lay_out(part, row_tokens, bucket_tokens=bucket_tokens, shared=True)
+        places += rows * length
     return float(lengths.sum()) / places
 
 
@@ -71,11 +70,6 @@ def main() -> None:
     parser.add_argument("--texts", type=int, default=2**18, help="that are drawn")
     options = parser.parse_args()
     row_tokens = options.row_tokens
-    nowhere = SourceSettings(folder="")
-    fixed = DataSettings(
-        train=(nowhere,), heldout=nowhere, tokenizer=options.tokenizer, row_tokens=row_tokens
-    )
-    fitted = replace(fixed, row_bucket_tokens=BUCKET_TOKENS)
     real = lengths_of(options.captions, Tokenizer(options.tokenizer), options.prompt)
     lengths = np.random.default_rng(0).choice(np.minimum(real, row_tokens), options.texts)
     print(
@@ -100,9 +94,9 @@ def main() -> None:
         of_python = rate * statistics.median(times["Python"]) / at_once
         in_order = lengths.sum() / (row_tokens * sum(next_fit(part, row_tokens) for part in parts))
         print(
-            f"| {at_once:,} | {efficiency(lengths, at_once, fixed):.1%} | "
-            f"{efficiency(lengths, at_once, fitted):.1%} | {in_order:.1%} | {rate / 1e6:.2f} M | "
-            f"{of_python:.0f} x |"
+            f"| {at_once:,} | {efficiency(lengths, at_once, row_tokens, None):.1%} | "
+            f"{efficiency(lengths, at_once, row_tokens, BUCKET_TOKENS):.1%} | {in_order:.1%} | "
+            f"{rate / 1e6:.2f} M | {of_python:.0f} x |"
         )
 
 

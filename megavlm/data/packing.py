@@ -149,20 +149,32 @@ class Layout(NamedTuple):
     """Row, first token in it and number in it of each text."""
 
 
-def lay_out(lengths: Sequence[int], data: DataSettings) -> Layout:
-    """Where texts of so many tokens lie, none longer than `data.row_tokens`."""
+def lay_out(
+    lengths: Sequence[int], row_tokens: int, *, bucket_tokens: int | None, shared: bool
+) -> Layout:
+    """Where texts of so many tokens lie in rows of at most `row_tokens`; none is longer.
+
+    bucket_tokens: rows are only as long as needed, in steps of so many tokens. shared: whether
+    several texts may lie in a row.
+    """
     lengths_n = np.array(lengths, np.int64)
-    place = text_places if data.pack_texts else _one_each
-    places_3n = place(lengths_n, data.row_tokens)
+    place = text_places if shared else _one_each
+    places_3n = place(lengths_n, row_tokens)
     rows = int(places_3n[0].max(initial=0)) + 1
     # Rows need not be longer than fills them evenly, if the texts still fit in as many.
     needed = max(-(-int(lengths_n.sum()) // rows), int(lengths_n.max(initial=1)))
-    step = data.row_bucket_tokens or data.row_tokens
-    for row_tokens in range(needed + -needed % step, data.row_tokens, step):
-        closer_3n = place(lengths_n, row_tokens)
+    step = bucket_tokens or row_tokens
+    for shorter in range(needed + -needed % step, row_tokens, step):
+        closer_3n = place(lengths_n, shorter)
         if closer_3n[0].max(initial=0) < rows:
-            return Layout((rows, row_tokens), _listed(closer_3n))
-    return Layout((rows, data.row_tokens), _listed(places_3n))
+            return Layout((rows, shorter), _listed(closer_3n))
+    return Layout((rows, row_tokens), _listed(places_3n))
+
+
+def _in_rows(lengths: Sequence[int], data: DataSettings) -> Layout:
+    return lay_out(
+        lengths, data.row_tokens, bucket_tokens=data.row_bucket_tokens, shared=data.pack_texts
+    )
 
 
 def _one_each(lengths_n: NDArray[np.int64], capacity: int) -> NDArray[np.int64]:
@@ -182,7 +194,7 @@ def pack(
     image_tokens: tokens of one image; slot i holds tokens i * image_tokens and on.
     """
     lengths = [len(text.tokens) - 1 for text in texts]
-    shape, places = lay_out(lengths, data)
+    shape, places = _in_rows(lengths, data)
     tokens = torch.full(shape, PADDING)
     labels = torch.full(shape, PADDING)
     learned = torch.zeros(shape, dtype=torch.bool)
@@ -221,7 +233,7 @@ def pack_pairs(
 ) -> PairBatch:
     """Lay the texts of pictures, each given with its slot, out in rows."""
     lengths = [len(tokens) for _, tokens in texts]
-    shape, places = lay_out(lengths, data)
+    shape, places = _in_rows(lengths, data)
     tokens_bt = torch.full(shape, PADDING)
     numbers = torch.full(shape, NO_TEXT, dtype=torch.int32)
     ends_n = torch.zeros(len(pixels), dtype=torch.int64)

@@ -6,16 +6,47 @@ Control symbols are never produced from text, so a user's text cannot make an im
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import sentencepiece
 
-from megavlm.errors import TokenizerError
+from megavlm.errors import BadSampleError, TokenizerError
 
 UNKNOWN, BEGIN, END, PADDING = 0, 1, 2, 3
 CONTROL_SYMBOLS = ("<|image|>", "<|user|>", "<|assistant|>")
 BYTE_PIECES = 256
 # unknown, begin, end, padding, the control symbols and the bytes, before any learned piece
 RESERVED_PIECES = 4 + len(CONTROL_SYMBOLS) + BYTE_PIECES
+
+SPACE = "\u2581"
+KNOWN_WORDS = 1 << 16
+"""At most so many words are remembered, some 15 MB; then it begins anew."""
+LONGEST_WORD = 24
+"""Characters; what is longer, as a sentence in Japanese, hardly comes again."""
+
+VOCABULARY = 64_000
+SEED_TEXTS = 10**7
+"""A tokenizer is trained on at most so many lines."""
+CHARACTER_COVERAGE = 0.99995
+"""Share of the characters in the training texts that become pieces; the rarest are bytes.
+
+SentencePiece's default of 0.9995 is meant for texts that are all Japanese. Where kanji are a
+hundredth of all characters, they are what it leaves out: see docs/data.md.
+"""
+MAX_LINE_CHARACTERS = 1_024
+"""SentencePiece leaves longer lines than 4,192 bytes out; a character has at most 4."""
+# It leaves out lines with its mark of the unknown.
+UNKNOWN_MARK = "\u2585"
+NO_CHARACTER = "a text has a lone surrogate, half of a character; write it anew"
+
+
+class Piece(NamedTuple):
+    """One entry of the vocabulary."""
+
+    text: str
+    """With SPACE for a space."""
+    kind: str
+    """unknown, control, byte or learned."""
 
 
 class Tokenizer:
@@ -25,7 +56,7 @@ class Tokenizer:
         if not path.is_file():
             raise TokenizerError(
                 f"tokenizer {path} does not exist; train it with "
-                "`megavlm tokenizer RUN.yaml` or set data.tokenizer"
+                "`megavlm tokenizer train RUN.yaml` or set data.tokenizer"
             )
         model = path.read_bytes()
         self.fingerprint = hashlib.sha256(model).hexdigest()
@@ -38,16 +69,32 @@ class Tokenizer:
         if (pieces.bos_id(), pieces.eos_id(), pieces.pad_id()) != (BEGIN, END, PADDING):
             raise TokenizerError(
                 f"tokenizer {path} must number its begin, end and padding symbols {BEGIN}, {END} "
-                f"and {PADDING}; train it with `megavlm tokenizer`"
+                f"and {PADDING}; train it with `megavlm tokenizer train`"
             )
+        self._words: dict[str, list[int]] = {}
+        """Tokens of words: captions have the same few again and again."""
+        self._by_words = self._never_crosses_spaces()
         self.image, self.user, self.assistant = (self._symbol(s, path) for s in CONTROL_SYMBOLS)
 
     @property
     def vocabulary(self) -> int:
         return self._pieces.get_piece_size()
 
+    def pieces(self) -> list[Piece]:
+        """The vocabulary, in the order of its numbers."""
+        model, numbers = self._pieces, range(self.vocabulary)
+        return [Piece(model.id_to_piece(number), self._kind(number)) for number in numbers]
+
     def encode(self, text: str) -> list[int]:
-        return self._pieces.encode(text)
+        """Tokens of a text; raises BadSampleError for one with lone surrogates."""
+        if not self._by_words:
+            return self._new(text)
+        first, *later = text.split(" ")
+        tokens = [*(self._words.get(first) or self._new(first))]
+        for word in later:
+            word = f" {word}"
+            tokens += self._words.get(word) or self._new(word)
+        return tokens
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of the tokens; control symbols and padding leave no trace."""
@@ -66,24 +113,57 @@ class Tokenizer:
         begin = [BEGIN] if first else []
         return [*[self.image] * images, *begin, self.user, *self.encode(prompt), self.assistant]
 
+    def _new(self, word: str) -> list[int]:
+        """Tokens of a word that is not known yet, or of a whole text, by SentencePiece."""
+        try:
+            tokens: list[int] = self._pieces.encode(word)
+        except RuntimeError as error:
+            raise BadSampleError(NO_CHARACTER) from error
+        if len(word) <= LONGEST_WORD:
+            if len(self._words) == KNOWN_WORDS:
+                self._words.clear()
+            self._words[word] = tokens
+        return tokens
+
+    def _never_crosses_spaces(self) -> bool:
+        """Whether the tokens of a text are those of its words, one after the other.
+
+        So it is when no piece has a space after its first character, and nothing is normalised.
+        """
+        probe = "  \uff21\u3000b "  # a full-width letter, an ideographic space
+        normal: str = self._pieces.normalize(probe)
+        return normal == probe.replace(" ", SPACE) and not any(
+            SPACE in piece.text[1:] for piece in self.pieces()
+        )
+
+    def _kind(self, number: int) -> str:
+        model = self._pieces
+        if model.is_control(number):
+            return "control"
+        if model.is_byte(number):
+            return "byte"
+        return "unknown" if model.is_unknown(number) else "learned"
+
     def _symbol(self, symbol: str, path: Path) -> int:
         token = self._pieces.piece_to_id(symbol)
         if token == UNKNOWN:
             raise TokenizerError(
                 f"tokenizer {path} lacks the control symbol {symbol}; train it with "
-                "`megavlm tokenizer`"
+                "`megavlm tokenizer train`"
             )
         return token
 
 
 def train_tokenizer(
-    texts: Iterable[str], path: Path, vocabulary: int, seed_texts: int = 10**7
+    texts: Iterable[str], path: Path, vocabulary: int, seed_texts: int = SEED_TEXTS
 ) -> None:
     """Train a BPE model on texts and write it to `path`.
 
-    Identity normalisation and no dummy prefix, so that decoding returns the text unchanged.
-    At most `seed_texts` texts are sampled. Raises TokenizerError when the texts cannot fill the
-    vocabulary.
+    Identity normalisation and no dummy prefix, so that decoding returns the text unchanged. A piece
+    has characters of one script, where SentencePiece takes kanji and kana for one, so that Japanese
+    words become pieces; and each digit is a piece, so that all numbers are written alike.
+    Of more lines than `seed_texts` a sample is taken, always the same.
+    Raises TokenizerError when the texts cannot fill the vocabulary.
     """
     if vocabulary <= RESERVED_PIECES:
         raise TokenizerError(
@@ -98,8 +178,10 @@ def train_tokenizer(
                 model_writer=file,
                 model_type="bpe",
                 vocab_size=vocabulary,
-                character_coverage=0.9995,
+                character_coverage=CHARACTER_COVERAGE,
                 byte_fallback=True,
+                split_by_unicode_script=True,
+                split_digits=True,
                 normalization_rule_name="identity",
                 add_dummy_prefix=False,
                 remove_extra_whitespaces=False,
@@ -112,15 +194,19 @@ def train_tokenizer(
                 shuffle_input_sentence=True,
                 minloglevel=1,
             )
+        partial.rename(path)
     except RuntimeError as error:
-        partial.unlink()
         raise TokenizerError(
             f"cannot train a vocabulary of {vocabulary} on these texts: {error}"
         ) from error
-    partial.rename(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
-def _lines(texts: Iterable[str]) -> Iterator[str]:
-    """SentencePiece reads lines; a text with line breaks is several."""
+def _lines(texts: Iterable[str]) -> Iterator[bytes]:
+    """SentencePiece reads lines; a text with line breaks, or a long one, is several."""
     for text in texts:
-        yield from text.splitlines()
+        for line in text.replace(UNKNOWN_MARK, " ").splitlines():
+            for start in range(0, len(line), MAX_LINE_CHARACTERS):
+                part = line[start : start + MAX_LINE_CHARACTERS]
+                yield part.encode(errors="replace")  # lone surrogates are no characters

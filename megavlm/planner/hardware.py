@@ -105,9 +105,7 @@ H100_80 = Gpu(
     matmul_efficiency=0.67,
     attention_efficiency=0.38,
 )
-H200 = replace(
-    H100_80, name="H200 141 GB", memory_bytes=141 * GIB, memory_bytes_per_second=4.8e12
-)
+H200 = replace(H100_80, name="H200 141 GB", memory_bytes=141 * GIB, memory_bytes_per_second=4.8e12)
 GPUS = {"a100-40": A100_40, "a100-80": A100_80, "h100-80": H100_80, "h200": H200}
 
 

@@ -85,21 +85,21 @@ def loads_of(lengths: list[int], layout: Layout) -> list[int]:
 def test_rows_are_no_longer_than_the_texts_need(seed):
     generator = np.random.default_rng(seed)
     lengths = generator.integers(1, 60, int(generator.integers(1, 80))).tolist()
-    whole = lay_out(lengths, replace(ROWS, row_tokens=100))
-    short = lay_out(lengths, replace(ROWS, row_tokens=100, row_bucket_tokens=8))
+    whole = lay_out(lengths, 100, bucket_tokens=None, shared=True)
+    short = lay_out(lengths, 100, bucket_tokens=8, shared=True)
     rows, row_tokens = short.shape
     assert whole.shape == (rows, 100)
     assert max(loads_of(lengths, short)) <= row_tokens
     assert row_tokens == 100 or row_tokens % 8 == 0
-    shorter = replace(ROWS, row_tokens=row_tokens - 8)
-    fits = max(lengths) <= row_tokens - 8
-    assert row_tokens == 100 or not fits or lay_out(lengths, shorter).shape[0] > rows
+    if row_tokens < 100 and max(lengths) <= row_tokens - 8:
+        shorter = lay_out(lengths, row_tokens - 8, bucket_tokens=None, shared=True)
+        assert shorter.shape[0] > rows
 
 
 def test_texts_that_are_not_packed_have_rows_of_their_own():
-    layout = lay_out([5, 19, 7], replace(ROWS, pack_texts=False))
+    layout = lay_out([5, 19, 7], ROW_TOKENS, bucket_tokens=None, shared=False)
     assert layout == ((3, ROW_TOKENS), [(0, 0, 0), (1, 0, 0), (2, 0, 0)])
-    bucketed = lay_out([5, 9, 7], replace(ROWS, pack_texts=False, row_bucket_tokens=4))
+    bucketed = lay_out([5, 9, 7], ROW_TOKENS, bucket_tokens=4, shared=False)
     assert bucketed == ((3, 12), [(0, 0, 0), (1, 0, 0), (2, 0, 0)])
 
 

@@ -116,9 +116,8 @@ def test_the_tokenizer_reads_the_texts_of_all_tasks(coloured_squares, tiny_run_f
     for source in (str(train), f"{{folder: {train}, tasks: [caption]}}"):
         path = tmp_path / f"{len(models)}.model"
         overrides = [f"data.train={source}", f"data.tokenizer={path}"]
-        assert (
-            main(["tokenizer", str(tiny_run_file), *overrides, "model.decoder.vocabulary=320"]) == 0
-        )
+        overrides.append("model.decoder.vocabulary=320")
+        assert main(["tokenizer", "train", str(tiny_run_file), *overrides]) == 0
         models.append(path.read_bytes())
     assert models[0] == models[1]
 
@@ -157,7 +156,7 @@ def test_a_run_from_training_to_report(capsys, tiny_run, tiny_run_file):
 
     # Another tokenizer, or another model, does not fit the checkpoint.
     other = tiny_run.run_folder / "other.model"
-    train_tokenizer([f"{a} {b}" for a in range(90) for b in "abcdefghij"] * 2, other, 300)
+    train_tokenizer([f"{a}{b}" for a in "klmnopqr" for b in "abcdefghij"] * 2, other, 300)
     overrides = [f"data.tokenizer={other}", "model.decoder.vocabulary=300"]
     assert "has model.decoder.vocabulary=512" in error_of(
         capsys, "train", tiny_run_file, *overrides
