@@ -30,7 +30,7 @@ import torch
 from PIL import Image, ImageDraw
 from timing import machine, markdown_table, write_results
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, RandomSampler
+from torch.utils.data import DataLoader, Dataset, RandomSampler, default_collate
 from webdataset.compat import WebDataset, WebLoader
 
 from megavlm.config.data import DataSettings, SourceSettings
@@ -53,6 +53,7 @@ BATCH = 16
 SHARD_SAMPLES = 64
 LARGEST_CROP_SOURCE = math.ceil(SIDE / math.sqrt(MINIMUM_AREA * min(CROP_ASPECTS)))
 OURS = "megavlm"
+BICUBIC, BILINEAR = Image.Resampling.BICUBIC, Image.Resampling.BILINEAR
 
 
 class Speed(NamedTuple):
@@ -185,7 +186,7 @@ def micro_batches(folder: Path) -> MicroBatches:
 class TarPictures(Dataset[tuple[Tensor, bytes]]):
     """Pictures and captions of shards, by tarfile and Pillow."""
 
-    def __init__(self, folder: Path, transform: Callable[[Image.Image], Tensor]) -> None:
+    def __init__(self, folder: Path, transform: Callable[[Image.Image, int], Tensor]) -> None:
         self.shards = sorted(folder.glob("*.tar"))
         self.transform = transform
 
@@ -198,7 +199,7 @@ class TarPictures(Dataset[tuple[Tensor, bytes]]):
         picture, record = (tar.extractfile(m) for m in members[2 * place : 2 * place + 2])
         assert picture is not None
         assert record is not None
-        return self.transform(Image.open(picture)), record.read()
+        return self.transform(Image.open(picture), number), record.read()
 
 
 @cache
@@ -208,31 +209,37 @@ def opened(path: Path) -> tuple[tarfile.TarFile, list[tarfile.TarInfo]]:
 
 
 def pillow(folder: Path, workers: int, draft: bool, resample: Image.Resampling) -> Iterator[Any]:
-    data = TarPictures(folder, partial(transformed, draft=draft, resample=resample))
+    data = tar_pictures(folder, draft, resample)
     sampler = RandomSampler(data, replacement=True, num_samples=10**9)
     return iter(DataLoader(data, BATCH, sampler=sampler, num_workers=workers))
 
 
+def tar_pictures(folder: Path, draft: bool, resample: Image.Resampling) -> TarPictures:
+    return TarPictures(folder, partial(transformed, draft=draft, resample=resample))
+
+
 def web_dataset(folder: Path, workers: int) -> Iterator[Any]:
-    shards = [str(path) for path in sorted(folder.glob("*.tar"))]
-    data = (
-        WebDataset(shards, shardshuffle=True, nodesplitter=None, empty_check=False)
-        .repeat()
-        .shuffle(SHARD_SAMPLES)
-        .decode("pil")
-        .to_tuple("jpg", "json")
-        .map_tuple(partial(transformed, draft=False, resample=Image.Resampling.BICUBIC), str)
-        .batched(BATCH)
-    )
+    data = web_samples(folder).repeat().shuffle(SHARD_SAMPLES).batched(BATCH)
     return iter(WebLoader(data, batch_size=None, num_workers=workers))
 
 
-def transformed(image: Image.Image, draft: bool, resample: Image.Resampling) -> Tensor:
+def web_samples(folder: Path) -> Any:
+    shards = [str(path) for path in sorted(folder.glob("*.tar"))]
+    data: Any = WebDataset(shards, shardshuffle=False, nodesplitter=None, empty_check=False)
+    return data.decode("pil").to_tuple("jpg", "json", "__key__").map(web_sample)
+
+
+def web_sample(sample: tuple[Image.Image, Any, str]) -> tuple[Tensor, str]:
+    picture, record, key = sample
+    return transformed(picture, int(key), draft=False, resample=BICUBIC), str(record)
+
+
+def transformed(image: Image.Image, seed: int, draft: bool, resample: Image.Resampling) -> Tensor:
     """Crop, RandAugment and tensor, as with torchvision on Pillow."""
     if draft:
         image.draft("RGB", (LARGEST_CROP_SOURCE, LARGEST_CROP_SOURCE))
     image = image.convert("RGB")
-    generator = np.random.default_rng()
+    generator = np.random.default_rng(seed)
     image = image.resize((SIDE, SIDE), resample, crop_box(image.size, generator))
     image = rand_augment(
         image, generator, operations=2, magnitude=9, colour_operations=True, fill=AUGMENT_FILL
@@ -255,7 +262,6 @@ def crop_box(size: tuple[int, int], generator: np.random.Generator) -> tuple[int
 
 
 THREADS = f"{OURS}, threads"
-BICUBIC, BILINEAR = Image.Resampling.BICUBIC, Image.Resampling.BILINEAR
 LOADERS: dict[str, Loader] = {
     OURS: ours,
     THREADS: ours_in_threads,
@@ -275,6 +281,37 @@ def race(
         for (name, workers), loader in contest.items():
             speeds[name, workers].append(measure(loader, folder, workers, batches))
     return speeds
+
+
+def quickest(folder: Path, batches: int, repetitions: int) -> str:
+    """Images per second of processor time in one process, each batch at its quickest repetition.
+
+    What other processes do to a core's caches spoils some repetitions, not all.
+    """
+    loaders: dict[str, Callable[[int], Any]] = {
+        OURS: micro_batches(folder).__getitem__,
+        "Pillow": partial(batch_of, tar_pictures(folder, False, BICUBIC)),
+        "Pillow, draft": partial(batch_of, tar_pictures(folder, True, BICUBIC)),
+        "Pillow, draft, bilinear": partial(batch_of, tar_pictures(folder, True, BILINEAR)),
+    }
+    seconds = {name: [math.inf] * batches for name in loaders}
+    for _ in range(repetitions):
+        for number in range(batches):
+            for name, load_batch in loaders.items():
+                started = time.process_time()
+                load_batch(number)
+                elapsed = time.process_time() - started
+                seconds[name][number] = min(seconds[name][number], elapsed)
+    rates = {name: batches * BATCH / sum(best) for name, best in seconds.items()}
+    rows = [
+        {"loader": name, "images/s": f"{rate:.0f}", f"{OURS}'s lead": f"{rates[OURS] / rate:.2f}"}
+        for name, rate in rates.items()
+    ]
+    return markdown_table(rows)
+
+
+def batch_of(data: TarPictures, number: int) -> Any:
+    return default_collate([data[number * BATCH + place] for place in range(BATCH)])
 
 
 def measure(loader: Loader, folder: Path, workers: int, batches: int) -> Speed:

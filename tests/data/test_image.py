@@ -269,6 +269,15 @@ def test_reduced_jpeg_looks_like_the_whole_one_resized(size: tuple[int, int]) ->
     assert difference.mean() <= 1.3  # measured 1.2
 
 
+def test_harmless_damage_is_taken_as_in_evaluation() -> None:
+    encoded = encode(photograph(300, 200), "JPEG")
+    padded = encoded[:-2] + bytes(50) + encoded[-2:]
+    with pytest.raises(ValueError, match="extraneous"):
+        simplejpeg.decode_jpeg(padded)
+    result = decode_for_crop(padded, "a", 224)
+    assert worst_difference(result, decode_picture(padded, "a", 224)) == 0
+
+
 def test_pillow_decodes_a_jpeg_of_which_libjpeg_sees_another_size(monkeypatch) -> None:
     def decode_nothing(*_, **__) -> None:
         raise AssertionError("it would take memory beyond the bounds")
