@@ -46,12 +46,13 @@ def decode_for_crop(encoded: bytes, name: str, pixels: int) -> Pixels:
 
     pixels: a JPEG is reduced to no less than the area of a square of this side.
     """
+    reduced = _reduced_jpeg(encoded, pixels)
+    # What turns a picture is in its Exif or its XMP; most have neither, and need no second look.
+    if reduced is not None and b"Exif" not in encoded and b"Orientation" not in encoded:
+        return reduced
     with _opened(encoded, name) as image:
-        scale = pixels / math.sqrt(image.width * image.height)
-        width, height = math.ceil(image.width * scale), math.ceil(image.height * scale)
-        reduced = _reduced_jpeg(encoded, image, width, height)
         if reduced is None:
-            image.draft("RGB", (width, height))
+            image.draft("RGB", _covering(image.width, image.height, pixels))
             return np.asarray(_to_rgb(ImageOps.exif_transpose(image)))
         if image.getexif().get(ExifTags.Base.Orientation, 1) == 1:
             return reduced
@@ -60,16 +61,16 @@ def decode_for_crop(encoded: bytes, name: str, pixels: int) -> Pixels:
         return np.asarray(ImageOps.exif_transpose(lying))
 
 
-def _reduced_jpeg(
-    encoded: bytes, image: Image.Image, min_width: int, min_height: int
-) -> Pixels | None:
+def _reduced_jpeg(encoded: bytes, pixels: int) -> Pixels | None:
     """As libjpeg scales it while decoding; None if it is for Pillow to decode or to refuse."""
-    if image.format != "JPEG" or image.mode not in ("RGB", "L"):
+    if not encoded.startswith(b"\xff\xd8"):
         return None
     try:
-        # What allocates memory must see the size that was found within bounds.
-        if simplejpeg.decode_jpeg_header(encoded)[:2] != (image.height, image.width):
+        *size, colours, _ = simplejpeg.decode_jpeg_header(encoded)
+        height, width = map(int, size)
+        if height * width > MAX_PICTURE_PIXELS or colours not in ("YCbCr", "RGB", "Gray"):
             return None
+        min_width, min_height = _covering(width, height, pixels)
         return simplejpeg.decode_jpeg(
             encoded,
             min_width=min_width,
@@ -78,6 +79,12 @@ def _reduced_jpeg(
         )
     except ValueError:
         return None
+
+
+def _covering(width: int, height: int, pixels: int) -> tuple[int, int]:
+    """The size of the same aspect that has the area of a square of so many pixels a side."""
+    scale = pixels / math.sqrt(width * height)
+    return math.ceil(width * scale), math.ceil(height * scale)
 
 
 @contextmanager
