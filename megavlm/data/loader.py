@@ -16,6 +16,7 @@ from megavlm.data.balance import deal, deal_by_length, within
 from megavlm.data.collate import Collate, Drawn
 from megavlm.data.image import (
     CROP_ASPECTS,
+    decode_for_crop,
     decode_picture,
     fit_square,
     random_resized_crop,
@@ -197,10 +198,10 @@ class MicroBatches(Dataset[Batch | PairBatch]):
         augment = self.run.data.augment
         if not self.training:
             return to_uint8_tensor(fit_square(decode_picture(encoded, key, side), side))
-        # A crop is enlarged to the square, so its source must be larger than the square.
+        # So large that no side of a crop is enlarged to the square.
         source = math.ceil(side / math.sqrt(augment.minimum_area * min(CROP_ASPECTS)))
-        image = decode_picture(encoded, key, source)
-        image = random_resized_crop(image, side, generator, augment.minimum_area)
+        picture = decode_for_crop(encoded, key, source)
+        image = random_resized_crop(picture, side, generator, augment.minimum_area)
         image = rand_augment(
             image,
             generator,

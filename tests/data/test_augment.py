@@ -9,7 +9,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageEnhance
 
 from megavlm.data import augment
 from megavlm.data.augment import apply_operation, magnitude_value, rand_augment
@@ -166,6 +166,14 @@ def test_operation_is_torchvisions_at_every_magnitude(name: str) -> None:
             else:
                 acceptable = wanted.reshape(-1, HEIGHT, WIDTH, 3)
                 assert (result == acceptable).all(-1).any(0).all(), where
+
+
+@pytest.mark.parametrize("value", [-0.9, -0.3, 0.0, 0.27, 0.9])
+@pytest.mark.parametrize("size", [(224, 224), (3, 3), (9, 2), (2, 9), (3, 1), (1, 1)])
+def test_sharpness_is_pillows(size: tuple[int, int], value: float) -> None:
+    image = Image.fromarray(picture(*size))
+    wanted = ImageEnhance.Sharpness(image).enhance(1 + value)
+    assert apply_operation(image, "Sharpness", value, FILL).tobytes() == wanted.tobytes()
 
 
 @pytest.mark.parametrize("name", ["ShearX", "ShearY"])
