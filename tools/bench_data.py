@@ -160,7 +160,7 @@ def ours_in_threads(folder: Path, workers: int) -> Iterator[Any]:
 
 
 def micro_batches(folder: Path) -> MicroBatches:
-    source = SourceSettings(folder=folder)
+    source = SourceSettings(folder=str(folder))
     run = RunSettings(
         run_folder=folder / "run",
         model=PRESETS["vlm-30b"],

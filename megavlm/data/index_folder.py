@@ -5,7 +5,9 @@ import re
 import sys
 import tarfile
 from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from typing import NamedTuple
 
@@ -65,9 +67,8 @@ def index_folder(place: str, workers: int) -> None:
         index = files.get(index_name(shard))
         same_size = shard not in known or known[shard].size == files[shard].size
         stale.append(index is None or not same_size or files[shard].modified > index.modified)
-    context = multiprocessing.get_context("spawn")  # clients of stores do not survive a fork
-    with ProcessPoolExecutor(workers, context) as pool:
-        found = pool.map(partial(_index_shard, place), shards, stale, chunksize=4)
+    with _pool(workers) as run_each:
+        found = run_each(partial(_index_shard, place), shards, stale)
         found = [*track(found, "shards", total=len(shards), transient=True)]
     broken = [(shard, of.broken) for shard, of in zip(shards, found, strict=True) if of.broken]
     for shard, problem in broken[:SHOWN_BROKEN]:
@@ -82,6 +83,17 @@ def index_folder(place: str, workers: int) -> None:
     sizes = zip(shards, found, strict=True)
     write_manifest(folder, {s: ShardSize(of.samples, files[s].size) for s, of in sizes})
     _tell(folder, found, sum(stale))
+
+
+@contextmanager
+def _pool(workers: int) -> Iterator[Callable[..., Iterable[_Found]]]:
+    """A `map` of so many processes."""
+    if workers == 1:
+        yield map
+        return
+    context = multiprocessing.get_context("spawn")  # clients of stores do not survive a fork
+    with ProcessPoolExecutor(workers, context) as pool:
+        yield partial(pool.map, chunksize=4)
 
 
 def _index_shard(place: str, shard: str, stale: bool) -> _Found:

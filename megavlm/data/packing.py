@@ -59,11 +59,11 @@ class Counted:
 
     def to(self, device: torch.device) -> Self:
         """The same with its tensors on a device."""
-        moved = {
-            f.name: getattr(self, f.name).to(device, non_blocking=True)
-            for f in fields(self)
-            if isinstance(getattr(self, f.name), Tensor)
-        }
+        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
+        tensors = {name: t for name, t in tensors.items() if isinstance(t, Tensor)}
+        if device.type == "cuda":  # from other memory a copy would hold up this process
+            tensors = {name: t.pin_memory() for name, t in tensors.items()}
+        moved = {name: t.to(device, non_blocking=True) for name, t in tensors.items()}
         return replace(self, **moved)
 
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -151,14 +150,6 @@ class Sources:
     def read_texts(self, place: Place) -> tuple[Text, ...]:
         """The texts of one sample alone; raises BadSampleError."""
         return self._taken(place, self.folders[place.source].read_texts(place.number))
-
-    def readable_texts(self) -> Iterator[Text]:
-        """All texts of all samples in order; samples whose texts are bad are named and left out."""
-        for position in range(len(self)):
-            try:
-                yield from self.read_texts(self.in_order(position))
-            except BadSampleError as error:
-                print(f"skipped {error}", file=sys.stderr, flush=True)
 
     def check(self) -> None:
         """Raise DataError unless all shards are there and whole."""

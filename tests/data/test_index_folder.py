@@ -26,8 +26,8 @@ def tar_of(*names, content=RECORD):
     return out.getvalue()
 
 
-def index(folder):
-    return main(["data", "index", str(folder), "--workers", "1"])
+def index(folder, workers=1):
+    return main(["data", "index", str(folder), "--workers", str(workers)])
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def test_shards_that_are_there_are_indexed(indexed, capsys):
     before = [ShardFolder(indexed).read(n) for n in range(15)]
     for path in (*indexed.glob("*.index.npy"), indexed / "shards.json"):
         path.unlink()
-    assert index(indexed) == 0
+    assert index(indexed, workers=2) == 0
     told = "15 samples in 3 shards, 3 of them new; 3 samples without a picture"
     assert told in capsys.readouterr().out
     assert [ShardFolder(indexed).read(n) for n in range(15)] == before

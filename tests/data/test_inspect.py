@@ -121,7 +121,7 @@ def test_packing():
         (3, ([5, 6, 9], [10, 2, 10])),
         (6, ([5, 6, 9, 10, 2, 10],)),
     ):
-        rows = [max(row for row, _, _ in text_places(batch, 10)) + 1 for batch in batches]
+        rows = [int(text_places(np.array(batch), 10)[0].max()) + 1 for batch in batches]
         expected[samples] = 42 / (10 * sum(rows))
     assert row.filled == expected
     answers = packing_of(Layout("", 6, 1, True), looked, micro_batches=[6])
