@@ -5,7 +5,7 @@ import re
 import sys
 import tarfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -86,7 +86,7 @@ def index_folder(place: str, workers: int) -> None:
 
 
 @contextmanager
-def _pool(workers: int) -> Iterator[Callable[..., Iterable[_Found]]]:
+def _pool(workers: int) -> Generator[Callable[..., Iterable[_Found]]]:
     """A `map` of so many processes."""
     if workers == 1:
         yield map
