@@ -18,7 +18,7 @@ _WORD = re.compile(r"\w+")
 _BOILERPLATE = re.compile(
     r"""
     https?://|\bwww\.                                               # addresses of web pages
-    | \b[\w-]+\.(com|net|org)\b
+    | (?<!@)\b[\w-]+\.(com|net|org)\b
     | [{}]|</?[a-z][^<>]*>|&(amp|nbsp|quot|lt|gt);|\bjavascript\b   # code
     | \.(jpe?g|png|gif|webp|bmp|tiff?|svg|heic)\b                   # file names
     | ^(img|dsc[fn]?|pict?|photo|image|screenshot|screen\ shot)[\s_-]*\d[\d\s_-]*$
