@@ -6,7 +6,6 @@ band are compared (locality-sensitive hashing). A sample goes if it is the same 
 that stays.
 """
 
-import io
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, NamedTuple
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 
 from megavlm.config.filters import DuplicateRules
 from megavlm.files.folder import Folder
+from megavlm.filters.arrays import load_arrays, save_arrays
 
 Ints = NDArray[np.int64]
 Bytes = NDArray[np.uint8]
@@ -175,14 +175,10 @@ def choose(same: Sequence[Same]) -> dict[int, int]:
 
 
 def save(folder: Folder, name: str, same: Same) -> None:
-    """Write it, whole or not at all."""
-    content = io.BytesIO()
-    np.savez(content, copies=same.copies, pairs=same.pairs)
-    folder.write_atomically(name, content.getvalue())
+    """Write it for the process that chooses."""
+    save_arrays(folder, name, copies=same.copies, pairs=same.pairs)
 
 
 def load(folder: Folder, name: str) -> Same:
     """What was saved."""
-    with folder.open(name, "rb") as file:
-        arrays = np.load(io.BytesIO(file.read()), allow_pickle=False)
-    return Same(arrays["copies"], arrays["pairs"])
+    return Same(**load_arrays(folder, name))

@@ -1,7 +1,6 @@
 """What evaluation sets hold, and whether training samples hold it, too."""
 
 import hashlib
-import io
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -11,6 +10,7 @@ from numpy.typing import NDArray
 from megavlm.config.filters import EvaluationRules, PictureRules
 from megavlm.data.samples import Sample
 from megavlm.files.folder import Folder
+from megavlm.filters.arrays import load_arrays, save_arrays
 from megavlm.filters.captions import words_of
 from megavlm.filters.pictures import HASH_BYTES, hash_picture, open_picture
 
@@ -87,14 +87,10 @@ class EvaluationSet:
 
 
 def save(folder: Folder, name: str, known: Fingerprints) -> None:
-    """Write them for other workers; whole or not at all."""
-    content = io.BytesIO()
-    np.savez(content, pictures=known.pictures, texts=known.texts)
-    folder.write_atomically(name, content.getvalue())
+    """Write them for other workers."""
+    save_arrays(folder, name, pictures=known.pictures, texts=known.texts)
 
 
 def load(folder: Folder, name: str) -> Fingerprints:
     """What was saved."""
-    with folder.open(name, "rb") as file:
-        arrays = np.load(io.BytesIO(file.read()), allow_pickle=False)
-    return Fingerprints(arrays["pictures"], arrays["texts"])
+    return Fingerprints(**load_arrays(folder, name))

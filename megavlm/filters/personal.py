@@ -8,11 +8,8 @@ from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
-from megavlm.config.filters import PersonalDataRules
+from megavlm.config.filters import PersonalDataRules, PersonalKind
 from megavlm.errors import ConfigError
-
-_FEWEST_DIGITS = {"email": 0, "phone": 7, "ip": 1, "credit_card": 12}
-"""A text with fewer has none of a kind; the recognisers are slow."""
 
 
 class Found(NamedTuple):
@@ -25,13 +22,11 @@ class Found(NamedTuple):
 
 def find(text: str, rules: PersonalDataRules) -> list[Found]:
     """What there is, in order; of what overlaps, the longest."""
-    digits = sum(c.isdigit() for c in text)
     everything: list[Found] = []
-    for kind, recogniser in _recognisers(rules.phone_regions).items():
-        if kind not in rules.kinds or digits < _FEWEST_DIGITS[kind]:
+    for kind in rules.kinds:
+        if not _may_have(kind, text):
             continue
-        if kind == "email" and "@" not in text:
-            continue
+        recogniser = _recognisers(rules.phone_regions)[kind]
         for result in recogniser.analyze(text, recogniser.supported_entities, None):
             everything.append(Found(result.start, result.end, kind))
     everything.sort(key=lambda found: (found.start - found.stop, found))
@@ -40,6 +35,20 @@ def find(text: str, rules: PersonalDataRules) -> list[Found]:
         if all(found.stop <= other.start or other.stop <= found.start for other in chosen):
             chosen.append(found)
     return sorted(chosen)
+
+
+def _may_have(kind: PersonalKind, text: str) -> bool:
+    """Whether it is worth asking the recognisers, which are slow."""
+    digits = sum(c.isdigit() for c in text)
+    match kind:
+        case "email":
+            return "@" in text
+        case "phone":
+            return digits >= 7
+        case "ip":
+            return digits >= 1 and ("." in text or ":" in text)
+        case "credit_card":
+            return digits >= 12
 
 
 def mask(text: str, rules: PersonalDataRules) -> str:

@@ -6,7 +6,6 @@ goes on.
 """
 
 import hashlib
-import io
 import json
 import logging
 import math
@@ -33,6 +32,7 @@ from megavlm.data.shards import ShardFolder
 from megavlm.errors import BadSampleError, ConfigError, DataError, MegavlmError
 from megavlm.files.folder import Folder
 from megavlm.filters import duplicates, evaluation
+from megavlm.filters.arrays import load_arrays, save_arrays
 from megavlm.filters.captions import check_languages
 from megavlm.filters.duplicates import BANDS, Duplicate
 from megavlm.filters.evaluation import EvaluationSet
@@ -185,9 +185,8 @@ def _find_duplicates(job: Job, samples: int, in_parallel: InParallel) -> None:
         for _ in in_parallel(reason, _find_same, todo):
             pass
         gone = duplicates.choose([duplicates.load(folder, _same_name(*call)) for call in calls])
-        content = io.BytesIO()
-        np.save(content, np.array(sorted(gone.items()), np.int64).reshape(-1, 2))
-        job.work.write_atomically(_gone_name(reason), content.getvalue())
+        pairs = np.array(sorted(gone.items()), np.int64).reshape(-1, 2)
+        save_arrays(job.work, _gone_name(reason), gone=pairs)
 
 
 def _compared(rules: FilterSettings) -> list[Duplicate]:
@@ -205,7 +204,7 @@ def _same_name(reason: Duplicate, band: int, part: int) -> str:
 
 
 def _gone_name(reason: Duplicate) -> str:
-    return f"{reason}.npy"
+    return f"{reason}.npz"
 
 
 # What workers do. Each file that they write is there whole or not at all.
@@ -265,8 +264,7 @@ def _find_same(job: Job, reason: Duplicate, band: int, part: int) -> None:
 
 @cache
 def _gone(job: Job, reason: Duplicate) -> Gone:
-    with job.work.open(_gone_name(reason), "rb") as file:
-        return np.load(io.BytesIO(file.read()), allow_pickle=False)
+    return load_arrays(job.work, _gone_name(reason))["gone"]
 
 
 def _gone_in(job: Job, shard: int) -> dict[int, tuple[int, Duplicate]]:

@@ -13,6 +13,7 @@ from megavlm.data.index import read_index, read_manifest
 from megavlm.data.samples import texts_to_json
 from megavlm.data.shards import ShardFolder
 from megavlm.files.folder import Folder
+from megavlm.filters.arrays import read_whole
 from megavlm.filters.duplicates import SIGNATURE_BYTES, sign_captions
 from megavlm.filters.evaluation import EvaluationSet
 from megavlm.filters.judge import Verdict, caption_of, judge
@@ -120,8 +121,10 @@ def read_columns(folder: Folder, shard: str, columns: Sequence[str]) -> "pyarrow
     """Some columns of what was found about a shard's samples."""
     import pyarrow.parquet as pq
 
-    with folder.open(name_of(shard), "rb") as file:
-        return pq.read_table(file, columns=list(columns))
+    # A local file is read as far as those columns; one in an object store comes whole.
+    local, name = folder.local_path, name_of(shard)
+    source = io.BytesIO(read_whole(folder, name)) if local is None else local / name
+    return pq.ParquetFile(source).read(list(columns))
 
 
 def read_hashes(

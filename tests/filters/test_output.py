@@ -63,7 +63,6 @@ def test_shards_of_what_stays(folder, judged):
     }
 
 
-@pytest.mark.slow  # Presidio takes seconds to import
 def test_the_report_shows_examples_and_runs_nothing(folder, judged):
     shards = ShardFolder(folder / "in")
     gone = {2: (0, "duplicate_picture"), 4: (0, "duplicate_caption")}
