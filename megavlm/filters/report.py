@@ -105,5 +105,5 @@ def print_report(counts: Counts, target: Folder, samples_per_second: float | Non
     if counts.renamed_keys:
         console.print(f"{counts.renamed_keys:,} keys renamed", highlight=False)
     if samples_per_second is not None:
-        console.print(f"{samples_per_second:,.1f} samples judged a second and core")
+        console.print(f"{samples_per_second:,.1f} samples judged a second and worker")
     print(f"wrote {target}; examples: {target}/filter/{SHEET}")

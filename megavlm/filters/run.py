@@ -139,7 +139,7 @@ def _filter(job: Job, shards: ShardFolder, in_parallel: InParallel) -> Counts:
         for samples, seconds in in_parallel("judge", _judge, todo):
             judged, busy_seconds = judged + samples, busy_seconds + seconds
     samples_per_second = judged / busy_seconds if judged else None
-    measured |= {"judged_samples": judged, "samples_per_second_and_core": samples_per_second}
+    measured |= {"judged_samples": judged, "samples_per_second_and_worker": samples_per_second}
 
     with _timed(measured, "duplicates_seconds"):
         _find_duplicates(job, len(shards), in_parallel)
@@ -313,9 +313,15 @@ def _ray(job: Job, address: str | None, workers: int | None) -> Iterator[InParal
                 include_dashboard=False,
                 **quiet,
             )
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        at = f"at {address}" if address else "on this machine"
-        raise ConfigError(f"cannot start Ray {at}: {' '.join(str(error).split())}") from error
+    except Exception as error:  # it says so by a plain one that 30 seconds were too few to start
+        said = " ".join(str(error).split())
+        if address is not None:
+            raise ConfigError(
+                f"cannot reach a Ray cluster at {address}: {said}; see `ray status` there"
+            ) from error
+        raise ConfigError(
+            f"cannot start Ray on this machine: {said}; run again when the machine is less busy"
+        ) from error
     try:
         settings = ray.data.DataContext.get_current()
         settings.enable_progress_bars = False
