@@ -1,6 +1,7 @@
 """Arrays that workers leave for each other, in files that are whole or not there at all."""
 
 import io
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,8 +16,8 @@ def save_arrays(folder: Folder, name: str, **arrays: NDArray[np.generic]) -> Non
     folder.write_atomically(name, content.getvalue())
 
 
-def load_arrays(folder: Folder, name: str) -> dict[str, NDArray[np.generic]]:
-    """What was saved."""
+def load_arrays(folder: Folder, name: str) -> dict[str, Any]:
+    """The arrays that were saved, by name."""
     with np.load(io.BytesIO(read_whole(folder, name)), allow_pickle=False) as arrays:
         return dict(arrays)
 

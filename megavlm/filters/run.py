@@ -59,8 +59,8 @@ PACKAGES = {
 """Modules of the extra `filter`, with the names of their packages."""
 OBJECT_STORE_BYTES = 256 * 2**20
 """Of an embedded Ray; only names and counts pass through it."""
-PART_SAMPLES = 4 * 10**6
-"""Compared by one worker at once: up to 1.5 GB of captions' signatures."""
+PART_SAMPLES = 2 * 10**6
+"""Compared by one worker at once, which takes up to 2.6 GB for captions."""
 
 Gone = NDArray[np.int64]
 """(duplicates, 2): a sample's number, and that of the one that it is the same as; sorted."""
@@ -323,6 +323,12 @@ def _ray(job: Job, address: str | None, workers: int | None) -> Iterator[InParal
             f"cannot start Ray on this machine: {said}; run again when the machine is less busy"
         ) from error
     try:
+        gpus = ray.cluster_resources().get("GPU", 0)
+        if job.rules.gpus_per_worker > gpus:  # it would wait for one for ever
+            raise ConfigError(
+                f"gpus_per_worker={job.rules.gpus_per_worker:g}, but Ray has {gpus:g} GPUs; set it "
+                "to 0 to run checkpoints on CPUs"
+            )
         settings = ray.data.DataContext.get_current()
         settings.enable_progress_bars = False
         logging.getLogger("ray.data").setLevel(logging.CRITICAL)
@@ -385,6 +391,8 @@ def _check_rules(rules: FilterSettings, places: Sequence[str], ray_address: str 
     if rules.personal_data:
         check_regions(rules.personal_data.phone_regions)
     check_checkpoints(rules)
+    for folder in rules.evaluation.folders if rules.evaluation else ():
+        ShardFolder(folder).check_sizes()
     if ray_address is not None:
         evaluated = rules.evaluation.folders if rules.evaluation else ()
         for place in [*places, *evaluated, *map(str, rules.checkpoints)]:
