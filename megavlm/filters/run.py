@@ -1,4 +1,4 @@
-"""Filtering a folder of shards, on all cores of a machine or of a cluster, by Ray Data.
+"""Filtering a folder of shards.
 
 Three passes over the shards: judge the samples of each by themselves; find duplicates among all;
 write those that stay. What is there already is not made again, so that a filtering that was stopped
@@ -7,15 +7,13 @@ goes on.
 
 import hashlib
 import json
-import logging
 import math
-import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
-from functools import cache, partial
+from dataclasses import asdict
+from functools import cache
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,13 +21,12 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.progress import track
 
 from megavlm.config.filters import FilterSettings, rules_as_tree
 from megavlm.data.index import MANIFEST, ShardSize, read_manifest, write_manifest
 from megavlm.data.samples import Sample
 from megavlm.data.shards import ShardFolder
-from megavlm.errors import BadSampleError, ConfigError, DataError, MegavlmError
+from megavlm.errors import BadSampleError, ConfigError, DataError
 from megavlm.files.folder import Folder
 from megavlm.filters import duplicates, evaluation
 from megavlm.filters.arrays import load_arrays, save_arrays
@@ -37,7 +34,8 @@ from megavlm.filters.captions import check_languages
 from megavlm.filters.duplicates import BANDS, Duplicate
 from megavlm.filters.evaluation import EvaluationSet
 from megavlm.filters.models import check_checkpoints
-from megavlm.filters.output import UNFINISHED, WORK, Counts, Example, count, write_kept
+from megavlm.filters.output import UNFINISHED, Counts, Example, count, write_kept
+from megavlm.filters.parallel import InParallel, Job, ray_workers
 from megavlm.filters.personal import check_regions
 from megavlm.filters.report import print_report, write_report
 from megavlm.filters.verdicts import batches, judge_shard, name_of, read_hashes
@@ -57,37 +55,11 @@ PACKAGES = {
     "transformers": "transformers",
 }
 """Modules of the extra `filter`, with the names of their packages."""
-OBJECT_STORE_BYTES = 256 * 2**20
-"""Of an embedded Ray; only names and counts pass through it."""
 PART_SAMPLES = 2 * 10**6
 """Compared by one worker at once, which takes up to 2.6 GB for captions."""
 
 Gone = NDArray[np.int64]
 """(duplicates, 2): a sample's number, and that of the one that it is the same as; sorted."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """What all workers are told."""
-
-    rules: FilterSettings
-    source: str
-    target: str
-
-    @property
-    def work(self) -> Folder:
-        """For what is not training data, within the new folder."""
-        return Folder(self.target) / WORK
-
-    @property
-    def verdicts(self) -> Folder:
-        """What was found about each sample."""
-        return self.work / "verdicts"
-
-
-InParallel = Callable[..., Iterator[tuple[Any, float]]]
-"""(what is shown, function, arguments of each call): calls function(job, *arguments), and yields
-what it returns, JSON-safe, with the seconds it took; in any order."""
 
 
 def filter_folder(
@@ -108,7 +80,7 @@ def filter_folder(
     shards.check_sizes()
     job = Job(rules=rules, source=source, target=target)
     _check_inputs(job)
-    with _ray(job, ray_address, workers) as in_parallel:
+    with ray_workers(job, ray_address, workers) as in_parallel:
         counts = _filter(job, shards, in_parallel)
     if not counts.kept:
         raise DataError(
@@ -136,7 +108,7 @@ def _filter(job: Job, shards: ShardFolder, in_parallel: InParallel) -> Counts:
     todo = [(n,) for (n,) in numbers if name_of(shards.names[n]) not in there]
     judged, busy_seconds = 0, 0.0
     with _timed(measured, "judge_seconds"):
-        for samples, seconds in in_parallel("judge", _judge, todo):
+        for samples, seconds in in_parallel("judge", _judge, todo, rules.gpus_per_worker):
             judged, busy_seconds = judged + samples, busy_seconds + seconds
     samples_per_second = judged / busy_seconds if judged else None
     measured |= {"judged_samples": judged, "samples_per_second_and_worker": samples_per_second}
@@ -289,92 +261,6 @@ def _count(job: Job, shard: int) -> tuple[int, dict[str, Any], list[dict[str, An
     gone = _gone_in(job, shard)
     counts, examples = count(ShardFolder(job.source), shard, job.verdicts, gone)
     return shard, counts.as_record(), [asdict(example) for example in examples]
-
-
-# Ray.
-
-
-@contextmanager
-def _ray(job: Job, address: str | None, workers: int | None) -> Iterator[InParallel]:
-    """Start Ray, or connect to a cluster, as long as it is needed."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    import ray
-    import ray.data
-
-    quiet: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
-    try:
-        if address is not None:
-            ray.init(address=address, **quiet)
-        else:
-            ray.init(
-                address="local",  # not one that an environment variable names
-                num_cpus=workers or os.cpu_count(),
-                object_store_memory=OBJECT_STORE_BYTES,
-                include_dashboard=False,
-                **quiet,
-            )
-    except Exception as error:  # it says so by a plain one that 30 seconds were too few to start
-        said = " ".join(str(error).split())
-        if address is not None:
-            raise ConfigError(
-                f"cannot reach a Ray cluster at {address}: {said}; see `ray status` there"
-            ) from error
-        raise ConfigError(
-            f"cannot start Ray on this machine: {said}; run again when the machine is less busy"
-        ) from error
-    try:
-        gpus = ray.cluster_resources().get("GPU", 0)
-        if job.rules.gpus_per_worker > gpus:  # it would wait for one for ever
-            raise ConfigError(
-                f"gpus_per_worker={job.rules.gpus_per_worker:g}, but Ray has {gpus:g} GPUs; set it "
-                "to 0 to run checkpoints on CPUs"
-            )
-        settings = ray.data.DataContext.get_current()
-        settings.enable_progress_bars = False
-        logging.getLogger("ray.data").setLevel(logging.CRITICAL)
-        yield partial(_in_parallel, job, workers)
-    finally:
-        ray.shutdown()
-
-
-def _in_parallel(
-    job: Job,
-    workers: int | None,
-    shown: str,
-    function: Callable[..., Any],
-    calls: Sequence[tuple[Any, ...]],
-) -> Iterator[tuple[Any, float]]:
-    if not calls:
-        return
-    import ray.data
-
-    rows = [{"arguments": json.dumps(call)} for call in calls]
-    call: Any = _call  # the other arguments come with it
-    results = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
-        call,
-        fn_kwargs={"function": function, "job": job},
-        num_cpus=1,
-        num_gpus=job.rules.gpus_per_worker if function is _judge else 0,
-        compute=ray.data.TaskPoolStrategy(size=workers),
-    )
-    for row in track(results.iter_rows(), shown, total=len(rows), transient=True):
-        if row["error"]:
-            raise DataError(row["error"])
-        yield json.loads(row["result"]), row["seconds"]
-
-
-def _call(row: dict[str, Any], function: Callable[..., Any], job: Job) -> dict[str, Any]:
-    """In a worker: what a function returns, or the user's mistake that it meets."""
-    start, result, error = time.perf_counter(), None, ""
-    try:
-        result = function(job, *json.loads(row["arguments"]))
-    except MegavlmError as mistake:
-        error = str(mistake)
-    return {
-        "result": json.dumps(result),
-        "error": error,
-        "seconds": time.perf_counter() - start,
-    }
 
 
 # Before and after.

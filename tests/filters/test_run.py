@@ -18,7 +18,8 @@ from megavlm.data.shards import ShardFolder, write_shards
 from megavlm.errors import ConfigError, DataError
 from megavlm.files.folder import Folder
 from megavlm.filters import report, run
-from megavlm.filters.run import Job, filter_folder
+from megavlm.filters.parallel import Job
+from megavlm.filters.run import filter_folder
 from tests.filters.planted import RULES, clean, make_folder
 
 WITHOUT_LARGE_MODELS = RULES.replace("languages: [en]", "languages: []").replace(
@@ -30,7 +31,7 @@ NEEDS_LARGE_MODELS = ("caption_language", "personal_data")
 def in_this_process(job):
     """In place of Ray."""
 
-    def in_parallel(_, function, calls):
+    def in_parallel(_, function, calls, gpus=0):
         for call in calls:
             yield json.loads(json.dumps(function(job, *json.loads(json.dumps(call))))), 1.0
 
