@@ -207,7 +207,7 @@ DATA = Pybind11Extension("megavlm._data", ["csrc/data/packing.cpp"], cxx_std=17,
 if __name__ == "__main__":  # not where tests/csrc/build.py reads the flags
     setup(
         packages=find_packages(include=["megavlm", "megavlm.*"]),
-        package_data={"megavlm.eval": ["*.j2"], "megavlm.data": ["*.j2"]},
+        package_data={f"megavlm.{part}": ["*.j2"] for part in ("data", "eval", "filters")},
         ext_modules=[OPERATORS, DATA],
         cmdclass={"build_ext": Build},
     )

@@ -286,6 +286,16 @@ def _data_inspect(plan: Plan | None, options: argparse.Namespace) -> None:
         print(f"page: {options.html}")
 
 
+def _filter(_: None, options: argparse.Namespace) -> None:
+    from megavlm.config.filters import load_rules
+
+    rules = load_rules(options.rules)
+    from megavlm.filters.run import filter_folder
+
+    workers, address = options.workers, options.ray_address
+    filter_folder(rules, options.source, options.target, ray_address=address, workers=workers)
+
+
 def _generate(plan: Plan, options: argparse.Namespace) -> None:
     from megavlm.dist.groups import process_groups
     from megavlm.infer.generate import Request, generate
@@ -437,6 +447,13 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--samples", type=_positive, default=2_000, help="to read, evenly spaced")
     inspect.add_argument("--html", type=Path, metavar="PAGE", help="write a page, with pictures")
     inspect.set_defaults(command=_data_inspect)
+    filtering = actions.add_parser("filter", help="write a folder without bad samples")
+    filtering.add_argument("rules", type=Path, help="YAML file (docs/filtering.md)")
+    filtering.add_argument("source", help="folder of shards, or its URL")
+    filtering.add_argument("target", help="new folder, or its URL")
+    filtering.add_argument("--ray-address", help="of a Ray cluster; none: this machine alone")
+    filtering.add_argument("--workers", type=_positive, help="at once (all cores)")
+    filtering.set_defaults(command=_filter, run_file=None)
     convert = commands.add_parser(
         "convert",
         help="convert checkpoints between formats, with a certificate",

@@ -13,7 +13,7 @@ LEVELS = [
     {"config", "files", "ops"},
     {"dist"},
     {"data"},
-    {"model"},
+    {"model", "filters"},
     {"stages", "checkpoint", "planner"},
     {"engine", "infer"},
     {"train", "convert", "dryrun"},

@@ -38,15 +38,7 @@ def load_plan(path: Path, overrides: Sequence[str] = ()) -> Plan:
     sizes. Raises ConfigError, in one line, for a missing file, broken YAML, unknown names, wrong
     types, broken rules, and for an override that no stage would follow.
     """
-    try:
-        tree = yaml.load(path.read_text(), _UniqueKeys)
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read run file {path}: {error}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path} must hold a mapping of settings")
-    tree = cast(Tree, tree)
+    tree = read_yaml(path, "run file")
     changes_by_stage = _stages(path, tree)
     for override in overrides:
         name, value = _parsed(override)
@@ -62,12 +54,25 @@ def load_plan(path: Path, overrides: Sequence[str] = ()) -> Plan:
         try:
             run = TypeAdapter(RunSettings).validate_python(_merged(tree, changes))
         except ValidationError as error:
-            raise ConfigError(f"{path}: {where}{_one_line(error)}") from error
+            raise ConfigError(f"{path}: {where}{one_line(error, RunSettings)}") from error
         except ConfigError as error:
             raise ConfigError(f"{where}{error}") from error
         first = (stages[-1].end_step, stages[-1].end_sample) if stages else (0, 0)
         stages.append(Stage(name, run, *first))
     return Plan(tuple(stages))
+
+
+def read_yaml(path: Path, what: str) -> Tree:
+    """A file of settings; raises ConfigError, which says `what` it is."""
+    try:
+        tree = yaml.load(path.read_text(), _UniqueKeys)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read {what} {path}: {error}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} must hold a mapping of settings")
+    return cast(Tree, tree)
 
 
 class _UniqueKeys(yaml.SafeLoader):
@@ -207,20 +212,21 @@ def _merged(base: Tree, changes: Tree) -> Tree:
     return merged
 
 
-def _one_line(error: ValidationError) -> str:
+def one_line(error: ValidationError, settings: type) -> str:
+    """What is wrong with settings of a type, as far as the first mistake."""
     problem = error.errors()[0]
     place = ".".join(str(part) for part in problem["loc"])
     match problem["type"]:
         case "unexpected_keyword_argument":
-            return f"{place} is not a known setting{_suggestion(problem['loc'])}"
+            return f"{place} is not a known setting{_suggestion(problem['loc'], settings)}"
         case "missing":
             return f"{place} is missing"
         case _:
             return f"{place}={problem['input']!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
 
 
-def _suggestion(place: tuple[int | str, ...]) -> str:
-    fields = TypeAdapter(RunSettings).json_schema()
+def _suggestion(place: tuple[int | str, ...], settings: type) -> str:
+    fields = TypeAdapter(settings).json_schema()
     definitions = fields["$defs"]
     for section in place[:-1]:
         if section in fields["properties"]:  # not the number of a list's entry

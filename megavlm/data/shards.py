@@ -177,7 +177,7 @@ class ShardFolder:
         ranges = [_range(members) for _, members in places]
         # What is too large is refused when it is parsed. Of an empty range, S3 would send all.
         ranges = [(a, b if b - a <= MAX_SAMPLE_BYTES else a + BLOCK_BYTES) for a, b in ranges]
-        return self._folder().read_ranges([self._name(shard) for shard, _ in places], ranges)
+        return self._folder().read_ranges([self.name(shard) for shard, _ in places], ranges)
 
     def parse(self, number: int, content: bytes) -> Sample:
         """One sample; raises BadSampleError when its members are not as the format says."""
@@ -190,7 +190,7 @@ class ShardFolder:
             )
         if len(content) < stop - start:
             raise BadSampleError(
-                f"sample {self.locate(number)} is cut off: shard {self._name(shard)} is shorter "
+                f"sample {self.locate(number)} is cut off: shard {self.name(shard)} is shorter "
                 f"than {MANIFEST} says; copy it again"
             )
         key = self._key(number, content[:BLOCK_BYTES])
@@ -219,17 +219,17 @@ class ShardFolder:
 
     def name_of(self, number: int, key: str) -> str:
         """Name of a sample for logs: `shard.tar:key`."""
-        return f"{self._name(self._shard_of(number))}:{key}"
+        return f"{self.name(self._shard_of(number))}:{key}"
 
     def locate(self, number: int) -> str:
         """The same, with the key read from the shard if it can be."""
         shard, members = self._find(number)
         start, _ = _range(members)
         try:
-            header = self._folder().read_ranges([self._name(shard)], [(start, start + BLOCK_BYTES)])
+            header = self._folder().read_ranges([self.name(shard)], [(start, start + BLOCK_BYTES)])
             return self.name_of(number, _key_of(header[0]))
         except (DataError, tarfile.HeaderError):
-            return f"{self._name(shard)}, number {number - self._firsts[shard]}"
+            return f"{self.name(shard)}, number {number - self._firsts[shard]}"
 
     def read_texts(self, number: int) -> tuple[Text, ...]:
         """The texts of one sample alone; raises BadSampleError."""
@@ -238,7 +238,7 @@ class ShardFolder:
         written = members[members["kind"] != PICTURE]
         start, _ = _range(members)
         ranges = [(start, start + BLOCK_BYTES), *(_range_of(member) for member in written)]
-        header, *contents = self._folder().read_ranges([self._name(shard)] * len(ranges), ranges)
+        header, *contents = self._folder().read_ranges([self.name(shard)] * len(ranges), ranges)
         name = self.name_of(number, self._key(number, header))
         parts = _parts()
         for kind, content in zip(written["kind"].tolist(), contents, strict=True):
@@ -262,7 +262,7 @@ class ShardFolder:
             raise BadSampleError(self._misplaced(number))
 
     def _misplaced(self, number: int) -> str:
-        name = index_name(self._name(self._shard_of(number)))
+        name = index_name(self.name(self._shard_of(number)))
         return (
             f"sample {self.locate(number)} is not where its index says; delete {name} and run "
             f"`megavlm data index {self._place}`"
@@ -285,18 +285,19 @@ class ShardFolder:
         first, stop = np.searchsorted(members["sample"], [place, place + 1])
         return shard, members[first:stop]
 
-    def _name(self, shard: int) -> str:
+    def name(self, shard: int) -> str:
+        """Of a shard."""
         return self._names[shard].decode()
 
     def _opened(self, shard: int) -> _OpenShard:
         if shard not in self._open:
             samples = int(self.shard_samples[shard])
             size = ShardSize(samples, int(self._shard_bytes[shard]))
-            members = read_index(self._folder(), self._name(shard), size)
+            members = read_index(self._folder(), self.name(shard), size)
             self._open[shard] = _OpenShard(members, *_sizes_in(members, samples))
             if len(self._open) > self._most_open:
                 closed, _ = self._open.popitem(last=False)
-                self._folder().forget(index_name(self._name(closed)))
+                self._folder().forget(index_name(self.name(closed)))
         self._open.move_to_end(shard)
         return self._open[shard]
 

@@ -1,0 +1,203 @@
+import hashlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from megavlm.config.filters import DuplicateRules, FilterSettings, load_rules
+from megavlm.data.shards import ShardFolder, write_shards
+from megavlm.errors import ConfigError, DataError
+from megavlm.files.folder import Folder
+from megavlm.filters import report, run
+from megavlm.filters.parallel import Job
+from megavlm.filters.run import filter_folder
+from tests.filters.planted import RULES, clean, make_folder
+
+WITHOUT_LARGE_MODELS = RULES.replace("languages: [en]", "languages: []").replace(
+    "personal_data: {}", ""
+)
+NEEDS_LARGE_MODELS = ("caption_language", "personal_data")
+
+
+def in_this_process(job):
+    """In place of Ray."""
+
+    def in_parallel(_, function, calls, gpus=0):
+        for call in calls:
+            yield json.loads(json.dumps(function(job, *json.loads(json.dumps(call))))), 1.0
+
+    return in_parallel
+
+
+def filtered(rules: FilterSettings, source: Path, target: Path):
+    job = Job(rules=rules, source=str(source), target=str(target))
+    run._check_inputs(job)
+    return run._filter(job, ShardFolder(source), in_this_process(job))
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    """Of all files that training reads."""
+    files = (path for path in folder.iterdir() if path.is_file())
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+@pytest.fixture
+def planted(tmp_path):
+    """Folder, reasons of planted faults by key, and rules."""
+    reasons = make_folder(tmp_path)
+    path = tmp_path / "rules.yaml"
+    path.write_text(WITHOUT_LARGE_MODELS.replace("EVALUATION", str(tmp_path / "evaluation")))
+    return tmp_path, reasons, path
+
+
+def check(folder: Path, target: Path, reasons: dict[str, str]) -> None:
+    """All planted faults went for their reasons and nothing else did; counts add up."""
+    source, kept = ShardFolder(folder / "pairs"), ShardFolder(target)
+    kept.check_sizes()
+    keys = [source.read(n).key for n in range(len(source)) if "zzz" not in source.locate(n)]
+    expected = [key for key in keys if key not in reasons]
+    samples = [kept.read(n) for n in range(len(kept))]
+    assert [sample.key for sample in samples] == [*expected, "000000001"]
+    assert samples[-1].texts[0].answer == "a wooden boat lies on the shore of a lake"
+    report = json.loads((target / "filter" / "report.json").read_text())
+    assert report["dropped"] == Counter(reasons.values())
+    assert report["samples"] == len(source) == report["kept"] + sum(report["dropped"].values())
+    assert report["kept"] == len(kept) == report["texts"] == report["kept_texts"]
+    page = (target / "filter" / "samples.html").read_text()
+    assert all(f"<h2>{reason}: {n}</h2>" in page for reason, n in report["dropped"].items())
+
+
+def test_planted_faults_are_found(planted, tmp_path, capsys, monkeypatch):
+    folder, reasons, rules = planted
+    monkeypatch.setattr(report, "mask", lambda text, _: text)  # Presidio takes seconds to import
+    reasons = {key: r for key, r in reasons.items() if r not in NEEDS_LARGE_MODELS}
+    filtered(load_rules(rules), folder / "pairs", tmp_path / "out")
+    check(folder, tmp_path / "out", reasons)
+    assert not (tmp_path / "tmp").exists() and not (tmp_path.parent / "climbs.jpg").exists()
+    assert re.search(r"kept +│ +2\d ", capsys.readouterr().out)
+    # Nothing is made twice, and the result is the same.
+    before = hashes(tmp_path / "out")
+    made = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").glob("**/*.parquet")}
+    filtered(load_rules(rules), folder / "pairs", tmp_path / "out")
+    assert hashes(tmp_path / "out") == before and made
+    assert made == {p: p.stat().st_mtime_ns for p in (tmp_path / "out").glob("**/*.parquet")}
+
+
+def test_parts_of_a_comparison_change_nothing(tmp_path, monkeypatch):
+    (tmp_path / "in").mkdir()
+    copies = [replace(clean(n), key=f"copy-{n}") for n in range(3)]
+    write_shards(tmp_path / "in", [*(clean(n) for n in range(5)), *copies], 4)
+    rules = FilterSettings(duplicates=DuplicateRules())
+    for target, samples in ((tmp_path / "whole", 100), (tmp_path / "parts", 4)):
+        monkeypatch.setattr(run, "PART_SAMPLES", samples)
+        counts = filtered(rules, tmp_path / "in", target)
+        assert (counts.kept, counts.dropped) == (5, {"duplicate_picture": 3})
+    assert hashes(tmp_path / "whole") == hashes(tmp_path / "parts")
+
+
+@pytest.fixture
+def few(tmp_path):
+    (tmp_path / "in").mkdir()
+    write_shards(tmp_path / "in", [clean(n) for n in range(4)], 2)
+    return tmp_path
+
+
+def test_other_inputs_are_refused(few):
+    filtered(FilterSettings(), few / "in", few / "out")
+    other = FilterSettings(duplicates=DuplicateRules(picture_bits=20))
+    with pytest.raises(DataError, match=r"begun with other inputs \(rules\.duplicates\); name"):
+        filtered(other, few / "in", few / "out")
+    write_shards(few / "in", [clean(n) for n in range(6)], 2)
+    with pytest.raises(DataError, match=r"other inputs \(data\./.*/in\)"):
+        filtered(FilterSettings(), few / "in", few / "out")
+
+
+def test_folders_that_hold_other_things_are_refused(few):
+    with pytest.raises(DataError, match="cannot be filtered into itself"):
+        filtered(FilterSettings(), few / "in", few / "in")
+    (few / "other").mkdir()
+    write_shards(few / "other", [clean(0)], 1)
+    with pytest.raises(DataError, match="holds shards that were not made by filtering"):
+        filtered(FilterSettings(), few / "in", few / "other")
+
+
+def test_mistakes_are_told_before_ray_starts(few, monkeypatch):
+    with pytest.raises(ConfigError, match="in must be an absolute path or a URL"):
+        filter_folder(FilterSettings(), "in", str(few / "out"), ray_address="auto")
+    with pytest.raises(DataError, match="none does not exist"):
+        filter_folder(FilterSettings(), str(few / "none"), str(few / "out"))
+    monkeypatch.setattr(run, "PACKAGES", {"no_such_module": "no-such-package"})
+    with pytest.raises(ConfigError, match=r"needs no-such-package; run `pip install 'megavlm\[fi"):
+        filter_folder(FilterSettings(), str(few / "in"), str(few / "out"))
+
+
+def test_an_object_store(few):
+    source, target = few / "in", Folder(f"memory://{few.name}/out")
+    filtered(FilterSettings(), source, few / "local")
+    job = Job(rules=FilterSettings(), source=str(source), target=target.place)
+    run._check_inputs(job)
+    run._filter(job, ShardFolder(source), in_this_process(job))
+    local = hashes(few / "local")
+    assert local == {n: hashlib.sha256(target.read(n)).hexdigest() for n in local}
+
+
+def command(rules: Path, folder: Path, target: Path, workers: int) -> subprocess.Popen[str]:
+    places = [str(rules), str(folder / "pairs"), str(target)]
+    arguments = [sys.executable, "-m", "megavlm", "data", "filter", *places]
+    return subprocess.Popen(
+        [*arguments, "--workers", str(workers)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def done(process: subprocess.Popen[str]) -> str:
+    """What it printed; it must succeed."""
+    out, error = process.communicate()
+    assert process.returncode == 0, error
+    return out
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_planted_faults_are_found_on_ray(planted, tmp_path):
+    folder, reasons, rules = planted
+    rules.write_text(RULES.replace("EVALUATION", str(folder / "evaluation")))
+    out = done(command(rules, folder, tmp_path / "out", 2))
+    check(folder, tmp_path / "out", reasons)
+    assert "samples judged a second and worker" in out
+    found = pq.read_table(tmp_path / "out/filter/verdicts/zzz.parquet").to_pylist()
+    assert "../../climbs.jpg" in str([row["detail"] for row in found])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_the_same_bytes_on_one_worker_and_after_kills(planted, tmp_path):
+    folder, _, rules = planted
+    filtered(load_rules(rules), folder / "pairs", tmp_path / "here")
+    expected = hashes(tmp_path / "here")
+    done(command(rules, folder, tmp_path / "one", 1))
+    assert hashes(tmp_path / "one") == expected
+
+    target = tmp_path / "killed"
+    for pattern in ("filter/verdicts/*.parquet", "*.tar"):
+        process = command(rules, folder, target, 2)
+        while not [*target.glob(pattern)]:
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.02)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    assert not (target / "shards.json").exists()
+    done(command(rules, folder, target, 2))
+    assert hashes(target) == expected
+    assert not [*target.glob("filter/unfinished-*")]
