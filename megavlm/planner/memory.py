@@ -196,12 +196,12 @@ def _zero3(run: RunSettings, tokens: Tokens, ranks: int) -> Memory:
     size = value_bytes(run)
     chunk = _chunk(run, blocks, tokens, UNDIVIDED, weight_gradients=False)
     # The first gradient that finds the bucket full sets off its reduction, which takes as much once
-    # more. The last trained block finds it empty, and has the gradient of one matrix beside it.
+    # more. The last trained block finds it empty, and has the gradient of a matrix, when that is
+    # made, beside what it holds then.
     last = max(n for n, block in enumerate(blocks) if block.trained)
-    passing = [
-        size * block.trained * (bucket if n < last else min(bucket, block.largest_matrix))
-        for n, block in enumerate(blocks)
-    ]
+    with_gradient = block_bytes(run, blocks[last], tokens, UNDIVIDED, weight_gradients=True)
+    passing = [size * bucket * block.trained for block in blocks]
+    passing[last] = with_gradient.backward - chunk.takes[last].backward
     activations, most = chunk.most(), chunk.most(passing)
     # It gathers ahead while fewer are alive, a bucket at a time.
     gathered = size * min(live + ahead, held)
