@@ -200,7 +200,7 @@ def _zero3(run: RunSettings, tokens: Tokens, ranks: int) -> Memory:
     # made, beside what it holds then.
     last = max(n for n, block in enumerate(blocks) if block.trained)
     with_gradient = block_bytes(run, blocks[last], tokens, UNDIVIDED, weight_gradients=True)
-    passing = [size * bucket * block.trained for block in blocks]
+    passing: list[float] = [size * bucket * block.trained for block in blocks]
     passing[last] = with_gradient.backward - chunk.takes[last].backward
     activations, most = chunk.most(), chunk.most(passing)
     # It gathers ahead while fewer are alive, a bucket at a time.
