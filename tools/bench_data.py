@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache, partial
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -116,8 +117,11 @@ def write_photographs(folder: Path, size: tuple[int, int], count: int) -> float:
         for n, caption in enumerate(captions)
     ]
     write_shards(folder, samples, SHARD_SAMPLES)
-    words = [f"{caption} {n}" for n, caption in enumerate(captions * 8)]
-    train_tokenizer(words, folder / "tokenizer.model", PRESETS["vlm-tiny"].decoder.vocabulary)
+    # Words enough for the vocabulary.
+    words = ["".join(letters) for letters in product("aeioubdgklmnprst", repeat=3)]
+    train_tokenizer(
+        [*captions, *words], folder / "tokenizer.model", PRESETS["vlm-tiny"].decoder.vocabulary
+    )
     return statistics.mean(len(sample.pictures[0]) for sample in samples)
 
 

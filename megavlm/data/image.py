@@ -48,7 +48,8 @@ def decode_for_crop(encoded: bytes, name: str, pixels: int) -> Pixels:
     """
     reduced = _reduced_jpeg(encoded, pixels)
     # What turns a picture is in its Exif or its XMP; most have neither, and need no second look.
-    if reduced is not None and b"Exif" not in encoded and b"Orientation" not in encoded:
+    head = _before_scan(encoded)
+    if reduced is not None and b"Exif" not in head and b"Orientation" not in head:
         return reduced
     with _opened(encoded, name) as image:
         if reduced is None:
@@ -79,6 +80,15 @@ def _reduced_jpeg(encoded: bytes, pixels: int) -> Pixels | None:
         )
     except ValueError:
         return None
+
+
+def _before_scan(jpeg: bytes) -> bytes:
+    """Its segments up to the first scan, which is nearly all of a JPEG."""
+    at = 2
+    while jpeg[at : at + 1] == b"\xff" and jpeg[at + 1 : at + 2] != b"\xda":
+        is_filled = jpeg[at + 1 : at + 2] == b"\xff"  # any number of these may come before
+        at += 1 if is_filled else 2 + int.from_bytes(jpeg[at + 2 : at + 4])
+    return jpeg[:at]
 
 
 def _covering(width: int, height: int, pixels: int) -> tuple[int, int]:
@@ -158,8 +168,8 @@ def random_resized_crop(
 
 def _resized(picture: Pixels, width: int, height: int, mode: str) -> Pixels:
     """By torch: vectorised, antialiased as by Pillow; the same bits with AVX2 and without."""
-    # Copied, it has no gaps between rows, and torch takes it as channels last.
-    picture_1chw = torch.as_tensor(picture.copy())[None].permute(0, 3, 1, 2)
+    # Without gaps between rows, torch takes it as channels last.
+    picture_1chw = torch.as_tensor(np.ascontiguousarray(picture))[None].permute(0, 3, 1, 2)
     resized_1chw = interpolate(picture_1chw, (height, width), mode=mode, antialias=True)
     return resized_1chw[0].permute(1, 2, 0).numpy()
 

@@ -154,6 +154,17 @@ def test_damaged_pictures_raise_nothing_else(decode) -> None:
 
 
 @BOTH
+@pytest.mark.parametrize("filling", [b"", b"\xff\xff\xff"])
+def test_a_jpeg_is_turned_whatever_comes_before_its_exif(decode, filling) -> None:
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    encoded = encode(noise(20, 16), "JPEG", exif=exif)
+    before = b"\xff\xfe" + (5_002).to_bytes(2) + bytes(5_000)  # a comment
+    found = decode(encoded[:2] + before + filling + encoded[2:], "a", 224)
+    assert np.asarray(found).shape == (20, 16, 3)
+
+
+@BOTH
 def test_exif_that_pillow_cannot_rewrite_is_refused(decode) -> None:
     # A turned picture whose resolution is text: Pillow 13 raises TypeError.
     entries = struct.pack("<HHIHH", ORIENTATION, 3, 1, 6, 0)
