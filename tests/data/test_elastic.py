@@ -8,6 +8,7 @@ import random
 import signal
 import struct
 import time
+from contextlib import suppress
 from dataclasses import replace
 from functools import cache
 
@@ -68,9 +69,10 @@ def load_steps(run, rank, ranks, workers, first_step, path):
 def fork(function, *arguments):
     child = os.fork()
     if child:
+        with suppress(OSError):
+            os.setpgid(child, child)  # its workers die with it, as those of a host do
         return child
     try:
-        os.setpgid(0, 0)  # its workers die with it, as those of a host do
         function(*arguments)
         os._exit(0)
     finally:
