@@ -1,4 +1,5 @@
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -12,7 +13,7 @@ from megavlm.checkpoint.state import (
     checkpoint_root,
     checkpoint_state,
 )
-from megavlm.checkpoint.storage import folder_name, write_state
+from megavlm.checkpoint.storage import folder_name, read_state, write_state
 from megavlm.data.sources import training_sources
 from megavlm.data.tokenizer import Tokenizer
 from megavlm.errors import CheckpointError, TokenizerError
@@ -124,6 +125,31 @@ def test_other_samples_are_refused(tiny_run):
     again = training_sources(replace(tiny_run, seed=1))
     with pytest.raises(CheckpointError, match="trained with seed=1, now 2"):
         check_data_position(checkpoint, replace(tiny_run, seed=2), again)
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "fits"),
+    [
+        ([], [[40, 50]], True),  # 2 steps of 8: the checkpoint lies before it
+        ([[3, 5]], [[3, 5], [18, 30]], True),
+        ([], [[15, 20]], False),
+        ([[3, 5]], [], False),
+        ([[3, 5]], [[3, 6]], False),
+        ([[3, 5]], [[3, 5], [17, 30]], False),
+    ],
+)
+def test_what_was_passed_over_must_stay_so(tiny_run, then, now, fits):
+    def skipping(ranges):
+        return replace(tiny_run, data=replace(tiny_run.data, skip_samples=ranges))
+
+    checkpoint, after = written(skipping(then), step=2), skipping(now)
+    assert read_state(checkpoint)["samples_seen"] == 16
+    with (
+        nullcontext()
+        if fits
+        else pytest.raises(CheckpointError, match=r"data\.skip_samples up to its place=")
+    ):
+        check_data_position(checkpoint, after, training_sources(after))
 
 
 def test_what_has_changed_is_told(tiny_run):
