@@ -102,7 +102,7 @@ class DataSettings:
     """Sample positions that are passed over, each from a first one to before another: those at
     which a run went wrong, when it goes on from a checkpoint before them."""
     ledger: bool = False
-    """Keep which samples each step took, in the run folder: 4 bytes a sample, about."""
+    """Keep which samples each step took, in the run folder: 2 bytes a sample, about."""
     on_bad_sample: Literal["skip", "stop"] = "skip"
     """A sample that cannot be decoded is skipped, named and counted, or ends the run."""
     workers: int = 1

@@ -56,8 +56,9 @@ class CaptionRules:
     available`) and empty phrases (`image of`) go."""
 
     def __post_init__(self) -> None:
-        for name in ("minimum_characters", "maximum_characters", "minimum_words"):
+        for name in ("minimum_characters", "minimum_words"):
             _require("captions", self, name, 1)
+        _require("captions", self, "maximum_characters", self.minimum_characters)
         _require("captions", self, "maximum_repeated_characters", 1)
         for name in ("minimum_letters", "maximum_repeated_words", "language_lead"):
             _require("captions", self, name, 0, 1)

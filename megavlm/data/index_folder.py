@@ -12,6 +12,7 @@ from functools import partial
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 from rich.progress import track
 
 from megavlm.data.index import (
@@ -132,8 +133,15 @@ def _look(members: Members, ignored: Counter[str]) -> _Found:
         samples=samples,
         without_picture=int((pictures == 0).sum()),
         without_text=int((records + captions == 0).sum()),
-        doubled=len(members) - len(np.unique(members[["sample", "kind", "number"]])),
+        doubled=int(_are_doubled(members).sum()),
     )
+
+
+def _are_doubled(members: Members) -> NDArray[np.bool_]:
+    """Which members are a second picture of the same number, record or caption of their sample."""
+    before, after = members[:-1], members[1:]  # sorted, so that these are neighbours
+    same = (before["sample"] == after["sample"]) & (before["kind"] == after["kind"])
+    return same & ((before["number"] == after["number"]) | (after["kind"] != PICTURE))
 
 
 def _tell(folder: Folder, found: list[_Found], new: int) -> None:

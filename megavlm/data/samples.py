@@ -139,3 +139,5 @@ def _turn(all_pictures: int, *, prompt: Any, answer: Any, pictures: Any = ()) ->
 def _require_strings(*values: Any) -> None:
     if not all(isinstance(value, str) for value in values):
         raise TypeError(f"all of a text's words must be strings, not {values}")
+    for value in values:
+        value.encode()  # raises ValueError for a lone surrogate, which nothing can write or show

@@ -183,11 +183,7 @@ class ShardFolder:
         """One sample; raises BadSampleError when its members are not as the format says."""
         shard, members = self._find(number)
         start, stop = _range(members)
-        if stop - start > MAX_SAMPLE_BYTES:
-            raise BadSampleError(
-                f"sample {self.locate(number)} has {stop - start} bytes; the limit is "
-                f"{MAX_SAMPLE_BYTES}"
-            )
+        self._check_size(number, stop - start)
         if len(content) < stop - start:
             raise BadSampleError(
                 f"sample {self.locate(number)} is cut off: shard {self.name(shard)} is shorter "
@@ -236,14 +232,23 @@ class ShardFolder:
         shard, members = self._find(number)
         pictures = int((members["kind"] == PICTURE).sum())
         written = members[members["kind"] != PICTURE]
+        self._check_size(number, int(written["size"].sum()))
         start, _ = _range(members)
-        ranges = [(start, start + BLOCK_BYTES), *(_range_of(member) for member in written)]
+        ranges = [(start, start + BLOCK_BYTES), *map(_range, written.reshape(-1, 1))]
         header, *contents = self._folder().read_ranges([self.name(shard)] * len(ranges), ranges)
         name = self.name_of(number, self._key(number, header))
         parts = _parts()
-        for kind, content in zip(written["kind"].tolist(), contents, strict=True):
-            parts[int(kind)].append(content)
+        for member, content in zip(written, contents, strict=True):
+            self._check_header(number, content[:BLOCK_BYTES], int(member["size"]))
+            parts[int(member["kind"])].append(content[BLOCK_BYTES:])
         return _texts(name, parts[JSON], parts[CAPTION], pictures)
+
+    def _check_size(self, number: int, size: int) -> None:
+        """Raise BadSampleError for what is too large to be read."""
+        if size > MAX_SAMPLE_BYTES:
+            raise BadSampleError(
+                f"sample {self.locate(number)} has {size} bytes; the limit is {MAX_SAMPLE_BYTES}"
+            )
 
     def _key(self, number: int, header: bytes) -> str:
         """A sample's key, by the header of its first member; raises BadSampleError."""
@@ -327,12 +332,17 @@ def _texts(
     name: str, records: list[bytes], captions: list[bytes], pictures: int
 ) -> tuple[Text, ...]:
     """Of a sample's JSON; or its caption, if the JSON is of what it was downloaded from."""
+    if max(len(records), len(captions)) > 1:
+        raise BadSampleError(
+            f"sample {name} has {len(records)} .json and {len(captions)} .txt members; it may have "
+            "one of each"
+        )
     try:
         record: Any = json.loads(records[0]) if records else {}
         if captions and not (isinstance(record, dict) and "texts" in record):
             caption = captions[0].decode()
             return (text("", caption, CAPTION_TASK, pictures=tuple(range(pictures))),)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BadSampleError(f"sample {name}: its JSON or caption is broken: {error}") from error
     if not records:
         raise BadSampleError(f"sample {name} has neither a .json member nor a .txt")
@@ -345,13 +355,9 @@ def _parts() -> list[list[bytes]]:
 
 
 def _range(members: Members) -> tuple[int, int]:
-    """Bytes of a shard that hold a sample, with the first member's header."""
+    """Bytes of a shard that hold some members, with the first one's header."""
     stops = members["offset"] + members["size"]
     return int(members["offset"].min()) - BLOCK_BYTES, int(stops.max())
-
-
-def _range_of(member: Any) -> tuple[int, int]:
-    return int(member["offset"]), int(member["offset"] + member["size"])
 
 
 def _key_of(header: bytes) -> str:

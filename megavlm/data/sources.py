@@ -13,12 +13,13 @@ from megavlm.config.run import RunSettings
 from megavlm.data.cursor import Numbers, Shuffle, passed_over, sources_at
 from megavlm.data.samples import Sample, Text
 from megavlm.data.shards import SampleSizes, ShardFolder
+from megavlm.data.texts import evenly_spaced
 from megavlm.errors import BadSampleError, DataError
 
 NUMBER_BITS = 48
 """Of a sample's id, for its number in its source."""
 TASK_SAMPLES = 200
-"""So many of a source's samples, evenly spaced, say which tasks it has."""
+"""At most so many of a source's samples, evenly spaced, say which tasks it has."""
 
 
 class Place(NamedTuple):
@@ -34,9 +35,9 @@ def id_of(place: Place) -> int:
     return place.source << NUMBER_BITS | place.number
 
 
-def place_of(sample_id: int) -> Place:
-    """Undo `id_of`."""
-    return Place(sample_id >> NUMBER_BITS, sample_id & (1 << NUMBER_BITS) - 1)
+def places_of(ids_n: Numbers) -> tuple[Numbers, Numbers]:
+    """Sources and numbers; undoes `id_of`."""
+    return ids_n >> NUMBER_BITS, ids_n & (1 << NUMBER_BITS) - 1
 
 
 def training_sources(run: RunSettings) -> "Sources":
@@ -161,8 +162,7 @@ class Sources:
         for source, (settings, folder) in enumerate(zip(self._settings, self.folders, strict=True)):
             if not settings.tasks:
                 continue
-            step = max(1, len(folder) // TASK_SAMPLES)
-            numbers = range(0, len(folder), step)
+            numbers = evenly_spaced(len(folder), TASK_SAMPLES)
             tasks = {task for number in numbers for task in self._tasks(Place(source, number))}
             if not tasks & set(settings.tasks):
                 raise DataError(

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import sentencepiece
 
-from megavlm.errors import BadSampleError, TokenizerError
+from megavlm.errors import BadSampleError, MegavlmError, TokenizerError
 
 UNKNOWN, BEGIN, END, PADDING = 0, 1, 2, 3
 CONTROL_SYMBOLS = ("<|image|>", "<|user|>", "<|assistant|>")
@@ -169,12 +169,13 @@ def train_tokenizer(
         raise TokenizerError(
             f"vocabulary={vocabulary} must exceed the {RESERVED_PIECES} reserved pieces"
         )
+    mistakes: list[MegavlmError] = []
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     try:
         with partial.open("wb") as file:
             sentencepiece.SentencePieceTrainer.train(
-                sentence_iterator=_lines(texts),
+                sentence_iterator=_lines(_noting(texts, mistakes)),
                 model_writer=file,
                 model_type="bpe",
                 vocab_size=vocabulary,
@@ -196,11 +197,22 @@ def train_tokenizer(
             )
         partial.rename(path)
     except RuntimeError as error:
+        if mistakes:
+            raise mistakes[0] from None
         raise TokenizerError(
             f"cannot train a vocabulary of {vocabulary} on these texts: {error}"
         ) from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _noting(texts: Iterable[str], mistakes: list[MegavlmError]) -> Iterator[str]:
+    """Texts, and what stops them, which SentencePiece would tell as an error of its own."""
+    try:
+        yield from texts
+    except MegavlmError as error:
+        mistakes.append(error)
+        raise
 
 
 def _lines(texts: Iterable[str]) -> Iterator[bytes]:

@@ -3,8 +3,10 @@
 import hashlib
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from uuid import uuid4
 
 from megavlm.errors import StorageError
 
@@ -14,13 +16,23 @@ def copy_path(identity: str) -> Path:
     return _folder() / hashlib.sha256(identity.encode()).hexdigest()
 
 
-def have_copy(path: Path, read: Callable[[], bytes]) -> None:
-    """Make a copy of what `read` gives, unless there is one; it appears whole."""
-    if path.exists():
-        return
-    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-        file.write(read())
-    os.rename(file.name, path)
+@contextmanager
+def linked_copy(path: Path, read: Callable[[], bytes]) -> Iterator[Path]:
+    """Have a copy, of what `read` gives if there is none yet; yields a link to open it by.
+
+    The link is the caller's own: another process may delete the copy at any moment.
+    """
+    link = path.with_name(f"{path.name}-{uuid4().hex}")
+    try:
+        try:
+            os.link(path, link)
+        except FileNotFoundError:
+            link.write_bytes(read())
+            with suppress(FileExistsError):  # another process was as quick
+                os.link(link, path)
+        yield link
+    finally:
+        link.unlink(missing_ok=True)
 
 
 def _folder() -> Path:

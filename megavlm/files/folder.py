@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial
+from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import IO, Any, NamedTuple, cast
 from uuid import uuid4
@@ -16,7 +17,7 @@ from fsspec.implementations.local import LocalFileSystem
 from numpy.typing import NDArray
 
 from megavlm.errors import StorageError
-from megavlm.files.copies import copy_path, have_copy
+from megavlm.files.copies import copy_path, linked_copy
 from megavlm.files.ranges import Range, RangeReader
 
 WRITE_REMEDY = (
@@ -57,7 +58,9 @@ class Folder:
         except (ImportError, ValueError) as error:
             raise StorageError(f"cannot use folder {self.place}: {error}") from error
         self._fs: Any = fs
-        self._copies: dict[str, str] = {}
+        self._copies: dict[str, Path] = {}
+        # Not weakref's, which the end of a process that was forked leaves out.
+        Finalize(self, _delete, [self._copies], exitpriority=0)
         self.is_local = isinstance(fs, LocalFileSystem)
         # Paths of object stores start with a bucket.
         self._in_bucket = not self._root.startswith("/")
@@ -133,21 +136,21 @@ class Folder:
         """A small file, whole, mapped into memory; none stays open.
 
         Of one in an object store it is a copy, which all processes of this machine share until one
-        of them calls `forget`.
+        of them calls `forget`, or ends.
         """
         with _told(f"cannot read {self}/{name}", READ_REMEDY):
             path = self._path(name)
-            if not self.is_local:
-                copy = copy_path(f"{self}/{name} {self._fs.ukey(path)}")
-                have_copy(copy, lambda: self.read(name))
-                path = self._copies[name] = str(copy)
-            # numpy's and Python's maps each keep their file open, and a process may have few.
-            return torch.from_file(path, size=os.path.getsize(path), dtype=torch.uint8).numpy()
+            if self.is_local:
+                return _mapped(path)
+            copy = copy_path(f"{self}/{name} {self._fs.ukey(path)}")
+            with linked_copy(copy, lambda: self.read(name)) as link:
+                self._copies[name] = copy
+                return _mapped(link)
 
     def forget(self, name: str) -> None:
         """Delete the copy of an object store's file that `mapped` has made; maps of it stay."""
-        with suppress(KeyError, FileNotFoundError):
-            os.unlink(self._copies.pop(name))
+        if name in self._copies:
+            _delete({name: self._copies.pop(name)})
 
     def open(self, name: str, mode: str, ranges: Iterable[Range] = ()) -> IO[bytes]:
         """A file, for reading ("rb") or writing anew ("wb").
@@ -222,6 +225,16 @@ class Folder:
         if not is_plain(name):
             raise StorageError(f"{name!r} is no name of a file in {self}")
         return f"{self._root}/{name}"
+
+
+def _mapped(path: str | Path) -> NDArray[np.uint8]:
+    # numpy's and Python's maps each keep their file open, and a process may have few.
+    return torch.from_file(str(path), size=os.path.getsize(path), dtype=torch.uint8).numpy()
+
+
+def _delete(copies: Mapping[str, Path]) -> None:
+    for copy in copies.values():
+        copy.unlink(missing_ok=True)
 
 
 def is_plain(name: str) -> bool:

@@ -62,7 +62,8 @@ def judge(
     for verdict, sample in _left(verdicts):
         _open_pictures(verdict, sample, rules)
     hashes: list[tuple[Verdict, bytes]] = []
-    if rules.duplicates or rules.evaluation:
+    compared = rules.duplicates and rules.duplicates.picture_bits is not None
+    if compared or rules.evaluation:
         hashes = [(v, hash_picture(p)) for v, _ in _left(verdicts) for p in v.pictures]
     for verdict, picture_hash in hashes:
         verdict.picture_hash = picture_hash if len(verdict.pictures) == 1 else None

@@ -22,6 +22,8 @@ from megavlm.filters.personal import mask
 REPORT, SHEET = "report.json", "samples.html"
 THUMBNAIL_PIXELS = 160
 SHOWN_CHARACTERS = 300
+MASKED_CHARACTERS = 100 * SHOWN_CHARACTERS
+"""More than masking could shorten to those shown."""
 
 
 def write_report(
@@ -68,10 +70,17 @@ def _card(example: Example, shards: ShardFolder) -> dict[str, Any]:
         sample = shards.read(example.number)
     except BadSampleError:
         return card
-    # The page is passed around: it shows no personal data, whichever rules there are.
     answers = [turn.answer for text in sample.texts for turn in text.turns]
-    shown = (mask(answer[:SHOWN_CHARACTERS], PersonalDataRules()) for answer in answers[:3])
-    return {**card, "texts": list(shown), "picture": _thumbnail(sample.pictures)}
+    return {**card, "texts": _shown(answers[:3]), "picture": _thumbnail(sample.pictures)}
+
+
+def _shown(answers: Sequence[str]) -> list[str]:
+    """Their beginnings. The page is passed around: personal data is masked whatever the rules are.
+
+    Masked before they are cut: half of an address is not known for one.
+    """
+    masked = (mask(answer[:MASKED_CHARACTERS], PersonalDataRules()) for answer in answers)
+    return [answer[:SHOWN_CHARACTERS] for answer in masked]
 
 
 def _thumbnail(pictures: Sequence[bytes]) -> str | None:

@@ -3,6 +3,7 @@
 import os
 import struct
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 
 from megavlm.config.plan import Plan
 from megavlm.config.run import RunSettings
-from megavlm.data.sources import id_of, place_of, training_sources
+from megavlm.data.sources import id_of, places_of, training_sources
 from megavlm.errors import DataError
 
 FILE = "samples.ledger"
@@ -51,9 +52,18 @@ class Ledger:
 
 
 def read_ledger(run_folder: Path) -> Iterator[tuple[int, NDArray[np.int64]]]:
-    """Steps and the ids of their samples, ascending; a torn last record is left out."""
+    """Steps and the ids of their samples, ascending; a torn last record is left out.
+
+    Raises DataError where it is damaged.
+    """
     for step, samples, packed, _ in _records(run_folder / FILE):
-        planes = np.frombuffer(zlib.decompress(packed), np.uint8).reshape(8, samples)
+        try:
+            planes = np.frombuffer(zlib.decompress(packed), np.uint8).reshape(8, samples)
+        except (zlib.error, ValueError) as error:
+            raise DataError(
+                f"{run_folder / FILE} is damaged at step {step} ({error}); delete it to keep a new "
+                "one from here on"
+            ) from error
         differences = np.ascontiguousarray(planes.T).view(np.int64).reshape(-1)
         yield step, np.cumsum(differences)
 
@@ -80,30 +90,42 @@ def check_ledger(plan: Plan) -> list[str]:
             f"run {plan.first.run_folder} has no {FILE}; train with data.ledger=true to keep one"
         )
     sources_of = {stage.name: training_sources(stage.run) for stage in plan.stages}
+    fingerprints = {name: sources.fingerprint for name, sources in sources_of.items()}
     taken: dict[str, list[NDArray[np.uint32]]] = {
-        sources.fingerprint: [np.zeros(len(folder), np.uint32) for folder in sources.folders]
-        for sources in sources_of.values()
+        fingerprints[name]: [np.zeros(len(folder), np.uint32) for folder in sources.folders]
+        for name, sources in sources_of.items()
     }
     steps: list[int] = []
     wrong: list[int] = []
     for step, ids_n in read_ledger(plan.first.run_folder):
+        steps.append(step)
+        if step >= plan.stages[-1].end_step:
+            wrong.append(step)
+            continue
         stage = plan.at(step + 1)
         sources = sources_of[stage.name]
         positions = np.arange(stage.sample_at(step), stage.sample_at(step + 1))
-        planned_n = sorted(id_of(place) for place in sources.shuffled(positions))
-        if ids_n.tolist() != planned_n:
+        planned = sorted(id_of(place) for place in sources.shuffled(positions))
+        if ids_n.tolist() != planned:
             wrong.append(step)
-        for place in map(place_of, ids_n.tolist()):
-            taken[sources.fingerprint][place.source][place.number] += 1
-        steps.append(step)
-    missing = sorted({*range(steps[0], steps[-1])} - {*steps}) if steps else []
-    for problem, of in (("have other samples than planned", wrong), ("are missing", missing)):
+            continue
+        of_sources, numbers = places_of(ids_n)
+        for source, times_n in enumerate(taken[fingerprints[stage.name]]):
+            np.add.at(times_n, numbers[of_sources == source], 1)
+    times = Counter(steps)
+    expected = range(min(steps, default=0), max(steps, default=0))
+    for problem, of in (
+        ("have other samples than planned", wrong),
+        ("are missing", [step for step in expected if not times[step]]),
+        ("are there more than once", sorted(step for step in times if times[step] > 1)),
+    ):
         if of:
             shown = ", ".join(map(str, of[:SHOWN])) + (", ..." if len(of) > SHOWN else "")
             raise DataError(f"{len(of)} steps {problem} in {FILE}: {shown}")
     lines = [f"steps {steps[0]} to {steps[-1]}: each took exactly its samples"] if steps else []
-    for sources in {s.fingerprint: s for s in sources_of.values()}.values():
-        for folder, times_n in zip(sources.folders, taken[sources.fingerprint], strict=True):
+    for fingerprint, name in {fingerprints[name]: name for name in sources_of}.items():
+        folders = sources_of[name].folders
+        for folder, times_n in zip(folders, taken[fingerprint], strict=True):
             lines.append(
                 f"{folder}: {times_n.sum():,} samples taken out of {len(times_n):,}, each of them "
                 f"{times_n.min():,} to {times_n.max():,} times"

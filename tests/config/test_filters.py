@@ -34,6 +34,10 @@ def test_rules_come_back_from_plain_data(tmp_path):
         ("classifiers: [{lable: x}]", r"classifiers\.0\.\w+ is missing|did you mean label"),
         ("duplicate: {}", "did you mean duplicates"),
         ("captions: {minimum_letters: 50}", "minimum_letters=50.0 must be in 0 to 1"),
+        (
+            "captions: {minimum_characters: 9, maximum_characters: 8}",
+            "maximum_characters=8 must be at least 9",
+        ),
         ("captions: {minimum_letters: .nan}", "minimum_letters=nan must be in 0 to 1"),
         ("pictures: {maximum_pixels: 65000000}", "maximum_pixels=65000000 must be in 1 to"),
         ("pictures: {minimum_side: 0}", "minimum_side=0 must be at least 1"),

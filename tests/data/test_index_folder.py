@@ -69,8 +69,9 @@ def test_a_tar_that_was_replaced_is_not_misread(indexed):
             (indexed / "000000.tar").stat().st_size, b"\0"
         )
     )
-    with pytest.raises(BadSampleError, match=r"is not where its index says; delete 000000\.index"):
-        ShardFolder(indexed).read(0)
+    for read in (ShardFolder(indexed).read, ShardFolder(indexed).read_texts):
+        with pytest.raises(BadSampleError, match=r"is not where its index says; delete 0000"):
+            read(0)
 
 
 @pytest.mark.parametrize(
@@ -97,15 +98,16 @@ def test_shards_that_cannot_be_used_are_all_named(indexed, content, says, capsys
 
 
 def test_what_no_sample_uses_and_what_has_no_text_is_counted(tmp_path, capsys):
-    names = ("a.json", "a.txt", "b.png", "c.json", "c.json", "d.cls", "e.v2.json")
+    names = ("a.json", "a.txt", "b.png", "c.json", "c.1.json", "d.cls", "e.v2.json", "f.0.jpg")
+    names += ("f.0.png", "f.1.png", "f.json")
     (tmp_path / "0.tar").write_bytes(tar_of(*names))
     assert index(tmp_path) == 0
     assert capsys.readouterr().out.strip().splitlines() == [
         "ignored 1 member .cls, which no sample uses",
         "ignored 1 member .json, which no sample uses (a key must have no dots)",
         "1 sample without text: training will skip them",
-        "1 member twice in a sample: training will skip such samples",
-        f"{tmp_path}: 3 samples in 1 shard, 1 of them new; 2 samples without a picture",
+        "2 members twice in a sample: training will skip such samples",
+        f"{tmp_path}: 4 samples in 1 shard, 1 of them new; 2 samples without a picture",
     ]
 
 

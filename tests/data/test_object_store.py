@@ -13,7 +13,7 @@ import torch
 
 from megavlm.data.collate import texts_alone
 from megavlm.data.loader import MicroBatches, Share, load
-from megavlm.data.sources import training_sources
+from megavlm.data.sources import Place, training_sources
 from megavlm.data.tokenizer import Tokenizer
 from tests.object_store import object_store
 from tests.ranks import run_on_ranks
@@ -66,9 +66,14 @@ def test_batches_from_a_store_are_those_from_a_disk(tiny_run, store, tmp_path, m
 def test_copies_of_closed_indices_are_deleted(tiny_run, store, tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr("megavlm.data.shards.OPEN_INDICES", 2)
-    batches_of(in_store(tiny_run), 0)
-    [copies] = tmp_path.glob("megavlm-*")
-    assert len([*copies.iterdir()]) == 2
+
+    def left(_):
+        sources = training_sources(in_store(tiny_run))
+        sources.sizes_of([Place(0, number) for number in range(len(sources))])
+        return len([*tmp_path.glob("megavlm-*/*")])
+
+    assert run_on_ranks(1, left, groups=False) == [2]
+    assert not [*tmp_path.glob("megavlm-*/*")]
 
 
 def test_a_folder_of_copies_that_others_can_write_is_refused(

@@ -161,7 +161,12 @@ def test_a_broken_manifest(folder, manifest):
 
 
 @pytest.mark.parametrize(
-    "record", ["{", "[]", '{"texts": []}', '{"texts": [{"prompt": "x"}]}', '{"texts": 3}']
+    "record",
+    [
+        *("{", "[]", '{"texts": []}', '{"texts": [{"prompt": "x"}]}', '{"texts": 3}'),
+        '{"texts": [{"prompt": "", "answer": "\\ud800", "task": "caption"}]}',
+        "[" * 100_000,
+    ],
 )
 def test_a_bad_record_is_a_bad_sample(tmp_path, record):
     _write_tar(tmp_path, {"one.json": record.encode()})
@@ -180,8 +185,9 @@ def test_a_huge_sample_is_refused_unread(folder):
     shards = ShardFolder(folder)
     [content] = shards.fetch([0])
     assert len(content) == 512, "the header alone"
-    with pytest.raises(BadSampleError, match="the limit is"):
-        shards.read(0)
+    for read in (shards.read, shards.read_texts):
+        with pytest.raises(BadSampleError, match="the limit is"):
+            read(0)
 
 
 def test_chats_over_several_pictures_come_back(tmp_path):
@@ -224,6 +230,16 @@ def test_samples_of_img2dataset(tmp_path):
         shards.read(1)
     with pytest.raises(BadSampleError, match=r"neither a \.json member nor a \.txt"):
         shards.read(2)
+
+
+@pytest.mark.parametrize(
+    "names", [("s.json", "s.0.json"), ("s.0.json", "s.1.json"), ("s.txt", "s.0.txt")]
+)
+def test_a_second_record_or_caption_makes_a_bad_sample(tmp_path, names):
+    _write_tar(tmp_path, dict.fromkeys(names, b"{}"))
+    for read in (ShardFolder(tmp_path).read, ShardFolder(tmp_path).read_texts):
+        with pytest.raises(BadSampleError, match="it may have one of each"):
+            read(0)
 
 
 def _names(one):

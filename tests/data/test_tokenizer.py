@@ -12,7 +12,7 @@ from megavlm.data.tokenizer import (
     Tokenizer,
     train_tokenizer,
 )
-from megavlm.errors import BadSampleError, TokenizerError
+from megavlm.errors import BadSampleError, DataError, TokenizerError
 
 TEXTS = [
     "a grinning face with big eyes",
@@ -58,6 +58,16 @@ def test_vocabulary(tokenizer):
     assert kinds.count("byte") == 256
     assert {p.text for p in pieces if p.kind == "control"} >= set(CONTROL_SYMBOLS)
     assert "▁grinning" in {p.text for p in pieces if p.kind == "learned"}
+
+
+def test_what_is_wrong_with_the_texts_is_told_as_it_is(tmp_path):
+    def texts():
+        yield from TEXTS
+        raise DataError("line 9 is not UTF-8")
+
+    with pytest.raises(DataError, match=r"^line 9 is not UTF-8$"):
+        train_tokenizer(texts(), tmp_path / "none.model", 400)
+    assert not [*tmp_path.iterdir()]
 
 
 HARD_TEXTS = [

@@ -1,3 +1,6 @@
+import gc
+import multiprocessing
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -37,6 +40,58 @@ def test_a_disk_that_cannot_be_read_is_told():
         for read in (lambda: file.read(8), file.read, lambda: file.readinto(bytearray(1 << 20))):
             with pytest.raises(CheckpointError, match="cannot read /proc/self/mem: Input/output"):
                 read()
+
+
+def test_a_copy_may_be_deleted_at_any_moment(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    store = Folder("memory://copies")
+    store.write_atomically("a", b"abc")
+    one, another = Folder("memory://copies"), Folder("memory://copies")
+    assert another.mapped("a").tobytes() == b"abc"
+
+    def deleting(path):
+        another.forget("a")
+        return mapped(path)
+
+    mapped = folders._mapped
+    monkeypatch.setattr(folders, "_mapped", deleting)
+    assert one.mapped("a").tobytes() == b"abc"
+    assert copies_in(tmp_path) == 0
+
+
+def test_no_copies_are_left(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    store = Folder("memory://copies")
+    store.write_atomically("a", b"abc")
+    content = store.mapped("a")
+    assert copies_in(tmp_path) == 1
+    store.write_atomically("b", b"def")
+    with monkeypatch.context() as patch:
+        patch.setattr(folders, "MAX_SMALL_BYTES", 1)
+        with pytest.raises(CheckpointError, match="b is larger than 1 bytes"):
+            store.mapped("b")
+    assert copies_in(tmp_path) == 1
+
+    def in_another_process():
+        kept.append(Folder("memory://copies"))
+        kept[0].mapped("b")
+        assert copies_in(tmp_path) == 2
+
+    kept = []
+    process = multiprocessing.get_context("fork").Process(target=in_another_process)
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    assert copies_in(tmp_path) == 1
+    del store
+    gc.collect()
+    assert copies_in(tmp_path) == 0
+    assert content.tobytes() == b"abc"
+
+
+def copies_in(temporary: Path) -> int:
+    [folder] = temporary.glob("megavlm-*")
+    return len([*folder.iterdir()])
 
 
 def test_large_files_are_not_read_whole(tmp_path, monkeypatch):

@@ -6,7 +6,7 @@ from megavlm.config.filters import CaptionRules, DuplicateRules, FilterSettings
 from megavlm.data.samples import Sample, text
 from megavlm.data.shards import ShardFolder, write_shards
 from megavlm.files.folder import Folder
-from megavlm.filters import verdicts
+from megavlm.filters import report, verdicts
 from megavlm.filters.output import WORK, Counts, count, new_keys, write_kept
 from megavlm.filters.report import REPORT, SHEET, write_report
 from megavlm.filters.verdicts import batches, judge_shard, read_hashes
@@ -73,6 +73,12 @@ def test_the_report_shows_examples_and_runs_nothing(folder, judged):
     assert LONG in page
     assert "&lt;script&gt;alert(1)" in page and "<script" not in page
     assert b'"kept": 3' in judged.read(REPORT)
+
+
+def test_what_is_cut_off_is_masked_before(monkeypatch):
+    monkeypatch.setattr(report, "mask", lambda text, _: text.replace("me@example.org", "<EMAIL>"))
+    answer = f"{'x' * (report.SHOWN_CHARACTERS - 12)} me@example.org"
+    assert report._shown([answer]) == [f"{answer[:-15]} <EMAIL>"]
 
 
 def test_nothing_is_written_of_a_shard_of_which_nothing_stays(folder, judged):

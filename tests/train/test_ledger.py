@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from megavlm.checkpoint.storage import folder_name
+from megavlm.data.sources import NUMBER_BITS, id_of, training_sources
 from megavlm.errors import DataError
 from megavlm.train.ledger import FILE, HEADER, Ledger, check_ledger, read_ledger
 from megavlm.train.loop import train
@@ -62,7 +63,52 @@ def test_a_sample_takes_few_bytes(tiny_run):
     assert (run.run_folder / FILE).stat().st_size < HEADER.size + 2 * 2048
 
 
-def test_gaps_and_a_missing_ledger_are_told(tiny_run):
+@pytest.fixture
+def written(tiny_run):
+    """A run, and writes the record that a step should have into its ledger."""
     run = with_ledger(tiny_run)
+    run.run_folder.mkdir()
+    stage, sources = plan_of(run).stages[0], training_sources(run)
+    ledger = Ledger(run, 0, enabled=True)
+
+    def write(step):
+        positions = np.arange(stage.sample_at(step), stage.sample_at(step + 1))
+        ledger.write(step, np.array([id_of(place) for place in sources.shuffled(positions)]))
+
+    return run, write
+
+
+@pytest.mark.parametrize(
+    ("steps", "says"),
+    [
+        ([0, 1, 3, 5], "2 steps are missing in samples.ledger: 2, 4"),
+        ([0, 1, 1, 2], "1 steps are there more than once in samples.ledger: 1"),
+        ([4, 5, 6, 7], "2 steps have other samples than planned in samples.ledger: 6, 7"),
+    ],
+)
+def test_steps_that_are_not_as_planned_are_told(written, steps, says):
+    run, write = written
+    for step in steps:
+        write(step)
+    with pytest.raises(DataError, match=says):
+        check_ledger(plan_of(run))
+
+
+def test_a_ledger_of_more_samples_than_there_are(written):
+    run, write = written
+    write(0)
+    Ledger(run, 1, enabled=True).write(1, np.array([10**6, 5 << NUMBER_BITS]))
+    with pytest.raises(DataError, match="1 steps have other samples than planned"):
+        check_ledger(plan_of(run))
+
+
+def test_a_damaged_or_missing_ledger_is_told(written):
+    run, write = written
+    write(0)
+    path = run.run_folder / FILE
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    with pytest.raises(DataError, match=r"samples\.ledger is damaged at step 0"):
+        check_ledger(plan_of(run))
+    path.unlink()
     with pytest.raises(DataError, match=r"train with data\.ledger=true to keep one"):
         check_ledger(plan_of(run))
