@@ -192,8 +192,13 @@ class FilterSettings:
 
 def load_rules(path: Path) -> FilterSettings:
     """Read a file of rules; raises ConfigError, in one line."""
+    tree = read_yaml(path, "rules")
+    for section in [name for name, value in tree.items() if value is None]:
+        raise ConfigError(
+            f"{path}: {section} is empty; write `{section}: {{}}` for its defaults, or leave it out"
+        )
     try:
-        return TypeAdapter(FilterSettings).validate_python(read_yaml(path, "rules"))
+        return TypeAdapter(FilterSettings).validate_python(tree)
     except ValidationError as error:
         raise ConfigError(f"{path}: {one_line(error, FilterSettings)}") from error
 

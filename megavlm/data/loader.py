@@ -125,7 +125,8 @@ class MicroBatches(Dataset[Batch | PairBatch]):
         images = self._sizes(range(first, end)).pictures_n.tolist()
         starts = range(0, self.share.ranks * self.samples, self.samples)
         cells = [[*range(len(images))[start : start + self.samples]] for start in starts]
-        dealt = self._fitted(number, cells, range(first, end), images)
+        # All are measured, so that the loss is that of the same samples on any number of ranks.
+        dealt = self._fitted(number, cells, range(first, end), images, most=None)
         return dealt.cells[self.share.rank], dealt.slots
 
     def _deal_step(self, step: int) -> _Dealt:
@@ -140,17 +141,23 @@ class MicroBatches(Dataset[Batch | PairBatch]):
                 cells = deal(images, text_bytes, micro_batches * ranks)
             else:
                 cells = deal_by_length(images, text_bytes, micro_batches, ranks)
-            self._dealt = self._fitted(step, cells, positions, images)
+            most = self.run.data.micro_batch_images
+            self._dealt = self._fitted(step, cells, positions, images, most)
         return self._dealt
 
     def _fitted(
-        self, step: int, cells: list[list[int]], positions: Sequence[int], images: list[int]
+        self,
+        step: int,
+        cells: list[list[int]],
+        positions: Sequence[int],
+        images: list[int],
+        most: int | None,
     ) -> _Dealt:
-        """Leave out what exceeds the image slots that are allowed.
+        """Leave out what exceeds the image slots that are allowed, if they are limited.
 
         cells: numbers of positions. images: of each position.
         """
-        most = self.run.data.micro_batch_images or sum(images)
+        most = most or sum(images)
         fitted: list[_Cell] = []
         slots = 1  # the encoder runs whatever there is
         for cell in cells:

@@ -385,8 +385,8 @@ def _without_manifest(folder: Folder) -> str:
     here = folder.local_path
     if not names and not (here is not None and here.is_dir()):
         return (
-            f"data folder {folder} does not exist; set data.train or data.heldout to a folder of "
-            "tar shards, or make the sample set with `make data`"
+            f"data folder {folder} does not exist; name a folder of tar shards, or make the sample "
+            "set with `make data`"
         )
     if not any(name.endswith(".tar") for name in names):
         return f"data folder {folder} holds no .tar shard"

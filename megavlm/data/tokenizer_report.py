@@ -52,7 +52,7 @@ def figures_by_script(tokenizer: Tokenizer, texts: Iterable[str]) -> dict[str, T
     """
     is_byte = [piece.kind == "byte" for piece in tokenizer.pieces()]
     by_script: defaultdict[str, TextFigures] = defaultdict(TextFigures)
-    for text in texts:
+    for text in filter(None, texts):  # captions without a prompt have an empty one
         try:
             tokens = tokenizer.encode(text)
         except BadSampleError:  # no text to begin with

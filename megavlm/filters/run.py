@@ -294,8 +294,9 @@ def _check_rules(rules: FilterSettings, places: Sequence[str], ray_address: str 
 def _check_inputs(job: Job) -> None:
     """Raise DataError if the new folder is of something else; note what it is of."""
     target = Folder(job.target, write_remedy="free space or permit writing there, and run again")
-    if target.place == Folder(job.source).place:
-        raise DataError(f"{target} cannot be filtered into itself; name a new folder")
+    source = Folder(job.source)
+    if f"{target}/".startswith(f"{source}/"):
+        raise DataError(f"{source} cannot be filtered into itself; name a new folder, not {target}")
     inputs, names = _inputs(job), target.names()
     if job.work.has(INPUTS):
         before = json.loads(job.work.read(INPUTS))

@@ -122,12 +122,12 @@ def check_ledger(plan: Plan) -> list[str]:
         if of:
             shown = ", ".join(map(str, of[:SHOWN])) + (", ..." if len(of) > SHOWN else "")
             raise DataError(f"{len(of)} steps {problem} in {FILE}: {shown}")
-    lines = [f"steps {steps[0]} to {steps[-1]}: each took exactly its samples"] if steps else []
+    lines = [f"steps {steps[0]} to {steps[-1]}: each loaded exactly its samples"] if steps else []
     for fingerprint, name in {fingerprints[name]: name for name in sources_of}.items():
         folders = sources_of[name].folders
         for folder, times_n in zip(folders, taken[fingerprint], strict=True):
             lines.append(
-                f"{folder}: {times_n.sum():,} samples taken out of {len(times_n):,}, each of them "
+                f"{folder}: {times_n.sum():,} samples loaded out of {len(times_n):,}, each of them "
                 f"{times_n.min():,} to {times_n.max():,} times"
             )
     return lines

@@ -1,5 +1,7 @@
 """Everything that can be wrong with a run, found before any process starts."""
 
+import numpy as np
+
 from megavlm.checkpoint.state import (
     check_checkpoint,
     check_data_position,
@@ -9,6 +11,7 @@ from megavlm.checkpoint.state import (
 )
 from megavlm.checkpoint.storage import STATE_FILE, read_state
 from megavlm.checkpoint.store import latest_checkpoint
+from megavlm.config.objectives import is_pretraining
 from megavlm.config.plan import Plan, Stage
 from megavlm.config.run import RunSettings, data_parallel_ranks, samples_per_micro_batch
 from megavlm.data.sources import Sources, training_sources
@@ -37,10 +40,12 @@ def check_plan(plan: Plan, ranks: int) -> None:
 
 def check_stage(run: RunSettings, ranks: int) -> None:
     """Raise ConfigError or DataError for what is wrong with one stage on so many ranks."""
-    samples_per_micro_batch(run.train, data_parallel_ranks(run, ranks))
+    copies = data_parallel_ranks(run, ranks)
+    samples_per_micro_batch(run.train, copies)
     training = training_sources(run)
     training.check()
     training.check_tasks()
+    _check_image_slots(run, training, copies)
     for source in (run.data.heldout, run.data.heldout_questions):
         if source is not None:
             Sources((source,), run.seed).check()
@@ -49,6 +54,25 @@ def check_stage(run: RunSettings, ranks: int) -> None:
         raise ConfigError(
             f"model.decoder.vocabulary={run.model.decoder.vocabulary} must equal the "
             f"{tokenizer.vocabulary} pieces of tokenizer {run.data.tokenizer}"
+        )
+
+
+def _check_image_slots(run: RunSettings, training: Sources, copies: int) -> None:
+    """Raise ConfigError if the first step's pictures, dealt evenly, exceed what is allowed."""
+    most = run.data.micro_batch_images
+    if most is None:
+        return
+    first_step = training.shuffled(np.arange(run.train.samples_per_step))
+    pictures = training.sizes_of(first_step).pictures_n
+    if is_pretraining(run.objectives):
+        pictures = np.minimum(pictures, 1)
+    micro_batches = run.train.micro_batches * copies
+    needed = -(-int(pictures.sum()) // micro_batches)
+    if needed > most:
+        raise ConfigError(
+            f"data.micro_batch_images={most} would leave samples out of every step: the first one "
+            f"has {pictures.sum():,} pictures for {micro_batches} micro-batches of all copies of "
+            f"the model; raise it to at least {needed}, or train.micro_batches"
         )
 
 

@@ -33,6 +33,7 @@ def test_rules_come_back_from_plain_data(tmp_path):
         ("captions: {minimum_leters: 1}", "captions.minimum_leters .*did you mean minimum_letters"),
         ("classifiers: [{lable: x}]", r"classifiers\.0\.\w+ is missing|did you mean label"),
         ("duplicate: {}", "did you mean duplicates"),
+        ("personal_data:", "personal_data is empty; write `personal_data: {}` for its defaults"),
         ("captions: {minimum_letters: 50}", "minimum_letters=50.0 must be in 0 to 1"),
         (
             "captions: {minimum_characters: 9, maximum_characters: 8}",

@@ -145,6 +145,14 @@ def test_pictures_that_find_no_room_are_left_out_and_named(tiny_run, tmp_path):
     assert name.startswith("000000.tar:000002: its pictures find no room in a micro-batch of")
 
 
+def test_heldout_samples_are_measured_whatever_finds_room(tiny_run):
+    run = replace(tiny_run, data=replace(tiny_run.data, micro_batch_images=1))
+    data = micro_batches(run, training=False)
+    batches = [data[n] for n in range(data.count())]
+    assert sum(batch.samples for batch in batches) == 10
+    assert [name for batch in batches for name in batch.skipped] == []
+
+
 def test_what_is_no_padding_is_counted(tiny_run):
     for batch in batches_of_step(tiny_run, 0, ranks=2):
         assert batch.text_tokens == int((batch.text_numbers_bt != NO_TEXT).sum())

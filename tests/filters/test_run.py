@@ -124,6 +124,8 @@ def test_other_inputs_are_refused(few):
 def test_folders_that_hold_other_things_are_refused(few):
     with pytest.raises(DataError, match="cannot be filtered into itself"):
         filtered(FilterSettings(), few / "in", few / "in")
+    with pytest.raises(DataError, match="cannot be filtered into itself; name a new folder, not"):
+        filtered(FilterSettings(), few / "in", few / "in" / "below")
     (few / "other").mkdir()
     write_shards(few / "other", [clean(0)], 1)
     with pytest.raises(DataError, match="holds shards that were not made by filtering"):

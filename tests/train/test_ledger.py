@@ -28,8 +28,8 @@ def test_a_ledger_proves_that_a_resumed_run_skips_and_repeats_nothing(tiny_run):
     assert [step for step, _ in again] == [*range(6)]
     assert np.array_equal(again[2][1], before[1])
     assert check_ledger(plan_of(run)) == [
-        "steps 0 to 5: each took exactly its samples",
-        f"{run.data.train[0].folder}: 48 samples taken out of 40, each of them 1 to 2 times",
+        "steps 0 to 5: each loaded exactly its samples",
+        f"{run.data.train[0].folder}: 48 samples loaded out of 40, each of them 1 to 2 times",
     ]
     skipping = replace(run, data=replace(run.data, skip_samples=((8, 16),)))
     with pytest.raises(DataError, match="5 steps have other samples than planned in"):
