@@ -44,7 +44,7 @@ HYBRID = Layout("FSDP2 hybrid 2x2", 4, ("engine=fsdp2", "fsdp2.shard_ranks=2"))
 @pytest.mark.parametrize(
     ("precision", "before", "after"),
     [
-        ("fp32", layout(2), [layout(2), layout(1), layout(4)]),
+        pytest.param("fp32", layout(2), [layout(2), layout(1), layout(4)], marks=pytest.mark.slow),
         ("bf16", layout(2), [layout(2)]),
         pytest.param("fp32", HYBRID, [HYBRID, layout(4)], marks=pytest.mark.slow),
     ],

@@ -21,10 +21,9 @@ def steps_under(name, steps, *overrides, **checkpoint):
     return run_steps(BY_NAME[name], run, steps, saved_at=SAVED_AT, **checkpoint)
 
 
-@pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.slow), "bf16"])
-@pytest.mark.parametrize(
-    "name", ["TP2 x PP2 interleaved SP", pytest.param("PP2 x DP2", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", ["TP2 x PP2 interleaved SP", "PP2 x DP2"])
 def test_resume_is_bit_identical(tmp_path, name, precision):
     override = f"train.precision={precision}"
     unbroken = steps_under(name, range(STEPS), override, save=Folder(tmp_path))
@@ -40,7 +39,7 @@ def test_resume_is_bit_identical(tmp_path, name, precision):
     [
         ("ZeRO-3 x2", "TP2 x PP2"),
         pytest.param("TP2 x PP2 interleaved SP", "ZeRO-3 x4", marks=pytest.mark.slow),
-        ("FSDP2 x2", "PP4 uneven"),
+        pytest.param("FSDP2 x2", "PP4 uneven", marks=pytest.mark.slow),
         pytest.param("FSDP2 x4", "TP2 SP", marks=pytest.mark.slow),
     ],
 )

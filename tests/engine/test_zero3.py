@@ -57,9 +57,9 @@ def saved_run(tmp_path_factory):
 @pytest.mark.parametrize(
     ("layout", "after", "overrides"),
     [
-        (X2, X2, ()),
+        pytest.param(X2, X2, (), marks=pytest.mark.slow),
         pytest.param(X2, X4, (), marks=pytest.mark.slow),
-        (X2, X2, BF16),
+        pytest.param(X2, X2, BF16, marks=pytest.mark.slow),
         (X2, X2, OFFLOAD),
         pytest.param(HPZ, HPZ, (), marks=pytest.mark.slow),
         pytest.param(HPZ, X2, (), marks=pytest.mark.slow),

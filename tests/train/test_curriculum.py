@@ -149,6 +149,7 @@ def test_all_ranks_read_an_average_even_those_that_hold_nothing_of_it(monkeypatc
     assert reads == [{}]
 
 
+@pytest.mark.slow
 def test_a_stage_cut_in_two_is_the_same_stage(tiny_run):
     """Samples, weights, moments and their ages go on as if there were no boundary."""
     optimizer = replace(tiny_run.optimizer, schedule="plan")

@@ -78,6 +78,7 @@ def test_a_resumed_run_is_bit_identical(tiny_run, tmp_path, engine, precision):
     assert [sum(map(len, read)) for read in (whole, resumed)] == [6 * per_step, 4 * per_step]
 
 
+@pytest.mark.slow
 def test_every_sample_once_whatever_the_number_of_ranks(tiny_run):
     """One epoch of 40 samples, 8 a step, over 1, 4 and 2 ranks and three engines."""
     seen = []
