@@ -5,8 +5,8 @@
 Writes the `shards.json` of so many shards, and indices, real ones, which all lead to a few files,
 and no pictures. Then it opens the folder as training does, deals steps in so many forked loader
 workers as a node has (8 GPUs x `data.workers`), and reads from the kernel what they take together.
-Memory is proportional set size: what processes share counts once. What Python and torch take
-without any data is measured first, in as many workers, and subtracted.
+Memory is proportional set size: what processes share counts once. What as many workers take for a
+folder of a few samples, Python and torch, is measured, too, and subtracted.
 """
 
 import argparse
@@ -108,7 +108,6 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_folder(folder, options.shards, options.samples)
-        without = bytes_of_workers(options.workers, lambda: None)
         started = time.perf_counter()
         sources = open_sources(folder, shuffle_shards)
         opened = time.perf_counter()
@@ -121,15 +120,20 @@ def main() -> None:
             step(sources, number)
             times.append(time.perf_counter() - begun)
         del sources
-        sources = open_sources(folder, shuffle_shards)
 
-        def deal_steps() -> None:
-            # Through a group of shards, and on into the next one.
+        def bytes_of_dealing(folder: Path) -> int:
+            """In all workers: through a group of shards, and on into the next one."""
+            sources = open_sources(folder, shuffle_shards)
             group = options.samples * shuffle_shards // options.samples_per_step
-            for number in range(middle, middle + group + options.steps, group // 16):
-                step(sources, number)
+            numbers = range(middle, middle + group + options.steps, group // 16)
+            return bytes_of_workers(
+                options.workers, lambda: [step(sources, number) for number in numbers]
+            )
 
-        taken = bytes_of_workers(options.workers, deal_steps) - without
+        small = folder / "small"
+        small.mkdir()
+        write_folder(small, FILES, samples=100)
+        taken = bytes_of_dealing(folder) - bytes_of_dealing(small)
     print("| what | figure |\n|---|---|")
     print(f"| samples | {options.shards * options.samples:,} in {options.shards:,} shards |")
     print(f"| opening the folder, s | {opened - started:.2f} |")

@@ -151,11 +151,13 @@ def read_manifest(folder: Folder) -> dict[str, ShardSize]:
     """How large a folder's shards are, in the order of their names; raises DataError."""
     try:
         record = json.loads(folder.read(MANIFEST))
-        shards = {str(name): ShardSize(*size) for name, size in sorted(record["shards"].items())}
-        if any(type(n) is not int or n < 0 for size in shards.values() for n in size):
-            raise ValueError("sizes must be whole numbers from 0 on")
-        if not any(size.samples for size in shards.values()):
+        # There may be hundreds of thousands: numpy looks at them at once.
+        sizes = np.array([*record["shards"].values()] or [[0, 0]])
+        if sizes.dtype.kind != "i" or sizes.shape[1:] != (2,) or (sizes < 0).any():
+            raise ValueError("each shard must have two whole numbers from 0 on")
+        if not sizes[:, 0].any():
             raise ValueError("no shard has a sample")
+        shards = {name: ShardSize(*record["shards"][name]) for name in sorted(record["shards"])}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(
             f"{folder}/{MANIFEST} is broken: {error}; delete it and run `megavlm data index "
