@@ -1,5 +1,6 @@
 """Encoded pictures to square uint8 tensors."""
 
+import base64
 import io
 import math
 from collections.abc import Generator
@@ -24,6 +25,9 @@ Pixels = NDArray[np.uint8]
 FORMATS = ("PNG", "JPEG", "WEBP")
 MAX_PICTURE_PIXELS = 64 * 10**6
 """Larger pictures are refused before they are decoded."""
+
+THUMBNAIL_PIXELS = 160
+"""The longer side of a small copy in a report."""
 
 # Width over height of a random crop (Inception; Szegedy et al. 2015), and tries to place one.
 CROP_ASPECTS = (3 / 4, 4 / 3)
@@ -120,6 +124,15 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image.convert("RGBA"))
     return image.convert("RGB")
+
+
+def thumbnail_url(encoded: bytes, name: str) -> str:
+    """A small JPEG of a picture, as a URL that holds it; raises BadSampleError as above."""
+    image = decode_picture(encoded, name, THUMBNAIL_PIXELS)
+    image.thumbnail((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS))
+    content = io.BytesIO()
+    image.save(content, "JPEG", quality=90)
+    return "data:image/jpeg;base64," + base64.b64encode(content.getvalue()).decode()
 
 
 def fit_square(image: Image.Image, pixels: int) -> Image.Image:

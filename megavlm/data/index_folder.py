@@ -101,10 +101,11 @@ def _index_shard(place: str, shard: str, stale: bool) -> _Found:
     """Index a shard unless that is done already, and look at what it holds."""
     folder, ignored = Folder(place), Counter[str]()
     try:
-        if stale or not _is_readable(folder, shard):
+        members = None if stale else _readable(folder, shard)
+        if members is None:
             with folder.open(shard, "rb") as file:
-                write_index(folder, shard, index_tar(file, ignored))
-        members = read_index(folder, shard)
+                members = index_tar(file, ignored)
+            write_index(folder, shard, members)
     except tarfile.ReadError as error:
         return _Found(ignored, broken=f"no whole tar, or a compressed one: {error}")
     except (tarfile.TarError, DataError) as error:
@@ -114,12 +115,12 @@ def _index_shard(place: str, shard: str, stale: bool) -> _Found:
     return _look(members, ignored)
 
 
-def _is_readable(folder: Folder, shard: str) -> bool:
+def _readable(folder: Folder, shard: str) -> Members | None:
+    """An index, if it is not broken."""
     try:
-        read_index(folder, shard)
+        return read_index(folder, shard)
     except DataError:
-        return False
-    return True
+        return None
 
 
 def _look(members: Members, ignored: Counter[str]) -> _Found:

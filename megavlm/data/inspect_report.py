@@ -1,8 +1,6 @@
 """Folders of shards as tables in a terminal, and as one HTML page."""
 
-import base64
 import importlib.resources
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -14,12 +12,11 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
-from megavlm.data.image import decode_picture
+from megavlm.data.image import thumbnail_url
 from megavlm.data.inspect import FolderReport, Histogram, Row, SheetPicture
 from megavlm.errors import BadSampleError, DataError
 
 BAR_CHARACTERS = 20
-THUMBNAIL_PIXELS = 160
 MOST_LINES = 6
 """Of a picture's texts on the page."""
 EIGHTHS = " ▏▎▍▌▋▊▉█"
@@ -136,12 +133,8 @@ def write_page(reports: Sequence[FolderReport], path: Path) -> None:
 def _card(picture: SheetPicture) -> Card:
     """A small copy of the picture, or why there is none."""
     try:
-        image = decode_picture(picture.encoded, picture.name, THUMBNAIL_PIXELS)
+        url = thumbnail_url(picture.encoded, picture.name)
     except BadSampleError as error:
         return Card(picture.name, "", [str(error)], 0)
-    image.thumbnail((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS))
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=90)
-    url = "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
     more = max(0, len(picture.lines) - MOST_LINES)
     return Card(picture.name, url, picture.lines[:MOST_LINES], more)

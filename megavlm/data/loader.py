@@ -41,6 +41,11 @@ class Share(NamedTuple):
     """Copies of the model."""
 
 
+def most_pictures(run: RunSettings) -> int:
+    """Of a sample. Pre-training looks at the first one; the others are not decoded."""
+    return 1 if is_pretraining(run.objectives) else MAX_PICTURES
+
+
 class _Cell(NamedTuple):
     """What a rank has in a micro-batch."""
 
@@ -89,8 +94,7 @@ class MicroBatches(Dataset[Batch | PairBatch]):
         self.first_sample = first_sample
         """What earlier stages have drawn, so that a new one does not begin with the same again."""
         self.samples = samples_per_micro_batch(run.train, share.ranks)
-        # Pre-training looks at the first picture of a sample; the others are not decoded.
-        self._pictures = 1 if is_pretraining(run.objectives) else MAX_PICTURES
+        self._pictures = most_pictures(run)
         self._dealt: _Dealt | None = None
 
     def __getitem__(self, number: int) -> Batch | PairBatch:

@@ -285,7 +285,7 @@ class ShardFolder:
     def _find(self, number: int) -> tuple[int, Members]:
         """A sample's shard, and its members."""
         shard = self._shard_of(number)
-        members = self._opened(shard).members
+        members = self.members_of(shard)
         place = number - self._firsts[shard]
         first, stop = np.searchsorted(members["sample"], [place, place + 1])
         return shard, members[first:stop]
@@ -293,6 +293,14 @@ class ShardFolder:
     def name(self, shard: int) -> str:
         """Of a shard."""
         return self._names[shard].decode()
+
+    def numbers_of(self, shard: int) -> range:
+        """Of a shard's samples."""
+        return range(int(self._firsts[shard]), int(self._firsts[shard + 1]))
+
+    def members_of(self, shard: int) -> Members:
+        """Of a shard, by its index."""
+        return self._opened(shard).members
 
     def _opened(self, shard: int) -> _OpenShard:
         if shard not in self._open:

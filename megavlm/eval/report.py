@@ -1,6 +1,5 @@
 """One HTML page that shows a run: its plan, then each stage's curves, scores and pictures."""
 
-import base64
 import html
 import importlib.resources
 import io
@@ -19,7 +18,7 @@ from megavlm.config.load import plan_as_tree
 from megavlm.config.objectives import is_pretraining
 from megavlm.config.plan import Plan, Stage
 from megavlm.config.schedule import scheduled
-from megavlm.data.image import decode_picture
+from megavlm.data.image import thumbnail_url
 from megavlm.data.sources import Sources
 from megavlm.eval.run import read_evaluation, read_predictions
 from megavlm.eval.scores import Score, baselines_of
@@ -30,7 +29,6 @@ from megavlm.train.metrics import read_metrics
 REPORT_FILE = "report.html"
 SHEET_PICTURES = 60
 RETRIEVED_TEXTS = 12
-THUMBNAIL_PIXELS = 160
 SMOOTHING = 0.9  # of the drawn curves: exponential moving average
 DRAWN_POINTS = 2_000  # of a curve; more cannot be told apart, and a page of millions cannot be read
 COLOURS = ("#1f4e8c", "#b45309", "#15803d", "#7e22ce", "#be123c", "#0e7490")
@@ -271,8 +269,4 @@ def _spread(items: Sequence[Any], count: int) -> Sequence[Any]:
 def _thumbnail(sources: Sources, sample: int, number: int) -> str:
     """One picture of a held-out sample, small, as a URL that holds it."""
     read = sources.read(sources.in_order(sample))
-    picture = decode_picture(read.pictures[number], read.key, THUMBNAIL_PIXELS)
-    picture.thumbnail((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS))
-    buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=90)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return thumbnail_url(read.pictures[number], read.key)

@@ -97,7 +97,7 @@ def write_kept(
     gone: numbers of duplicates. Nothing is written if no sample stays.
     """
     shards = ShardFolder(place)
-    name, first = shards.name(shard), sum(shards.shard_samples[:shard])
+    name, first = shards.name(shard), shards.numbers_of(shard).start
     table = read_columns(verdicts, name, ["key", "reason", "changed"]).to_pydict()
     kept = [reason is None and first + n not in gone for n, reason in enumerate(table["reason"])]
     if not any(kept):
@@ -105,7 +105,7 @@ def write_kept(
     keys = new_keys(table["key"])
 
     def samples() -> Iterator[Sample]:
-        for numbers in batches(place, shards, shard):
+        for numbers in batches(shards, shard):
             chosen = [number for number in numbers if kept[number - first]]
             contents = shards.fetch(chosen) if chosen else []
             for number, content in zip(chosen, contents, strict=True):
@@ -142,7 +142,7 @@ def count(
 
     gone: duplicates, with what they are the same as, and the reason.
     """
-    first = sum(shards.shard_samples[:shard])
+    first = shards.numbers_of(shard).start
     columns = ["key", "reason", "detail", "texts", "removed_texts", "masked_texts"]
     rows: list[dict[str, Any]] = read_columns(verdicts, shards.name(shard), columns).to_pylist()
     counts, examples = Counts(samples=len(rows)), list[Example]()

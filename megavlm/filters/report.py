@@ -1,8 +1,6 @@
 """What a filtering kept and dropped: a table, JSON, and a page with examples."""
 
-import base64
 import importlib.resources
-import io
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megavlm.config.filters import FilterSettings, PersonalDataRules
-from megavlm.data.image import decode_picture
+from megavlm.data.image import thumbnail_url
 from megavlm.data.shards import ShardFolder
 from megavlm.errors import BadSampleError
 from megavlm.files.folder import Folder
@@ -20,7 +18,6 @@ from megavlm.filters.output import EXAMPLES, Counts, Example
 from megavlm.filters.personal import mask
 
 REPORT, SHEET = "report.json", "samples.html"
-THUMBNAIL_PIXELS = 160
 SHOWN_CHARACTERS = 300
 MASKED_CHARACTERS = 100 * SHOWN_CHARACTERS
 """More than masking could shorten to those shown."""
@@ -86,13 +83,9 @@ def _shown(answers: Sequence[str]) -> list[str]:
 def _thumbnail(pictures: Sequence[bytes]) -> str | None:
     """The first picture, encoded anew; None if there is none, or none that can be decoded."""
     try:
-        image = decode_picture(pictures[0], "", THUMBNAIL_PIXELS)
+        return thumbnail_url(pictures[0], "")
     except (BadSampleError, IndexError):
         return None
-    image.thumbnail((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS))
-    content = io.BytesIO()
-    image.save(content, "JPEG", quality=80)
-    return "data:image/jpeg;base64," + base64.b64encode(content.getvalue()).decode()
 
 
 def print_report(counts: Counts, target: Folder, samples_per_second: float | None) -> None:

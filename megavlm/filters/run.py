@@ -191,7 +191,7 @@ def _fingerprint(job: Job, at: int, shard: int) -> str:
     shards = ShardFolder(place)
 
     def samples() -> Iterator[Sample]:
-        for batch in batches(place, shards, shard):
+        for batch in batches(shards, shard):
             for number, content in zip(batch, shards.fetch(batch), strict=True):
                 with suppress(BadSampleError):  # the evaluation leaves them out, too
                     yield shards.parse(number, content)
@@ -243,13 +243,11 @@ def _gone(job: Job, reason: Duplicate) -> Gone:
 
 def _gone_in(job: Job, shard: int) -> dict[int, tuple[int, Duplicate]]:
     """Duplicates in a shard: what they are the same as, and why they go."""
-    shards = ShardFolder(job.source)
-    first = sum(shards.shard_samples[:shard])
-    stop = first + shards.shard_samples[shard]
+    numbers = ShardFolder(job.source).numbers_of(shard)
     here: dict[int, tuple[int, Duplicate]] = {}
     for reason in _compared(job.rules):
         gone = _gone(job, reason)
-        start, end = np.searchsorted(gone[:, 0], [first, stop])
+        start, end = np.searchsorted(gone[:, 0], [numbers.start, numbers.stop])
         here |= {number: (same, reason) for number, same in gone[start:end].tolist()}
     return here
 

@@ -9,7 +9,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megavlm.config.filters import FilterSettings
-from megavlm.data.index import read_index, read_manifest
 from megavlm.data.samples import texts_to_json
 from megavlm.data.shards import ShardFolder
 from megavlm.files.folder import Folder
@@ -40,27 +39,25 @@ def judge_shard(
     """
     shards = ShardFolder(place)
     rows: list[dict[str, Any]] = []
-    for numbers in batches(place, shards, shard):
+    for numbers in batches(shards, shard):
         contents = [*zip(numbers, shards.fetch(numbers), strict=True)]
         rows += _rows(judge(contents, shards.parse, rules, evaluation), rules)
     _write(verdict_folder, name_of(shards.name(shard)), rows)
     return len(rows)
 
 
-def batches(place: str, shards: ShardFolder, shard: int) -> Iterator[range]:
+def batches(shards: ShardFolder, shard: int) -> Iterator[range]:
     """A shard's samples, by number, cut by their sizes alone: whoever reads them finds the same."""
-    folder, name = Folder(place), shards.name(shard)
-    members = read_index(folder, name, read_manifest(folder)[name])
-    count = shards.shard_samples[shard]
-    sizes = np.bincount(members["sample"], members["size"], minlength=count)
-    first, start, total = sum(shards.shard_samples[:shard]), 0, 0.0
+    numbers, members = shards.numbers_of(shard), shards.members_of(shard)
+    sizes = np.bincount(members["sample"], members["size"], minlength=len(numbers))
+    start, total = 0, 0.0
     for n, size in enumerate(sizes.tolist()):
         if n > start and (n - start == BATCH_SAMPLES or total + size > BATCH_BYTES):
-            yield range(first + start, first + n)
+            yield numbers[start:n]
             start, total = n, 0.0
         total += size
-    if count:
-        yield range(first + start, first + count)
+    if numbers:
+        yield numbers[start:]
 
 
 def name_of(shard: str) -> str:

@@ -11,9 +11,9 @@ from megavlm.checkpoint.state import (
 )
 from megavlm.checkpoint.storage import STATE_FILE, read_state
 from megavlm.checkpoint.store import latest_checkpoint
-from megavlm.config.objectives import is_pretraining
 from megavlm.config.plan import Plan, Stage
 from megavlm.config.run import RunSettings, data_parallel_ranks, samples_per_micro_batch
+from megavlm.data.loader import most_pictures
 from megavlm.data.sources import Sources, training_sources
 from megavlm.data.tokenizer import Tokenizer
 from megavlm.errors import CheckpointError, ConfigError
@@ -63,9 +63,7 @@ def _check_image_slots(run: RunSettings, training: Sources, copies: int) -> None
     if most is None:
         return
     first_step = training.shuffled(np.arange(run.train.samples_per_step))
-    pictures = training.sizes_of(first_step).pictures_n
-    if is_pretraining(run.objectives):
-        pictures = np.minimum(pictures, 1)
+    pictures = np.minimum(training.sizes_of(first_step).pictures_n, most_pictures(run))
     micro_batches = run.train.micro_batches * copies
     needed = -(-int(pictures.sum()) // micro_batches)
     if needed > most:

@@ -95,13 +95,12 @@ def test_hashes_of_what_is_left(judged):
 
 
 def test_a_batch_is_bounded(folder, monkeypatch):
-    source = str(folder / "in")
-    shards = ShardFolder(source)
-    assert [*batches(source, shards, 1)] == [range(3, 6)]
+    shards = ShardFolder(folder / "in")
+    assert [*batches(shards, 1)] == [range(3, 6)]
     monkeypatch.setattr(verdicts, "BATCH_SAMPLES", 2)
-    assert [*batches(source, shards, 1)] == [range(3, 5), range(5, 6)]
+    assert [*batches(shards, 1)] == [range(3, 5), range(5, 6)]
     monkeypatch.setattr(verdicts, "BATCH_BYTES", 1)
-    assert [*batches(source, shards, 1)] == [range(n, n + 1) for n in (3, 4, 5)]
+    assert [*batches(shards, 1)] == [range(n, n + 1) for n in (3, 4, 5)]
 
 
 def test_keys():
