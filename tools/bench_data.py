@@ -5,9 +5,9 @@
 Makes shards of pictures that compress as photographs do, and reads them with worker processes:
 decoded, cropped to 224 x 224 (at least nine tenths of the area), RandAugment(2, 9). Peers use this
 project's own RandAugment, so that only the rest differs; they leave text as it is, where the loader
-tokenises and packs it. All take turns in one run. Workers' start is not timed. A rate per core is
-of seconds that the worker and the loop that it feeds were computing: what else runs on the machine
-hardly moves it.
+tokenises and packs it. All take turns in one run, with as many cores as workers, which the loop that
+they feed shares. Workers' start is not timed. A rate per core is of seconds that the worker and the
+loop were computing: what else runs on the machine hardly moves it.
 """
 
 import argparse
@@ -323,6 +323,8 @@ def batch_of(data: TarPictures, number: int) -> Any:
 
 
 def measure(loader: Loader, folder: Path, workers: int, batches: int) -> Speed:
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, sorted(cores)[:workers])  # which the workers inherit
     iterator = loader(folder, workers)
     for _ in range(2 * workers + 2):
         next(iterator)
@@ -330,6 +332,7 @@ def measure(loader: Loader, folder: Path, workers: int, batches: int) -> Speed:
     for _ in range(batches):
         next(iterator)
     seconds, processor = time.perf_counter() - started, processor_seconds() - processor_started
+    os.sched_setaffinity(0, cores)
     return Speed(batches * BATCH / seconds, batches * BATCH / processor)
 
 
@@ -362,7 +365,7 @@ def report(speeds: dict[tuple[str, int], list[Speed]]) -> str:
             two.images_per_second / one.images_per_second
             for one, two in zip(speeds[name, 1], speeds[name, 2], strict=True)
         ]
-        lines.append(f"{name}: two workers are {spread(by_clock, '.2f')} times as fast as one.\n")
+        lines.append(f"{name}: two cores are {spread(by_clock, '.2f')} times as fast as one.\n")
     return "\n".join(lines)
 
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -228,16 +229,26 @@ def load(
     micro_batches: MicroBatches, numbers: Iterable[int], workers: int
 ) -> Iterator[Batch | PairBatch]:
     """The numbered micro-batches in order, prepared ahead by worker processes."""
-    return iter(
-        DataLoader(
-            micro_batches,
-            batch_size=None,
-            sampler=numbers,
-            num_workers=workers,
-            collate_fn=_unchanged,  # pyright: ignore[reportArgumentType] (batches come as they are)
-        )
+    loaded: Iterable[Batch | PairBatch] = DataLoader(
+        micro_batches,
+        batch_size=None,
+        sampler=numbers,
+        num_workers=workers,
+        collate_fn=_to_arrays,  # pyright: ignore[reportArgumentType] (it gets a whole batch)
     )
+    return map(_to_tensors, loaded)
 
 
-def _unchanged(batch: Batch | PairBatch) -> Batch | PairBatch:
-    return batch
+def _to_arrays(batch: Batch | PairBatch) -> Batch | PairBatch:
+    """For the way from a worker, on which each tensor takes a file and a connection of its own.
+
+    Only the pixels are large enough to be worth them.
+    """
+    tensors = {name: value for name, value in vars(batch).items() if isinstance(value, Tensor)}
+    return replace(batch, **{name: t.numpy() for name, t in tensors.items() if name != "pixels"})
+
+
+def _to_tensors(batch: Batch | PairBatch) -> Batch | PairBatch:
+    values = vars(batch)
+    arrays = [name for name, value in values.items() if isinstance(value, np.ndarray)]
+    return replace(batch, **{name: torch.from_numpy(values[name]) for name in arrays})

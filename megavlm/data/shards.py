@@ -12,6 +12,7 @@ import os
 import tarfile
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -189,13 +190,15 @@ class ShardFolder:
                 f"sample {self.locate(number)} is cut off: shard {self.name(shard)} is shorter "
                 f"than {MANIFEST} says; copy it again"
             )
-        key = self._key(number, content[:BLOCK_BYTES])
-        name = self.name_of(number, key)
         parts = _parts()
-        for member in members:
-            offset, size = int(member["offset"]) - start, int(member["size"])
-            self._check_header(number, content[offset - BLOCK_BYTES : offset], size)
-            parts[int(member["kind"])].append(content[offset : offset + size])
+        key = ""
+        places: list[tuple[int, int, int]] = members[["kind", "offset", "size"]].tolist()
+        for kind, offset, size in places:
+            at = offset - start
+            named = self._key(number, content[at - BLOCK_BYTES : at], size)
+            key = named if at == BLOCK_BYTES else key
+            parts[kind].append(content[at : at + size])
+        name = self.name_of(number, key)
         numbers = members["number"][members["kind"] == PICTURE].tolist()
         if len(numbers) > MAX_PICTURES:
             raise BadSampleError(
@@ -223,7 +226,8 @@ class ShardFolder:
         start, _ = _range(members)
         try:
             header = self._folder().read_ranges([self.name(shard)], [(start, start + BLOCK_BYTES)])
-            return self.name_of(number, _key_of(header[0]))
+            info = tarfile.TarInfo.frombuf(header[0], "utf-8", "replace")
+            return self.name_of(number, _key_in(info.name))
         except (DataError, tarfile.HeaderError):
             return f"{self.name(shard)}, number {number - self._firsts[shard]}"
 
@@ -239,7 +243,7 @@ class ShardFolder:
         name = self.name_of(number, self._key(number, header))
         parts = _parts()
         for member, content in zip(written, contents, strict=True):
-            self._check_header(number, content[:BLOCK_BYTES], int(member["size"]))
+            self._key(number, content[:BLOCK_BYTES], int(member["size"]))
             parts[int(member["kind"])].append(content[BLOCK_BYTES:])
         return _texts(name, parts[JSON], parts[CAPTION], pictures)
 
@@ -250,26 +254,18 @@ class ShardFolder:
                 f"sample {self.locate(number)} has {size} bytes; the limit is {MAX_SAMPLE_BYTES}"
             )
 
-    def _key(self, number: int, header: bytes) -> str:
-        """A sample's key, by the header of its first member; raises BadSampleError."""
-        try:
-            return _key_of(header)
-        except tarfile.HeaderError as error:
-            raise BadSampleError(self._misplaced(number)) from error
+    def _key(self, number: int, header: bytes, size: int | None = None) -> str:
+        """A sample's key, by the header of a member; raises BadSampleError if it is none.
 
-    def _check_header(self, number: int, header: bytes, size: int) -> None:
-        """Raise BadSampleError unless this is the header of a member of this size."""
-        try:
-            found = tarfile.TarInfo.frombuf(header, "utf-8", "replace").size
-        except tarfile.HeaderError:
-            found = None
-        if found != size:
-            raise BadSampleError(self._misplaced(number))
-
-    def _misplaced(self, number: int) -> str:
-        name = index_name(self.name(self._shard_of(number)))
-        return (
-            f"sample {self.locate(number)} is not where its index says; delete {name} and run "
+        size: that the member must have.
+        """
+        with suppress(tarfile.HeaderError):
+            info = tarfile.TarInfo.frombuf(header, "utf-8", "replace")
+            if size in (None, info.size):
+                return _key_in(info.name)
+        index = index_name(self.name(self._shard_of(number)))
+        raise BadSampleError(
+            f"sample {self.locate(number)} is not where its index says; delete {index} and run "
             f"`megavlm data index {self._place}`"
         )
 
@@ -368,9 +364,8 @@ def _range(members: Members) -> tuple[int, int]:
     return int(members["offset"].min()) - BLOCK_BYTES, int(stops.max())
 
 
-def _key_of(header: bytes) -> str:
-    """The key that a tar member's name begins with; raises tarfile.HeaderError."""
-    name = tarfile.TarInfo.frombuf(header, "utf-8", "replace").name
+def _key_in(name: str) -> str:
+    """The key that a tar member's name begins with."""
     return name.rpartition("/")[2].partition(".")[0]
 
 
