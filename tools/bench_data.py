@@ -5,8 +5,8 @@
 Makes shards of pictures that compress as photographs do, and reads them with worker processes:
 decoded, cropped to 224 x 224 (at least nine tenths of the area), RandAugment(2, 9). Peers use this
 project's own RandAugment, so that only the rest differs; they leave text as it is, where the loader
-tokenises and packs it. All take turns in one run, with as many cores as workers, which the loop that
-they feed shares. Workers' start is not timed. A rate per core is of seconds that the worker and the
+tokenises and packs it. All take turns in one run, with as many cores as workers, which the loop
+that they feed shares. Start of workers is not timed. A rate per core is of seconds that worker and
 loop were computing: what else runs on the machine hardly moves it.
 """
 

@@ -251,4 +251,4 @@ def _to_arrays(batch: Batch | PairBatch) -> Batch | PairBatch:
 def _to_tensors(batch: Batch | PairBatch) -> Batch | PairBatch:
     values = vars(batch)
     arrays = [name for name, value in values.items() if isinstance(value, np.ndarray)]
-    return replace(batch, **{name: torch.from_numpy(values[name]) for name in arrays})
+    return replace(batch, **{name: torch.as_tensor(values[name]) for name in arrays})
