@@ -13,10 +13,10 @@ LEVELS = [
     {"config", "files", "ops"},
     {"dist"},
     {"data"},
-    {"model", "filters"},
+    {"model"},
     {"stages", "checkpoint", "planner"},
     {"engine", "infer"},
-    {"train", "convert", "dryrun"},
+    {"train", "convert", "dryrun", "filters"},
     {"eval"},
     {"__main__"},
 ]

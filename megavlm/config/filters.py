@@ -132,12 +132,15 @@ class EvaluationRules:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class AgreementRules:
-    """Captions that do not fit their picture go, by a CLIP or SigLIP."""
+    """Captions that do not fit their picture go, by a CLIP, a SigLIP or a run of megavlm."""
 
     checkpoint: Path
-    """Folder of a Hugging Face checkpoint in safetensors, with tokenizer and image processor."""
+    """Folder of a Hugging Face checkpoint in safetensors, with tokenizer and image processor; or of
+    a megavlm checkpoint of a contrastive stage, or of its run, whose newest such one is taken."""
     minimum: float
     """Cosine of the two embeddings; it depends on the checkpoint."""
+    tokenizer: Path | None = None
+    """Of a megavlm checkpoint; none: where its run had it."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -12,11 +12,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from megavlm.config.run import RunSettings
-from megavlm.data.collate import Drawn, pairs
+from megavlm.data.collate import Drawn
 from megavlm.data.tokenizer import Tokenizer
 from megavlm.dist import groups
 from megavlm.eval.samples import Shown, Split, batched, joined, tell
 from megavlm.eval.scores import Score
+from megavlm.infer.features import encode
 from megavlm.model.pretraining import PretrainingModel
 
 RECALLS = (1, 5)
@@ -86,7 +87,6 @@ def retrieval(
     return scores, found
 
 
-@torch.no_grad()
 def encode_pairs(
     models: Sequence[PretrainingModel], split: Split, tokenizer: Tokenizer, run: RunSettings
 ) -> Pairs:
@@ -97,15 +97,11 @@ def encode_pairs(
     cut = 0
     with_pair = (shown for shown in split.share() if shown.pictures and shown.texts)
     for some in batched(with_pair):
-        drawn = [_drawn(shown) for shown in some]
-        batch = pairs(drawn, tokenizer, run, len(drawn)).to(groups.device())
-        cut += batch.truncated_texts
-        for number, model in enumerate(models):
-            image_nd, text_nd, *_ = model(
-                batch.pixels, None, batch.tokens_bt, batch.text_numbers_bt, batch.ends_n
-            )
-            features[2 * number].append(image_nd.float().cpu())
-            features[2 * number + 1].append(text_nd.float().cpu())
+        encoded = encode(models, [_drawn(shown) for shown in some], tokenizer, run)
+        cut += encoded.truncated_texts
+        for number, (image_nd, text_nd) in enumerate(encoded.features):
+            features[2 * number].append(image_nd)
+            features[2 * number + 1].append(text_nd)
         samples += [shown.sample for shown in some]
         texts += [shown.texts[0].turns[-1].answer for shown in some]
     [all_cut] = groups.sum_over_ranks(cut)

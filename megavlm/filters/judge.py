@@ -4,6 +4,7 @@ Rules about pictures judge samples, rules about texts judge texts: a text that b
 out, and a sample without any text left goes for the reason of its last.
 """
 
+import os
 import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -12,12 +13,10 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from io import BytesIO
 
-from PIL.Image import Image
-
 from megavlm.config.filters import ClassifierRules, FilterSettings
 from megavlm.data.samples import Sample, Text
 from megavlm.errors import BadSampleError
-from megavlm.filters import models
+from megavlm.filters import models, towers
 from megavlm.filters.captions import unfit
 from megavlm.filters.evaluation import EvaluationSet
 from megavlm.filters.personal import find, mask
@@ -184,6 +183,10 @@ def _open_pictures(verdict: Verdict, sample: Sample, rules: FilterSettings) -> N
 
 def _judge_by_models(verdicts: Sequence[Verdict], rules: FilterSettings) -> None:
     device = "cuda" if rules.gpus_per_worker else "cpu"
+    if rules.checkpoints and device == "cpu":
+        # Ray shows all GPUs to workers that have asked for none, and our own models take what is
+        # there. It must come before anything looks for GPUs.
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     for classifier in rules.classifiers:
         _classify(verdicts, classifier, device)
     agreement = rules.agreement
@@ -192,14 +195,18 @@ def _judge_by_models(verdicts: Sequence[Verdict], rules: FilterSettings) -> None
 
     def disagree(texts: Sequence[Text], owners: Sequence[Verdict]) -> list[str | None]:
         captions = [caption_of(text, rules) for text in texts]
-        images, shown, places = list[Image](), list[str](), list[int]()
+        pictures, shown, places = list[Picture](), list[str](), list[int]()
         for n, (text, owner, caption) in enumerate(zip(texts, owners, captions, strict=True)):
             if caption is not None and text.turns[0].pictures:  # others have nothing to agree with
-                images.append(owner.pictures[text.turns[0].pictures[0]].image)
+                pictures.append(owner.pictures[text.turns[0].pictures[0]])
                 shown.append(caption)
                 places.append(n)
         reasons: list[str | None] = [None] * len(texts)
-        scores = models.agreement(agreement.checkpoint, device, images, shown)
+        if towers.is_ours(agreement.checkpoint):
+            scores = towers.agreement(agreement, device, [p.encoded for p in pictures], shown)
+        else:
+            images = [picture.image for picture in pictures]
+            scores = models.agreement(agreement.checkpoint, device, images, shown)
         for n, score in zip(places, scores, strict=True):
             reasons[n] = "agreement" if score < agreement.minimum else None
         return reasons

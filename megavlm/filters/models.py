@@ -14,6 +14,7 @@ from PIL import Image
 
 from megavlm.config.filters import FilterSettings
 from megavlm.errors import ConfigError
+from megavlm.filters.towers import is_ours
 
 _LOCAL = {"local_files_only": True, "trust_remote_code": False}
 _SAFE = {**_LOCAL, "use_safetensors": True}
@@ -98,11 +99,15 @@ def _classifier(checkpoint: Path, device: str, of: str) -> Any:
 
 def check_checkpoints(rules: FilterSettings) -> None:
     """Raise ConfigError for a folder without a checkpoint, and for a label that it lacks."""
-    for folder in rules.checkpoints:
+    folders = [classifier.checkpoint for classifier in rules.classifiers]
+    if rules.agreement and not is_ours(rules.agreement.checkpoint):  # else `resolved` checks it
+        folders.append(rules.agreement.checkpoint)
+    for folder in folders:
         if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
             raise ConfigError(
                 f"checkpoint {folder} needs a config.json and weights in safetensors; download it "
-                "from the Hugging Face Hub into a folder, or convert it"
+                "from the Hugging Face Hub into a folder, or convert it; agreement takes a run of "
+                "megavlm with checkpoints, or a step's folder, too"
             )
     for classifier in rules.classifiers:
         config = json.loads((classifier.checkpoint / "config.json").read_text())

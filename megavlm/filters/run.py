@@ -38,6 +38,7 @@ from megavlm.filters.output import UNFINISHED, Counts, Example, count, write_kep
 from megavlm.filters.parallel import InParallel, Job, ray_workers
 from megavlm.filters.personal import check_regions
 from megavlm.filters.report import print_report, write_report
+from megavlm.filters.towers import resolved
 from megavlm.filters.verdicts import batches, judge_shard, name_of, read_hashes
 
 INPUTS, EVALUATION = "inputs.json", "evaluation.npz"
@@ -78,7 +79,7 @@ def filter_folder(
     _check_rules(rules, [source, target], ray_address)
     shards = ShardFolder(source)
     shards.check_sizes()
-    job = Job(rules=rules, source=source, target=target)
+    job = Job(rules=resolved(rules), source=source, target=target)
     _check_inputs(job)
     with ray_workers(job, ray_address, workers) as in_parallel:
         counts = _filter(job, shards, in_parallel)
