@@ -316,13 +316,13 @@ def _generate(plan: Plan, options: argparse.Namespace) -> None:
 
 
 def _read_picture(path: Path, side: int) -> "Tensor":
-    from megavlm.data.image import decode_picture, fit_square, to_uint8_tensor
+    from megavlm.data.image import read_square
 
     try:
         encoded = path.read_bytes()
     except OSError as error:
         raise DataError(f"cannot read picture {path}: {error.strerror}") from error
-    return to_uint8_tensor(fit_square(decode_picture(encoded, str(path), side), side))
+    return read_square(encoded, str(path), side)
 
 
 def _eval(plan: Plan, options: argparse.Namespace) -> None:

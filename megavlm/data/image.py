@@ -146,6 +146,14 @@ def fit_square(image: Image.Image, pixels: int) -> Image.Image:
     return square
 
 
+def read_square(encoded: bytes, name: str, pixels: int) -> Tensor:
+    """A picture as a model is shown it outside training, uint8 (3, pixels, pixels).
+
+    Raises BadSampleError, naming the sample, for one that cannot be used.
+    """
+    return to_uint8_tensor(fit_square(decode_picture(encoded, name, pixels), pixels))
+
+
 def _fitted_size(width: int, height: int, pixels: int) -> tuple[int, int]:
     # In floats, as in Mllama's processor, so that both round alike: 71 x 71 becomes 223 x 224.
     if width > height:

@@ -18,9 +18,8 @@ from megavlm.data.collate import Collate, Drawn
 from megavlm.data.image import (
     CROP_ASPECTS,
     decode_for_crop,
-    decode_picture,
-    fit_square,
     random_resized_crop,
+    read_square,
     to_uint8_tensor,
 )
 from megavlm.data.packing import Batch, PairBatch
@@ -209,7 +208,7 @@ class MicroBatches(Dataset[Batch | PairBatch]):
         side = self.run.model.encoder.image_pixels
         augment = self.run.data.augment
         if not self.training:
-            return to_uint8_tensor(fit_square(decode_picture(encoded, key, side), side))
+            return read_square(encoded, key, side)
         # So large that no side of a crop is enlarged to the square.
         source = math.ceil(side / math.sqrt(augment.minimum_area * min(CROP_ASPECTS)))
         picture = decode_for_crop(encoded, key, source)

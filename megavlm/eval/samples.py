@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megavlm.config.data import SourceSettings
 from megavlm.config.run import RunSettings
-from megavlm.data.image import decode_picture, fit_square, to_uint8_tensor
+from megavlm.data.image import read_square
 from megavlm.data.samples import Text
 from megavlm.data.sources import Sources
 from megavlm.dist import groups
@@ -82,8 +82,7 @@ class Split:
     def show(self, number: int) -> Shown:
         """One sample; raises BadSampleError when a picture or a text of it is bad."""
         sample = self._sources.read(self._sources.in_order(number))
-        images = (decode_picture(p, sample.key, self._side) for p in sample.pictures)
-        pictures = tuple(to_uint8_tensor(fit_square(image, self._side)) for image in images)
+        pictures = tuple(read_square(p, sample.key, self._side) for p in sample.pictures)
         return Shown(number, pictures, sample.texts)
 
 

@@ -14,13 +14,12 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import torch
 from pydantic import TypeAdapter, ValidationError
-from torch import Tensor
 from torch.nn.functional import normalize
 
 from megavlm.config.filters import AgreementRules, FilterSettings
 from megavlm.config.load import one_line
 from megavlm.config.run import RunSettings
-from megavlm.data.image import decode_picture, fit_square, to_uint8_tensor
+from megavlm.data.image import read_square
 from megavlm.data.samples import CAPTION_TASK, text
 from megavlm.data.tokenizer import Tokenizer
 from megavlm.errors import ConfigError
@@ -146,7 +145,7 @@ def agreement(
         drawn = [
             Drawn(
                 "",
-                (read_square(picture, side),),
+                (read_square(picture, "", side),),
                 (text("", caption, CAPTION_TASK),),
                 generator,
             )
@@ -155,11 +154,6 @@ def agreement(
         [(image_nd, text_nd)] = encode([model], drawn, tokenizer, run).features
         scores += (normalize(image_nd, dim=-1) * normalize(text_nd, dim=-1)).sum(-1).tolist()
     return scores
-
-
-def read_square(encoded: bytes, side: int) -> Tensor:
-    """A picture as the evaluation shows it to a model, uint8 (3, side, side)."""
-    return to_uint8_tensor(fit_square(decode_picture(encoded, "", side), side))
 
 
 @cache

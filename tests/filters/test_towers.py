@@ -19,6 +19,7 @@ from megavlm.config.data import SourceSettings
 from megavlm.config.filters import AgreementRules, FilterSettings, rules_as_tree
 from megavlm.config.plan import Plan
 from megavlm.data.collate import Drawn, pairs
+from megavlm.data.image import read_square
 from megavlm.data.samples import Sample, text
 from megavlm.data.shards import ShardFolder, write_shards
 from megavlm.data.sources import training_sources
@@ -31,7 +32,7 @@ from megavlm.filters import run as filter_run
 from megavlm.filters.judge import judge
 from megavlm.filters.models import check_checkpoints
 from megavlm.filters.parallel import Job
-from megavlm.filters.towers import _loaded, agreement, read_square, resolved
+from megavlm.filters.towers import _loaded, agreement, resolved
 from megavlm.infer.load import untrained_pretraining
 from tests.conftest import COLOURS, picture
 from tests.filters import planted
@@ -78,7 +79,7 @@ def save(plan, steps: int = 0) -> Path:
 def learn_colours(model, tokenizer, run, steps: int) -> None:
     side, generator = run.model.encoder.image_pixels, np.random.default_rng(0)
     drawn = [
-        Drawn("", (read_square(picture(c), side),), (caption(f"a {c} square"),), generator)
+        Drawn("", (read_square(picture(c), "", side),), (caption(f"a {c} square"),), generator)
         for c in COLOURS
     ]
     batch = pairs(drawn, tokenizer, run, len(drawn))
