@@ -298,7 +298,7 @@ def _filter(_: None, options: argparse.Namespace) -> None:
 
 def _generate(plan: Plan, options: argparse.Namespace) -> None:
     from megavlm.dist.groups import process_groups
-    from megavlm.infer.generate import Request, generate
+    from megavlm.infer.generate import generate
     from megavlm.infer.load import load_trained
 
     side = plan.first.model.encoder.image_pixels

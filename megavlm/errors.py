@@ -35,3 +35,7 @@ class CheckpointError(MegavlmError):
 
 class StorageError(CheckpointError, DataError):
     """A disk or an object store cannot be read or written, whatever was to lie there."""
+
+
+class RequestError(MegavlmError):
+    """What a model is asked is not as it must be."""

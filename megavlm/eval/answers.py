@@ -14,12 +14,13 @@ from megavlm.eval.caption import cider, exact_match
 from megavlm.eval.samples import BATCH_SIZE, Split, tell
 from megavlm.eval.scores import Baseline, Score
 from megavlm.eval.vqa import ANNOTATORS, vqa_accuracy
-from megavlm.infer.generate import Request, generate
+from megavlm.infer.generate import generate
+from megavlm.infer.prompts import Request, question
 from megavlm.model.vlm import VisionLanguageModel
 
 MAX_ANSWER_TOKENS = 48
 PROMPTS_AT_ONCE = 16 * BATCH_SIZE
-"""So many are sorted by length into batches, and have their pictures in memory."""
+"""So many have their pictures in memory."""
 
 
 class Picture(NamedTuple):
@@ -93,13 +94,13 @@ def answered(
         some = mine[start : start + PROMPTS_AT_ONCE]
         right_and_wrong: list[list[str]] = []
         for pictures in ([p.picture for p in some], [wrong[p.picture] for p in some]):
-            requests = _requests(split, pictures, [p.text.prompt for p in some])
+            prompts_of_some = [p.text.prompt for p in some]
+            requests = _requests(tokenizer, split, pictures, prompts_of_some)
             right_and_wrong.append(
                 generate(
                     model,
                     tokenizer,
                     requests,
-                    max_new_tokens=MAX_ANSWER_TOKENS,
                     batch_size=BATCH_SIZE,
                     on_progress=on_progress,
                 )
@@ -118,10 +119,16 @@ def answered(
     ]
 
 
-def _requests(split: Split, pictures: Sequence[Picture], prompts: Sequence[str]) -> list[Request]:
+def _requests(
+    tokenizer: Tokenizer, split: Split, pictures: Sequence[Picture], prompts: Sequence[str]
+) -> list[Request]:
     shown = {sample: split.show(sample) for sample in {picture.sample for picture in pictures}}
     return [
-        Request(prompt=prompt, pixels=shown[picture.sample].pictures[picture.number])
+        Request(
+            prompt=question(tokenizer, prompt, pictures=1),
+            pixels=(shown[picture.sample].pictures[picture.number],),
+            max_new_tokens=MAX_ANSWER_TOKENS,
+        )
         for picture, prompt in zip(pictures, prompts, strict=True)
     ]
 

@@ -7,7 +7,6 @@ heads, g key/value heads, d head width; all heads are this tensor-parallel rank'
 from typing import Any, cast
 
 import torch
-from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.module import MegatronModule
@@ -64,38 +63,28 @@ class CrossAttention(MegatronModule):
     def forward(
         self,
         x_tbw: Tensor,
-        image_v1w: Tensor | None,
+        image_v1w: Tensor,
         image_ranges_2bt: Tensor,
-        inference_context: StaticInferenceContext | None = None,
     ) -> Tensor:
         """Attend; returns (t, b, w).
 
         image_ranges_2bt: int32, the first and one past the last image token each text token sees.
-        While decoding, image_v1w is None and keys and values come from the context's cache.
         """
         q_tbhd = self.linear_q(x_tbw)[0].unflatten(-1, (-1, self.head_width))
-        k_vgd, v_vgd = self._keys_values(image_v1w, inference_context)
+        k_vgd, v_vgd = self._keys_values(image_v1w)
         low_bt, high_bt = image_ranges_2bt
         out_bthd = cross_attention(
             q_tbhd.transpose(0, 1), k_vgd, v_vgd, low_bt, high_bt, self.q_layernorm.eps
         )
         return self.linear_proj(out_bthd.transpose(0, 1).flatten(2))[0]
 
-    def _keys_values(
-        self, image_v1w: Tensor | None, context: StaticInferenceContext | None
-    ) -> tuple[Tensor, Tensor]:
-        """Keys and values of all image tokens, each (v, g, d); computed once per context."""
-        cache = {} if context is None else context.key_value_memory_dict
-        if self.layer_number in cache:
-            return cache[self.layer_number]
-        assert image_v1w is not None, "no cached keys, so image states are needed"
+    def _keys_values(self, image_v1w: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of all image tokens, each (v, g, d)."""
         kv_vgd2 = self.linear_kv(image_v1w)[0].squeeze(1).unflatten(-1, (-1, 2 * self.head_width))
         k_vgd, v_vgd = kv_vgd2.chunk(2, dim=-1)
         one_d = k_vgd.new_ones(self.head_width, dtype=torch.float32)
         weights = self.k_layernorm(one_d), self.q_layernorm(one_d)
-        k_vgd = prepare_keys(k_vgd, *weights, self.k_layernorm.eps)
-        cache[self.layer_number] = (k_vgd, v_vgd)
-        return cache[self.layer_number]
+        return prepare_keys(k_vgd, *weights, self.k_layernorm.eps), v_vgd
 
 
 class CrossAttentionLayer(MegatronModule):
@@ -128,7 +117,6 @@ class CrossAttentionLayer(MegatronModule):
         hidden_states: Tensor,
         context: Tensor | None = None,
         context_mask: Tensor | None = None,
-        inference_context: StaticInferenceContext | None = None,
         **_: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """Returns the new hidden states and the unchanged context.
@@ -137,10 +125,9 @@ class CrossAttentionLayer(MegatronModule):
         int32 (2, b, t). The names are TransformerBlock's. Under sequence parallelism a rank has its
         part of the t tokens and of the v image tokens, but all image ranges.
         """
+        assert context is not None, "cross-attention needs image states"
         assert context_mask is not None, "cross-attention needs image ranges"
-        attended = self.cross_attention(
-            self.input_norm(hidden_states), context, context_mask, inference_context
-        )
+        attended = self.cross_attention(self.input_norm(hidden_states), context, context_mask)
         x, normed = self.mlp_norm(hidden_states, attended, self.attention_gate)
         low_bt, high_bt = context_mask
         sees_image_tb1 = (low_bt < high_bt).t().unsqueeze(-1)

@@ -9,7 +9,6 @@ from collections.abc import Collection, Iterator, Sequence
 from typing import Any, cast
 
 import torch
-from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.tensor_parallel.mappings import scatter_to_sequence_parallel_region
 from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.module import MegatronModule
@@ -167,36 +166,13 @@ class VisionLanguageModel(MegatronModule):
             runtime_gather_output=True,
         )
 
-    def next_token_logits(
-        self,
-        tokens_bt: Tensor,
-        image_ranges_2bt: Tensor,
-        image_states: Tensor | None,
-        context: StaticInferenceContext,
-    ) -> Tensor:
-        """Logits (b, vocabulary) after the given tokens, which the context then remembers.
-
-        The first call for a context passes the prompts and the image states; later calls pass one
-        token a row, and None. All rows have the same length.
-        """
-        logits_b1v = self._decode(
-            tokens_bt,
-            image_ranges_2bt=image_ranges_2bt,
-            image_states=image_states,
-            inference_context=context,
-            runtime_gather_output=True,
-        )
-        context.sequence_len_offset += tokens_bt.shape[1]
-        context.enable_decode_mode()
-        return logits_b1v[:, -1]
-
     def _decode(
         self,
         tokens_bt: Tensor,
         *,
         image_ranges_2bt: Tensor,
-        image_states: Tensor | None,
-        hidden_mask: Tensor | None = None,
+        image_states: Tensor,
+        hidden_mask: Tensor,
         **kwargs: Any,
     ) -> Tensor:
         return self.language(

@@ -12,7 +12,6 @@ from megavlm.convert import mllama
 from megavlm.convert.names import cast
 from megavlm.data.tokenizer import BEGIN, END
 from megavlm.errors import CheckpointError, ConfigError
-from megavlm.infer.generate import generate_tokens
 from megavlm.model.params import parameters
 from megavlm.model.vit import normalise
 from tests.batches import TINY
@@ -25,6 +24,7 @@ from tests.convert.hugging_face import (
     saved,
     write,
 )
+from tests.infer.tokens import tokens_after
 from tests.model.weights import randomise
 from tests.ranks import alone
 
@@ -177,7 +177,7 @@ def test_export_generates_the_same(seed, tmp_path):
     assert theirs.config.image_token_index == image_token
     prompts, pixels = random_inputs(config, seed)
     prompts[:, :2] = torch.tensor([image_token, BEGIN])
-    generated = generate_tokens(ours, prompts, list(pixels), NEW_TOKENS)
+    generated = tokens_after(ours, prompts, [[picture] for picture in pixels], NEW_TOKENS)
     rows = theirs.generate(
         input_ids=prompts,
         attention_mask=torch.ones_like(prompts),

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from megavlm.data.tokenizer import END, Tokenizer
-from megavlm.infer.generate import Request, generate, generate_tokens
+from megavlm.infer.generate import Request, generate
 from tests.batches import OTHER_FORM, TINY
 from tests.model.test_vlm import random_model
 from tests.ranks import alone

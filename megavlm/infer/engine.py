@@ -1,0 +1,212 @@
+"""Many answers at once: rows join and leave the batch between steps (Orca, Yu et al. 2022)."""
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+
+from megavlm.data.tokenizer import END, PADDING
+from megavlm.errors import RequestError
+from megavlm.infer.decoder import CachedDecoder, Caches, Step
+from megavlm.infer.pictures import Pictures
+from megavlm.infer.prompts import Request
+from megavlm.infer.sampling import choose
+from megavlm.model.vlm import VisionLanguageModel
+
+Finish = Literal["stop", "length"]
+PROMPT_TOKENS_AT_ONCE = 4_096
+"""At most so many tokens of prompts, padding included, are read between two steps of the others."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What there is room for."""
+
+    rows: int = 16
+    """Answers that are written at the same time; others wait."""
+    tokens: int = 2_048
+    """Of a chat, its answer included."""
+    pictures: int = 4
+    """Of a chat."""
+
+
+class Event(NamedTuple):
+    """What happened to a request in a step."""
+
+    request: int
+    token: int | None
+    """A new token of its answer; None if it has ended without one more."""
+    finish: Finish | None
+    """Why it has ended: the model said so, or it is as long as was allowed."""
+
+
+@dataclass
+class _Row:
+    number: int
+    asked: Request
+    draws: np.random.Generator
+    tokens: int = 0
+    """In the cache."""
+    last: int = PADDING
+    """The newest token, which is not in the cache yet."""
+    written: int = 0
+    """Tokens of the answer."""
+
+
+class Engine:
+    """Answers requests; which others run beside a request does not change its answer.
+
+    Under tensor parallelism all ranks make the same calls in the same order.
+    """
+
+    def __init__(self, model: VisionLanguageModel, limits: Limits) -> None:
+        """model: in evaluation mode, whole or this tensor-parallel rank's part of it."""
+        self.limits = limits
+        self.decoder = CachedDecoder(model.language, model.sizes.decoder)
+        self.pictures = Pictures(model, self.decoder)
+        self._picture_tokens = model.sizes.encoder.tokens
+        self._caches = Caches(
+            self.decoder,
+            places=limits.rows,
+            tokens=limits.tokens,
+            image_tokens=limits.pictures * self._picture_tokens,
+        )
+        self._waiting: deque[_Row] = deque()
+        self._rows: list[_Row] = []
+        """Those being answered; each lies in the place of its number here."""
+        self._requests = 0
+
+    @property
+    def running(self) -> int:
+        """Answers that are being written."""
+        return len(self._rows)
+
+    @property
+    def waiting(self) -> int:
+        """Requests that there is no room for yet."""
+        return len(self._waiting)
+
+    def add(self, request: Request) -> int:
+        """Take a request; returns its number. Raises RequestError for one that is too large."""
+        tokens, pictures = len(request.prompt.tokens), len(request.pixels)
+        if request.max_new_tokens < 1:
+            raise RequestError(f"max_new_tokens={request.max_new_tokens} must be at least 1")
+        if tokens + request.max_new_tokens > self.limits.tokens:
+            raise RequestError(
+                f"the prompt's {tokens} tokens and max_new_tokens={request.max_new_tokens} exceed "
+                f"the limit of {self.limits.tokens} tokens; ask for less"
+            )
+        if pictures > self.limits.pictures:
+            raise RequestError(
+                f"{pictures} pictures exceed the limit of {self.limits.pictures}; show fewer"
+            )
+        self._requests += 1
+        draws = np.random.default_rng(request.sampling.seed)
+        self._waiting.append(_Row(self._requests, request, draws))
+        return self._requests
+
+    def cancel(self, request: int) -> None:
+        """Forget a request, if it is still here."""
+        self._waiting = deque(row for row in self._waiting if row.number != request)
+        self._leave({row.number for row in self._rows if row.number == request})
+
+    @torch.inference_mode()
+    def step(self) -> list[Event]:
+        """One more token of each answer, after room was given to those that wait."""
+        running = [*self._rows]
+        events = self._decode(running) if running else []
+        admitted = self._admit()
+        if admitted:
+            events += self._prefill(admitted)
+        self._leave({event.request for event in events if event.finish})
+        return events
+
+    def _admit(self) -> list[_Row]:
+        """Those that wait, as far as there are places and their prompts are not too long."""
+        admitted: list[_Row] = []
+        longest = 0
+        while self._waiting and len(self._rows) + len(admitted) < self.limits.rows:
+            longest = max(longest, len(self._waiting[0].asked.prompt.tokens))
+            if admitted and longest * (len(admitted) + 1) > PROMPT_TOKENS_AT_ONCE:
+                break
+            admitted.append(self._waiting.popleft())
+        return admitted
+
+    def _prefill(self, rows: Sequence[_Row]) -> list[Event]:
+        first = len(self._rows)
+        self._rows += rows
+        places = range(first, first + len(rows))
+        pictures = iter(self.pictures([p for row in rows for p in row.asked.pixels]))
+        for place, row in zip(places, rows, strict=True):
+            self._caches.put_images(place, [next(pictures) for _ in row.asked.pixels])
+            row.tokens = len(row.asked.prompt.tokens)
+        longest = max(row.tokens for row in rows)
+        shape = len(rows), longest
+        tokens_bt = np.full(shape, PADDING, np.int64)
+        sees_2bt = np.zeros((2, *shape), np.int32)
+        for number, (place, row) in enumerate(zip(places, rows, strict=True)):
+            tokens_bt[number, : row.tokens] = row.asked.prompt.tokens
+            seen_t2 = np.array(row.asked.prompt.seen) * self._picture_tokens
+            sees_2bt[:, number, : row.tokens] = seen_t2.T + place * self._caches.image_tokens
+        device = self.decoder.device
+        step = Step(
+            places_b=torch.tensor(places, device=device),
+            positions_bt=torch.arange(longest, device=device).expand(shape),
+            low_bt=torch.as_tensor(sees_2bt[0], device=device),
+            high_bt=torch.as_tensor(sees_2bt[1], device=device),
+            sees_images=any(row.asked.pixels for row in rows),
+            visible_bc=None,
+        )
+        last_b = torch.tensor([row.tokens - 1 for row in rows], device=device)
+        return self._next(rows, torch.as_tensor(tokens_bt, device=device), last_b, step)
+
+    def _decode(self, rows: Sequence[_Row]) -> list[Event]:
+        device = self.decoder.device
+        lengths_b = torch.tensor([row.tokens for row in rows], device=device)
+        places = range(len(rows))
+        sees_b2 = np.array([row.asked.prompt.seen[-1] for row in rows]) * self._picture_tokens
+        sees_b2 = sees_b2 + np.array([places]).T * self._caches.image_tokens
+        low_b, high_b = torch.as_tensor(sees_b2.T.astype(np.int32), device=device)
+        longest = max(row.tokens for row in rows) + 1
+        step = Step(
+            places_b=torch.tensor(places, device=device),
+            positions_bt=lengths_b[:, None],
+            low_bt=low_b[:, None],
+            high_bt=high_b[:, None],
+            sees_images=any(row.asked.prompt.seen[-1][1] > 0 for row in rows),
+            visible_bc=torch.arange(longest, device=device) <= lengths_b[:, None],
+        )
+        tokens_b1 = torch.tensor([[row.last] for row in rows], device=device)
+        for row in rows:
+            row.tokens += 1
+        return self._next(rows, tokens_b1, torch.zeros_like(lengths_b), step)
+
+    def _next(
+        self, rows: Sequence[_Row], tokens_bt: torch.Tensor, last_b: torch.Tensor, step: Step
+    ) -> list[Event]:
+        logits_bv = self.decoder(tokens_bt, last_b, step, self._caches)
+        sampling = [row.asked.sampling for row in rows]
+        chosen = choose(logits_bv, sampling, [row.draws.random() for row in rows]).tolist()
+        events: list[Event] = []
+        for row, token in zip(rows, chosen, strict=True):
+            if token == END:
+                events.append(Event(row.number, None, "stop"))
+                continue
+            row.last = token
+            row.written += 1
+            is_full = row.written == row.asked.max_new_tokens
+            events.append(Event(row.number, token, "length" if is_full else None))
+        return events
+
+    def _leave(self, requests: set[int]) -> None:
+        """Take rows out; the last ones move into their places."""
+        for place in reversed(range(len(self._rows))):
+            if self._rows[place].number in requests:
+                last = len(self._rows) - 1
+                if place < last:
+                    self._caches.move(last, place, self._rows[last].tokens)
+                    self._rows[place] = self._rows[last]
+                self._rows.pop()
