@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; a user's mistake ends in one line on standard error and exit code 2."""
     options = _parse(arguments)
     # They advise TransformerEngine and newer spellings on every rank, to nobody's use.
-    for module in ("megatron", "torch.distributed", "deepspeed"):
+    for module in ("megatron", "torch.distributed", "deepspeed", "ray"):
         warnings.filterwarnings("ignore", module=rf"{module}\.")
     try:
         plan = load_plan(options.run_file, options.overrides) if options.run_file else None
