@@ -308,7 +308,7 @@ class ShardFolder:
         sample = number - self._firsts[shard]
         before, first, stop = np.searchsorted(members["sample"], [sample - 1, sample, sample + 1])
         header, end = _range(members[first:stop])
-        _, end_before = _range(members[before:first]) if before < first else (0, 0)
+        end_before = _stop(members[before:first]) if before < first else 0
         blocks = -(-end_before // BLOCK_BYTES)
         start = min(header, max(blocks * BLOCK_BYTES, header - HEADERS_BYTES))
         return _Place(shard, members[first:stop], start, header, end)
@@ -380,8 +380,12 @@ def _parts() -> list[list[bytes]]:
 
 def _range(members: Members) -> tuple[int, int]:
     """Bytes of a shard that hold some members, with the first one's header."""
-    stops = members["offset"] + members["size"]
-    return int(members["offset"].min()) - BLOCK_BYTES, int(stops.max())
+    return int(members["offset"].min()) - BLOCK_BYTES, _stop(members)
+
+
+def _stop(members: Members) -> int:
+    """Where the last one of some members ends."""
+    return int((members["offset"] + members["size"]).max())
 
 
 def _key_in(content: bytes, header: int) -> str:
