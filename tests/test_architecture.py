@@ -19,6 +19,7 @@ LEVELS = [
     {"engine", "infer"},
     {"train", "convert", "dryrun"},
     {"eval"},
+    {"commands"},
     {"__main__"},
 ]
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}

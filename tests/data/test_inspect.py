@@ -212,7 +212,7 @@ def test_the_folders_and_stages_of_a_run(tiny_run_file, coloured_squares, capsys
     [
         ([], "name a folder of shards"),
         (["none"], "data folder none does not exist"),
-        (["data.train=x"], "data.train=x is one word too many"),
+        (["data.train=x"], "data.train=x changes a run file; name one with --run (or write"),
         (["EMPTY"], "holds no .tar shard"),
         (["SHARDS", "--tokenizer", "none.model"], "tokenizer none.model does not exist"),
         (["SHARDS", "--html", "none/page.html"], "cannot write page none/page.html"),
