@@ -1,3 +1,4 @@
+import json
 from collections import Counter
 
 import pytest
@@ -34,17 +35,16 @@ def folder(tmp_path):
 def judged(folder):
     verdict_folder = Folder(folder / "out" / WORK)
     for shard in (0, 1):
-        assert judge_shard(str(folder / "in"), shard, RULES, None, verdict_folder) == 3
+        assert judge_shard(ShardFolder(folder / "in"), shard, RULES, None, verdict_folder) == 3
     return verdict_folder
 
 
 def test_shards_of_what_stays(folder, judged):
-    source, target = str(folder / "in"), Folder(folder / "out")
+    shards, target = ShardFolder(folder / "in"), Folder(folder / "out")
     gone = {3: (0, "duplicate_picture"), 4: (0, "duplicate_caption")}
-    assert write_kept(source, 0, judged, gone, target) == 2
-    assert write_kept(source, 1, judged, gone, target) == 1
+    assert write_kept(shards, 0, judged, gone, target) == 2
+    assert write_kept(shards, 1, judged, gone, target) == 1
     assert not [n for n in judged.names() if not n.endswith(".parquet")]
-    shards = ShardFolder(source)
     found = [count(shards, shard, judged, gone) for shard in (0, 1)]
     counts = found[0][0] + found[1][0]
     assert counts == Counts(
@@ -67,12 +67,14 @@ def test_the_report_shows_examples_and_runs_nothing(folder, judged):
     gone = {2: (0, "duplicate_picture"), 4: (0, "duplicate_caption")}
     found = [count(shards, shard, judged, gone) for shard in (0, 1)]
     counts, examples = found[0][0] + found[1][0], found[0][1] + found[1][1]
-    write_report(judged, counts, shards, RULES, examples, {"judge_seconds": 1.0})
+    crowded, measured = {"duplicate_picture": 7}, {"judge_seconds": 1.0}
+    write_report(judged, counts, shards, RULES, examples, crowded, measured)
     page = (folder / "out" / WORK / SHEET).read_text()
     assert page.count("data:image/jpeg;base64") == 3 and "as 000000.tar:k0" in page
     assert LONG in page
     assert "&lt;script&gt;alert(1)" in page and "<script" not in page
-    assert b'"kept": 3' in judged.read(REPORT)
+    record = json.loads(judged.read(REPORT))
+    assert record["kept"] == 3 and record["crowded"] == {"duplicate_picture": 7}
 
 
 def test_what_is_cut_off_is_masked_before(monkeypatch):
@@ -83,7 +85,7 @@ def test_what_is_cut_off_is_masked_before(monkeypatch):
 
 def test_nothing_is_written_of_a_shard_of_which_nothing_stays(folder, judged):
     gone = {n: (0, "duplicate_picture") for n in range(3)}
-    assert write_kept(str(folder / "in"), 0, judged, gone, Folder(folder / "out")) == 0
+    assert write_kept(ShardFolder(folder / "in"), 0, judged, gone, Folder(folder / "out")) == 0
     assert Folder(folder / "out").names() == [WORK]
 
 

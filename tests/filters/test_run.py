@@ -10,6 +10,7 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
@@ -18,8 +19,11 @@ from megavlm.data.shards import ShardFolder, write_shards
 from megavlm.errors import ConfigError, DataError
 from megavlm.files.folder import Folder
 from megavlm.filters import report, run
+from megavlm.filters.duplicates import BANDS
 from megavlm.filters.parallel import Job
 from megavlm.filters.run import filter_folder
+from tests.filters.hashes import RULES as CLOSE
+from tests.filters.hashes import clusters, gone_by_all_pairs, write_verdicts
 from tests.filters.planted import RULES, clean, make_folder
 
 WITHOUT_LARGE_MODELS = RULES.replace("languages: [en]", "languages: []").replace(
@@ -101,7 +105,103 @@ def test_parts_of_a_comparison_change_nothing(tmp_path, monkeypatch):
         monkeypatch.setattr(run, "PART_SAMPLES", samples)
         counts = filtered(rules, tmp_path / "in", target)
         assert (counts.kept, counts.dropped) == (5, {"duplicate_picture": 3})
+        assert not {"same", "spread"} & {path.name for path in (target / "filter").iterdir()}
     assert hashes(tmp_path / "whole") == hashes(tmp_path / "parts")
+
+
+SAMPLES = 600
+FILTER_CLUSTERS = FilterSettings(duplicates=CLOSE)
+
+
+@pytest.fixture(scope="module")
+def rows():
+    """Reasons, hashes and signatures of samples, of which many are alike and some have none."""
+    generator = np.random.default_rng(7)
+    of_pictures, of_captions = (clusters(reason, generator, SAMPLES) for reason in BANDS)
+    dropped, textless = generator.random((2, SAMPLES)) < 0.1
+    return [
+        ("face" if dropped[n] else None, of_pictures[n].tobytes(), caption)
+        for n, caption in enumerate(
+            None if textless[n] else of_captions[n].tobytes() for n in range(SAMPLES)
+        )
+    ]
+
+
+@pytest.fixture(scope="module")
+def expected(rows):
+    """(what goes, what it is the same as), of pictures and of captions."""
+    gone = []
+    there = [n for n, (reason, _, _) in enumerate(rows) if reason is None]
+    for at, reason in enumerate(BANDS, start=1):
+        there = [n for n in there if rows[n][at] is not None]
+        of_there = np.frombuffer(b"".join(rows[n][at] for n in there), np.uint8)
+        found = gone_by_all_pairs(reason, of_there.reshape(len(there), -1))
+        gone.append({there[late]: there[early] for late, early in found.items()})
+        there = [n for n in there if n not in gone[-1]]
+    return gone
+
+
+def gone_by(job: Job, in_parallel):
+    """The same, as the filter finds it."""
+    shards = ShardFolder(job.source)
+    found = run._find_duplicates(job, shards, in_parallel)
+    assert found == {"duplicate_picture": 0, "duplicate_caption": 0}
+    return [
+        {
+            number: same_as
+            for shard in range(len(shards.names()))
+            for number, same_as in run._gone_of(job, reason, shard).items()
+        }
+        for reason in BANDS
+    ]
+
+
+def clusters_job(tmp_path: Path, rows, target: str) -> Job:
+    source = tmp_path / "in"
+    source.mkdir(exist_ok=True)
+    job = Job(rules=FILTER_CLUSTERS, source=str(source), target=target)
+    write_verdicts(source, job.verdicts, rows, 50)
+    return job
+
+
+@pytest.mark.parametrize("samples", [10**6, 150, 1])
+def test_the_same_goes_as_by_comparing_all_pairs(tmp_path, rows, expected, samples, monkeypatch):
+    """In one group of shards, in 4 of three each, in 12 of one."""
+    monkeypatch.setattr(run, "PART_SAMPLES", samples)
+    assert all(len(gone) > 50 for gone in expected)
+    job = clusters_job(tmp_path, rows, f"memory://{tmp_path.name}/out")
+    assert gone_by(job, in_this_process(job)) == expected
+    assert not (job.work / "spread").names()
+
+
+@pytest.mark.parametrize("stop", ["_spread", "_compare"])
+def test_a_comparison_that_is_stopped_goes_on(tmp_path, rows, expected, stop, monkeypatch):
+    """At each call of a band in turn, between two calls and within one."""
+    monkeypatch.setattr(run, "PART_SAMPLES", 150)
+    job = clusters_job(tmp_path, rows, str(tmp_path / "out"))
+    calls = Counter()
+
+    def stopped_at(last):
+        left = [last]
+
+        def in_parallel(_, function, arguments, gpus=0):
+            for call in arguments:
+                if function.__name__ == stop:
+                    left[0] -= 1
+                    if not left[0]:
+                        (job.work / "spread").write_atomically("half.rows.0.partial", b"?")
+                        raise KeyboardInterrupt
+                calls[function.__name__, *call] += 1
+                yield function(job, *call), 1.0
+
+        return in_parallel
+
+    for last in range(1, 7):
+        with pytest.raises(KeyboardInterrupt):
+            gone_by(job, stopped_at(last))
+    assert gone_by(job, stopped_at(-1)) == expected
+    assert not [call for call, n in calls.items() if n > 1]  # nothing is made twice
+    assert len(calls) == 2 * 4 * sum(BANDS.values())
 
 
 @pytest.fixture
