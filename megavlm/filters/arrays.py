@@ -9,6 +9,9 @@ from numpy.typing import NDArray
 
 from megavlm.files.folder import Folder
 
+Rows = NDArray[np.void]
+"""With named fields."""
+
 
 def save_arrays(folder: Folder, name: str, **arrays: NDArray[np.generic]) -> None:
     """Write arrays by their names."""
@@ -31,7 +34,7 @@ def read_whole(folder: Folder, name: str) -> bytes:
 
 
 def write_parts(
-    folder: Folder, name: str, rows: NDArray[np.void], part_of: NDArray[np.integer], parts: int
+    folder: Folder, name: str, rows: Rows, part_of: NDArray[np.integer], parts: int
 ) -> None:
     """Write rows ordered by their part, so that each part is one range of bytes.
 
@@ -47,9 +50,7 @@ def write_parts(
     folder.write_atomically(name, content.data)
 
 
-def read_part(
-    folder: Folder, names: Sequence[str], part: int, row: np.dtype[np.void]
-) -> NDArray[np.void]:
+def read_part(folder: Folder, names: Sequence[str], part: int, row: np.dtype[np.void]) -> Rows:
     """The rows of one part of several files, one file after the other."""
     heads = folder.read_ranges(names, [(8 * part, 8 * part + 16)] * len(names))
     ranges = [(int(start), int(stop)) for start, stop in (np.frombuffer(h, "<i8") for h in heads)]

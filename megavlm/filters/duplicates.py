@@ -104,7 +104,7 @@ def _pieces(caption: str) -> list[str]:
 
 def band_of(reason: Duplicate, hashes: Bytes, band: int) -> Values:
     """Values of a band; samples are compared if they share one."""
-    values = np.ascontiguousarray(hashes).view("<u2")
+    values = hashes.view("<u2")
     if reason == "duplicate_picture":
         return values[:, band].astype(np.uint64)
     return _folded(values[:, band * BAND_VALUES : (band + 1) * BAND_VALUES])
@@ -165,10 +165,7 @@ def find_same(numbers: Ints, hashes: Bytes, values: Values, near: Nearness) -> S
 
     numbers: of the samples, ascending; values: theirs of the band.
     """
-    # Of copies the first stands for all; a placeholder that is there a million times costs nothing.
-    first_of = first_copies(hashes)
-    is_copy = first_of != np.arange(len(numbers))
-    copies = keys_of(numbers[first_of[is_copy]], numbers[is_copy])
+    copies, is_copy = find_copies(numbers, hashes)
     unique = np.flatnonzero(~is_copy)
     order = unique[np.argsort(values[unique], kind="stable")]
     starts = np.flatnonzero(np.diff(values[order], prepend=values[order[:1]] ^ np.uint64(1)))
@@ -188,8 +185,11 @@ def find_same(numbers: Ints, hashes: Bytes, values: Values, near: Nearness) -> S
     return Same(copies, np.concatenate(found), left_out)
 
 
-def first_copies(hashes: Bytes) -> Ints:
-    """Of each sample, the place of the first that has exactly its hash."""
+def find_copies(numbers: Ints, hashes: Bytes) -> tuple[Keys, NDArray[np.bool_]]:
+    """Samples with the first one that has exactly their hash, and which of all they are.
+
+    The first stands for all: a placeholder that is there a million times costs nothing.
+    """
     folded = _folded(hashes.view("<u4"))
     _, firsts, group_of = np.unique(folded, return_index=True, return_inverse=True)
     first_of = firsts[group_of]
@@ -198,7 +198,8 @@ def first_copies(hashes: Bytes) -> Ints:
         some = late[start : start + _COMPARED_AT_ONCE]
         differ = (hashes[some] != hashes[first_of[some]]).any(1)
         first_of[some[differ]] = some[differ]  # by chance they have the same folded value
-    return first_of
+    is_copy = first_of != np.arange(len(hashes))
+    return keys_of(numbers[first_of[is_copy]], numbers[is_copy]), is_copy
 
 
 def _same_in(numbers: Ints, hashes: Bytes, near: Nearness) -> tuple[Keys, int]:

@@ -27,9 +27,9 @@ from megavlm.data.shards import ShardFolder
 from megavlm.errors import BadSampleError, ConfigError, DataError
 from megavlm.files.folder import Folder
 from megavlm.filters import duplicates, evaluation
-from megavlm.filters.arrays import load_arrays, read_part, save_arrays, write_parts
+from megavlm.filters.arrays import Rows, load_arrays, read_part, save_arrays, write_parts
 from megavlm.filters.captions import check_languages
-from megavlm.filters.duplicates import BANDS, HASH_BYTES, MOST_SAMPLES, Bytes, Duplicate, Ints
+from megavlm.filters.duplicates import BANDS, HASH_BYTES, MOST_SAMPLES, Duplicate, Ints
 from megavlm.filters.evaluation import EvaluationSet
 from megavlm.filters.models import check_checkpoints
 from megavlm.filters.output import (
@@ -85,7 +85,7 @@ def filter_folder(
             f"{source} has {len(shards)} samples; duplicates are found among up to {MOST_SAMPLES}: "
             "filter it in several folders"
         )
-    job = Job(rules=rules, source=source, target=target)
+    job = Job(rules=rules, source=source, target=target, part_samples=PART_SAMPLES)
     _check_inputs(job)
     with ray_workers(job, ray_address, workers) as in_parallel:
         counts = _filter(job, shards, in_parallel)
@@ -162,7 +162,7 @@ def _find_duplicates(
     Returns how many samples full buckets had no room for.
     """
     same, spread, gone = job.work / "same", job.work / "spread", job.work / "gone"
-    groups = range(len(_group_bounds(shards)) - 1)
+    groups = range(len(_group_bounds(job, shards)) - 1)
     crowded: dict[Duplicate, int] = {}
 
     def calls(reason: Duplicate, bands: Sequence[int]) -> list[tuple[Duplicate, int, int]]:
@@ -194,7 +194,7 @@ def _find_duplicates(
 
 def _choose(job: Job, shards: ShardFolder, reason: Duplicate) -> None:
     """Write which samples go, for each group of shards."""
-    folder, bounds = job.work / "same", _group_bounds(shards)
+    folder, bounds = job.work / "same", _group_bounds(job, shards)
     groups = range(len(bounds) - 1)
     copies, pairs, crowded = [np.empty(0, np.uint64)], np.empty(0, np.uint64), 0
     if len(groups) > 1:
@@ -216,10 +216,10 @@ def _choose(job: Job, shards: ShardFolder, reason: Duplicate) -> None:
     job.work.write_atomically(_crowded_name(reason), json.dumps(crowded).encode())
 
 
-def _group_bounds(shards: ShardFolder) -> list[int]:
-    """The first shard of each group of PART_SAMPLES samples or a shard more, and the end."""
+def _group_bounds(job: Job, shards: ShardFolder) -> list[int]:
+    """The first shard of each group of `part_samples` or a shard more, and the end."""
     firsts = np.cumsum(shards.shard_samples) - shards.shard_samples
-    starts = np.flatnonzero(np.diff(firsts // PART_SAMPLES, prepend=-1))
+    starts = np.flatnonzero(np.diff(firsts // job.part_samples, prepend=-1))
     return [*starts.tolist(), len(firsts)]
 
 
@@ -289,59 +289,53 @@ def _evaluation_set(job: Job) -> EvaluationSet | None:
     return EvaluationSet(evaluation.load(job.work, EVALUATION))
 
 
-def _hashes_of(job: Job, reason: Duplicate, group: int) -> tuple[Ints, Bytes]:
+def _row(reason: Duplicate) -> "np.dtype[np.void]":
+    """Of the files that hashes are spread to."""
+    return np.dtype([("number", "<i8"), ("hash", "u1", HASH_BYTES[reason])])
+
+
+def _rows_of(job: Job, reason: Duplicate, group: int) -> Rows:
     """Numbers and hashes of a group's samples that are still there."""
     shards = _opened(job.source)
-    bounds = _group_bounds(shards)
+    bounds = _group_bounds(job, shards)
     earlier = _compared(job.rules)[: _compared(job.rules).index(reason)]
     column = "picture_hash" if reason == "duplicate_picture" else "caption_signature"
-    found: list[tuple[Ints, Bytes]] = []
+    found: list[Rows] = []
     for shard in range(bounds[group], bounds[group + 1]):
         places, hashes = read_hashes(job.verdicts, shards.name(shard), column)
-        numbers = places + shards.numbers_of(shard).start
+        rows = np.empty(len(places), _row(reason))
+        rows["number"], rows["hash"] = places + shards.numbers_of(shard).start, hashes
         gone = [number for other in earlier for number in _gone_of(job, other, shard)]
-        stays = ~np.isin(numbers, np.array(gone, np.int64))
-        found.append((numbers[stays], hashes[stays]))
-    numbers, hashes = map(np.concatenate, zip(*found, strict=True))
-    return numbers, hashes
+        found.append(rows[~np.isin(rows["number"], np.array(gone, np.int64))])
+    return np.concatenate(found)
 
 
 def _spread(job: Job, reason: Duplicate, band: int, group: int) -> None:
     """Write the hashes of a group of shards by the part that their value of a band falls into."""
-    numbers, hashes = _hashes_of(job, reason, group)
-    first_of = duplicates.first_copies(hashes)
-    is_copy = first_of != np.arange(len(numbers))
+    rows = _rows_of(job, reason, group)
+    copies, is_copy = duplicates.find_copies(rows["number"], rows["hash"])
     if band == 0:
-        copies = duplicates.keys_of(numbers[first_of[is_copy]], numbers[is_copy])
-        same = duplicates.Same(copies, np.empty(0, np.uint64))
+        same = duplicates.Same(copies, copies[:0])
         duplicates.save(job.work / "same", _same_name(reason, None, group), same)
-    rows = np.empty(len(numbers) - is_copy.sum(), _row(reason))
-    rows["number"], rows["hash"] = numbers[~is_copy], hashes[~is_copy]
-    parts = len(_group_bounds(_opened(job.source))) - 1
-    part_of = duplicates.band_of(reason, hashes, band)[~is_copy] % np.uint64(parts)
+    rows = rows[~is_copy]
+    parts = len(_group_bounds(job, _opened(job.source))) - 1
+    part_of = duplicates.band_of(reason, rows["hash"], band) % np.uint64(parts)
     name = _spread_name(reason, band, group)
     write_parts(job.work / "spread", name, rows, part_of.astype(np.int64), parts)
-
-
-def _row(reason: Duplicate) -> "np.dtype[np.void]":
-    return np.dtype([("number", "<i8"), ("hash", "u1", HASH_BYTES[reason])])
 
 
 def _compare(job: Job, reason: Duplicate, band: int, part: int) -> None:
     """Compare the samples whose value of a band falls into a part of all values."""
     assert job.rules.duplicates
-    groups = range(len(_group_bounds(_opened(job.source))) - 1)
+    groups = range(len(_group_bounds(job, _opened(job.source))) - 1)
     if len(groups) == 1:
-        numbers, hashes = _hashes_of(job, reason, 0)
+        rows = _rows_of(job, reason, 0)
     else:
         names = [_spread_name(reason, band, group) for group in groups]
         rows = read_part(job.work / "spread", names, part, _row(reason))
-        numbers, hashes = rows["number"].copy(), rows["hash"].copy()
-        del rows
-    values = duplicates.band_of(reason, hashes, band)
-    same = duplicates.find_same(
-        numbers, hashes, values, duplicates.nearness(reason, job.rules.duplicates)
-    )
+    values = duplicates.band_of(reason, rows["hash"], band)
+    near = duplicates.nearness(reason, job.rules.duplicates)
+    same = duplicates.find_same(rows["number"], rows["hash"], values, near)
     if band:  # copies share all bands
         same = same._replace(copies=same.copies[:0])
     duplicates.save(job.work / "same", _same_name(reason, band, part), same)
@@ -357,7 +351,7 @@ def _gone(job: Job, reason: Duplicate, group: int) -> tuple[Ints, Ints]:
 def _gone_of(job: Job, reason: Duplicate, shard: int) -> dict[int, int]:
     """Duplicates in a shard, and what they are the same as."""
     shards = _opened(job.source)
-    group = int(np.searchsorted(_group_bounds(shards), shard, side="right")) - 1
+    group = int(np.searchsorted(_group_bounds(job, shards), shard, side="right")) - 1
     number, same_as = _gone(job, reason, group)
     numbers = shards.numbers_of(shard)
     here = slice(*np.searchsorted(number, [numbers.start, numbers.stop]).tolist())

@@ -13,8 +13,8 @@ from megavlm.filters.duplicates import (
     band_of,
     choose,
     distinct,
+    find_copies,
     find_same,
-    first_copies,
     keys_of,
     load,
     nearness,
@@ -139,10 +139,11 @@ def test_what_a_full_bucket_has_no_room_for_is_counted(monkeypatch):
 
 
 def test_hashes_that_fold_to_the_same_value_are_no_copies(monkeypatch):
-    hashes = np.array([[1] * 32, [2] * 32, [1] * 32], np.uint8)
-    assert first_copies(hashes).tolist() == [0, 1, 0]
-    monkeypatch.setattr(duplicates, "_folded", lambda words: np.zeros(len(words), np.uint64))
-    assert first_copies(hashes).tolist() == [0, 1, 0]
+    numbers, hashes = np.array([5, 6, 9]), np.array([[1] * 32, [2] * 32, [1] * 32], np.uint8)
+    for _ in range(2):
+        copies, is_copy = find_copies(numbers, hashes)
+        assert copies.tolist() == [9 << 32 | 5] and is_copy.tolist() == [False, False, True]
+        monkeypatch.setattr(duplicates, "_folded", lambda words: np.zeros(len(words), np.uint64))
 
 
 def test_captions():

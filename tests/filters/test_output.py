@@ -8,7 +8,17 @@ from megavlm.data.samples import Sample, text
 from megavlm.data.shards import ShardFolder, write_shards
 from megavlm.files.folder import Folder
 from megavlm.filters import report, verdicts
-from megavlm.filters.output import WORK, Counts, count, new_keys, write_kept
+from megavlm.filters.duplicates import Duplicate
+from megavlm.filters.output import (
+    EXAMPLES,
+    WORK,
+    Counts,
+    Example,
+    count,
+    first_of_each,
+    new_keys,
+    write_kept,
+)
 from megavlm.filters.report import REPORT, SHEET, write_report
 from megavlm.filters.verdicts import batches, judge_shard, read_hashes
 from tests.filters.planted import encoded, pair, picture
@@ -67,7 +77,8 @@ def test_the_report_shows_examples_and_runs_nothing(folder, judged):
     gone = {2: (0, "duplicate_picture"), 4: (0, "duplicate_caption")}
     found = [count(shards, shard, judged, gone) for shard in (0, 1)]
     counts, examples = found[0][0] + found[1][0], found[0][1] + found[1][1]
-    crowded, measured = {"duplicate_picture": 7}, {"judge_seconds": 1.0}
+    crowded: dict[Duplicate, int] = {"duplicate_picture": 7}
+    measured = {"judge_seconds": 1.0}
     write_report(judged, counts, shards, RULES, examples, crowded, measured)
     page = (folder / "out" / WORK / SHEET).read_text()
     assert page.count("data:image/jpeg;base64") == 3 and "as 000000.tar:k0" in page
@@ -103,6 +114,17 @@ def test_a_batch_is_bounded(folder, monkeypatch):
     assert [*batches(shards, 1)] == [range(3, 5), range(5, 6)]
     monkeypatch.setattr(verdicts, "BATCH_BYTES", 1)
     assert [*batches(shards, 1)] == [range(n, n + 1) for n in (3, 4, 5)]
+
+
+def test_the_first_examples_are_kept_whatever_comes_first():
+    of_shards = [
+        [Example(number=n, reason="face" if n % 2 else "agreement", same_as=None, detail="")]
+        for n in range(20)
+    ]
+    kept: list[Example] = []
+    for found in reversed(of_shards):
+        kept = first_of_each([*kept, *found])
+    assert [example.number for example in kept] == [*range(2 * EXAMPLES)]
 
 
 def test_keys():

@@ -42,8 +42,13 @@ def in_this_process(job):
     return in_parallel
 
 
+def job_of(rules: FilterSettings, source: Path, target: Path | Folder | str) -> Job:
+    places = {"source": str(source), "target": str(target)}
+    return Job(rules=rules, **places, part_samples=run.PART_SAMPLES)
+
+
 def filtered(rules: FilterSettings, source: Path, target: Path):
-    job = Job(rules=rules, source=str(source), target=str(target))
+    job = job_of(rules, source, target)
     run._check_inputs(job)
     return run._filter(job, ShardFolder(source), in_this_process(job))
 
@@ -103,9 +108,13 @@ def test_parts_of_a_comparison_change_nothing(tmp_path, monkeypatch):
     rules = FilterSettings(duplicates=DuplicateRules())
     for target, samples in ((tmp_path / "whole", 100), (tmp_path / "parts", 4)):
         monkeypatch.setattr(run, "PART_SAMPLES", samples)
+        for folder in ("", "filter/verdicts/"):  # what a killed worker leaves
+            (target / "filter" / "verdicts").mkdir(parents=True, exist_ok=True)
+            (target / f"{folder}000000.0.partial").write_bytes(b"?")
         counts = filtered(rules, tmp_path / "in", target)
         assert (counts.kept, counts.dropped) == (5, {"duplicate_picture": 3})
         assert not {"same", "spread"} & {path.name for path in (target / "filter").iterdir()}
+        assert not [*target.glob("**/*.partial")]
     assert hashes(tmp_path / "whole") == hashes(tmp_path / "parts")
 
 
@@ -159,7 +168,7 @@ def gone_by(job: Job, in_parallel):
 def clusters_job(tmp_path: Path, rows, target: str) -> Job:
     source = tmp_path / "in"
     source.mkdir(exist_ok=True)
-    job = Job(rules=FILTER_CLUSTERS, source=str(source), target=target)
+    job = job_of(FILTER_CLUSTERS, source, target)
     write_verdicts(source, job.verdicts, rows, 50)
     return job
 
@@ -245,7 +254,7 @@ def test_mistakes_are_told_before_ray_starts(few, monkeypatch):
 def test_an_object_store(few):
     source, target = few / "in", Folder(f"memory://{few.name}/out")
     filtered(FilterSettings(), source, few / "local")
-    job = Job(rules=FilterSettings(), source=str(source), target=target.place)
+    job = job_of(FilterSettings(), source, target)
     run._check_inputs(job)
     run._filter(job, ShardFolder(source), in_this_process(job))
     local = hashes(few / "local")
@@ -280,6 +289,41 @@ def test_planted_faults_are_found_on_ray(planted, tmp_path):
     assert "samples judged a second and worker" in out
     found = pq.read_table(tmp_path / "out/filter/verdicts/zzz.parquet").to_pylist()
     assert "../../climbs.jpg" in str([row["detail"] for row in found])
+
+
+IN_GROUPS = """
+import sys
+from pathlib import Path
+from megavlm.config.filters import load_rules
+from megavlm.filters import run
+run.PART_SAMPLES = 8
+run.filter_folder(load_rules(Path(sys.argv[1])), *sys.argv[2:], workers=2)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_the_same_bytes_in_groups_that_are_killed(planted, tmp_path):
+    """While they spread hashes, and while they compare them."""
+    folder, _, rules = planted
+    filtered(load_rules(rules), folder / "pairs", tmp_path / "here")
+
+    def in_groups() -> subprocess.Popen[str]:
+        places = [str(rules), str(folder / "pairs"), str(tmp_path / "out")]
+        line = [sys.executable, "-c", IN_GROUPS, *places]
+        return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    work = tmp_path / "out" / "filter"
+    for pattern in ("spread/duplicate_picture-0-*.rows", "same/duplicate_caption-1-*.npz"):
+        process = in_groups()
+        while not [*work.glob(pattern)]:
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.02)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    done(in_groups())
+    assert hashes(tmp_path / "out") == hashes(tmp_path / "here")
+    assert not {"same", "spread"} & {path.name for path in work.iterdir()}
 
 
 @pytest.mark.slow
