@@ -54,6 +54,8 @@ PICTURE_CANDIDATES, CAPTION_CANDIDATES = 2**17, 2**13
 """Samples of a bucket that later ones are compared with, at most: 0.2 ms and 0.3 ms for each."""
 _QUERIES = 512
 _COMPARED_AT_ONCE = 2**17
+_FOLDED_AT_ONCE = 2**11
+"""Rows that stay in a core's cache."""
 _SEED = 20_200_101
 
 
@@ -113,9 +115,12 @@ def band_of(reason: Duplicate, hashes: Bytes, band: int) -> Values:
 def _folded(values: NDArray[np.unsignedinteger]) -> Values:
     """Each row as one value, which other rows hardly ever have."""
     folded = np.zeros(len(values), np.uint64)
-    for n in range(values.shape[1]):
-        folded = (folded ^ values[:, n]) * np.uint64(0x9E3779B97F4A7C15)  # Fibonacci hashing
-        folded ^= folded >> np.uint64(29)
+    for start in range(0, len(values), _FOLDED_AT_ONCE):
+        some = folded[start : start + _FOLDED_AT_ONCE]
+        for column in values[start : start + _FOLDED_AT_ONCE].T:
+            some ^= column
+            some *= np.uint64(0x9E3779B97F4A7C15)  # Fibonacci hashing
+            some ^= some >> np.uint64(29)
     return folded
 
 

@@ -19,7 +19,7 @@ from megavlm.filters.output import (
     new_keys,
     write_kept,
 )
-from megavlm.filters.report import REPORT, SHEET, write_report
+from megavlm.filters.report import REPORT, SHEET, print_report, write_report
 from megavlm.filters.verdicts import batches, judge_shard, read_hashes
 from tests.filters.planted import encoded, pair, picture
 
@@ -86,6 +86,13 @@ def test_the_report_shows_examples_and_runs_nothing(folder, judged):
     assert "&lt;script&gt;alert(1)" in page and "<script" not in page
     record = json.loads(judged.read(REPORT))
     assert record["kept"] == 3 and record["crowded"] == {"duplicate_picture": 7}
+
+
+def test_a_search_that_is_not_complete_is_told(capsys):
+    print_report(Counts(), {"duplicate_picture": 0, "duplicate_caption": 1_234}, Folder("x"), None)
+    out = capsys.readouterr().out
+    assert "1,234 times a sample found its bucket full: duplicate_caption is not complete" in out
+    assert "duplicate_picture" not in out
 
 
 def test_what_is_cut_off_is_masked_before(monkeypatch):

@@ -18,7 +18,7 @@ from megavlm.config.filters import DuplicateRules, FilterSettings, load_rules
 from megavlm.data.shards import ShardFolder, write_shards
 from megavlm.errors import ConfigError, DataError
 from megavlm.files.folder import Folder
-from megavlm.filters import report, run
+from megavlm.filters import duplicates, report, run
 from megavlm.filters.duplicates import BANDS
 from megavlm.filters.parallel import Job
 from megavlm.filters.run import filter_folder
@@ -183,11 +183,24 @@ def test_the_same_goes_as_by_comparing_all_pairs(tmp_path, rows, expected, sampl
     assert not (job.work / "spread").names()
 
 
+def test_what_full_buckets_have_no_room_for_is_told(tmp_path, rows, monkeypatch):
+    """It is the same in one group and in several."""
+    monkeypatch.setattr(duplicates, "_QUERIES", 64)
+    for name in ("FEW", "PICTURE_CANDIDATES", "CAPTION_CANDIDATES"):
+        monkeypatch.setattr(duplicates, name, 4)
+    found = []
+    for samples in (10**6, 150):
+        monkeypatch.setattr(run, "PART_SAMPLES", samples)
+        job = clusters_job(tmp_path, rows, f"memory://{tmp_path.name}/{samples}")
+        found.append(run._find_duplicates(job, ShardFolder(job.source), in_this_process(job)))
+    assert found[0] == found[1] and all(found[0].values())
+
+
 @pytest.mark.parametrize("stop", ["_spread", "_compare"])
 def test_a_comparison_that_is_stopped_goes_on(tmp_path, rows, expected, stop, monkeypatch):
     """At each call of a band in turn, between two calls and within one."""
     monkeypatch.setattr(run, "PART_SAMPLES", 150)
-    job = clusters_job(tmp_path, rows, str(tmp_path / "out"))
+    job = clusters_job(tmp_path, rows, f"memory://{tmp_path.name}/out")
     calls = Counter()
 
     def stopped_at(last):
@@ -244,6 +257,10 @@ def test_folders_that_hold_other_things_are_refused(few):
 def test_mistakes_are_told_before_ray_starts(few, monkeypatch):
     with pytest.raises(ConfigError, match="in must be an absolute path or a URL"):
         filter_folder(FilterSettings(), "in", str(few / "out"), ray_address="auto")
+    monkeypatch.setattr(run, "MOST_SAMPLES", 3)
+    with pytest.raises(DataError, match=r"in has 4 samples; duplicates are found among up to 3: "):
+        rules = FilterSettings(duplicates=DuplicateRules())
+        filter_folder(rules, str(few / "in"), str(few / "out"))
     with pytest.raises(DataError, match="none does not exist"):
         filter_folder(FilterSettings(), str(few / "none"), str(few / "out"))
     monkeypatch.setattr(run, "PACKAGES", {"no_such_module": "no-such-package"})
