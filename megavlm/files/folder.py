@@ -182,12 +182,13 @@ class Folder:
     def _fetch(self, name: str, ranges: list[Range]) -> list[bytes]:
         return self.read_ranges([name] * len(ranges), ranges)
 
-    def write_atomically(self, name: str, content: bytes) -> None:
-        """Write a small file that is there whole or not at all, whatever happens.
+    def write_atomically(self, name: str, content: bytes | memoryview) -> None:
+        """Write a file that is there whole or not at all, whatever happens.
 
-        Object stores only ever show whole files. On a disk the file gets its name last.
+        Object stores only ever show whole files. On a disk the file gets its name last; several
+        processes may write the same one, of which those that are killed leave `NAME.*.partial`.
         """
-        first_name = name if self._in_bucket else f"{name}.partial"
+        first_name = name if self._in_bucket else f"{name}.{uuid4().hex}.partial"
         with self.open(first_name, "wb") as file:
             file.write(content)
             sync(file)

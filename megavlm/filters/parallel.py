@@ -27,6 +27,8 @@ class Job:
     rules: FilterSettings
     source: str
     target: str
+    part_samples: int
+    """About as many are in a group of shards, and in a part of a band."""
 
     @property
     def work(self) -> Folder:
