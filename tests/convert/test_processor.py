@@ -1,5 +1,6 @@
 """An exported folder, opened by transformers alone, against our tokenizer, pictures and model."""
 
+import io
 import json
 import random
 from dataclasses import asdict
@@ -21,8 +22,8 @@ from transformers import (
 from megavlm.__main__ import main
 from megavlm.checkpoint.lazy import in_memory
 from megavlm.convert.files import write_native
-from megavlm.convert.processor import MARK
-from megavlm.data.image import fit_square, to_uint8_tensor
+from megavlm.convert.processor import MARK, write_processor
+from megavlm.data.image import decode_picture, fit_square, to_uint8_tensor
 from megavlm.data.packing import Span, tokenize
 from megavlm.data.samples import Text, Turn
 from megavlm.data.tokenizer import CONTROL_SYMBOLS, END, SPACE, Tokenizer, train_tokenizer
@@ -166,7 +167,7 @@ def chat(*turns):
 def test_tokens_and_texts_are_the_same(exported, ours):
     theirs = AutoTokenizer.from_pretrained(exported)
     chance = random.Random(1)
-    texts = ["", " ", "  ", "\t", "\n", *SPELLED, *(random_text(chance) for _ in range(4_000))]
+    texts = ["", " ", "  ", "\t", "\n", *SPELLED, *(random_text(chance) for _ in range(2_000))]
     expected = [ours.encode(text) for text in texts]
     assert theirs(texts, split_special_tokens=True)["input_ids"] == expected
     pieces = {token for tokens in expected for token in tokens}
@@ -186,6 +187,25 @@ def test_tokens_and_texts_are_the_same(exported, ours):
     assert (theirs.image_token, theirs.image_token_id) == ("<|image|>", ours.image)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("alphabet", ["ab", "aaaaab", "aあい "])
+def test_pieces_that_overlap_are_joined_in_the_same_order(tmp_path, alphabet):
+    """Of so few letters that most pieces can be made, and placed, in several ways."""
+    chance = random.Random(0)
+
+    def texts(count):
+        return ["".join(chance.choices(alphabet, k=chance.randint(1, 60))) for _ in range(count)]
+
+    path = tmp_path / "tokenizer.model"
+    train_tokenizer(texts(10_000), path, 520)
+    ours = Tokenizer(path)
+    write_processor(Folder(tmp_path), path, TINY)
+    (tmp_path / "config.json").write_text('{"model_type": "mllama"}')
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    given = texts(10_000)
+    assert theirs(given)["input_ids"] == [ours.encode(text) for text in given]
+
+
 def test_pictures_are_the_same(exported):
     theirs = AutoImageProcessor.from_pretrained(exported)
     worst = 0.0
@@ -196,6 +216,14 @@ def test_pictures_are_the_same(exported):
         expected = normalise(to_uint8_tensor(fit_square(image, SIDE))[None])
         worst = max(worst, float((made[0, 0] - expected).abs().max()))
     assert worst < PIXEL_ATOL
+    image.putalpha(picture(99).convert("L").resize(image.size))
+    encoded = io.BytesIO()
+    image.save(encoded, "PNG")
+    expected = normalise(
+        to_uint8_tensor(fit_square(decode_picture(encoded.getvalue(), "", 1), SIDE))
+    )
+    made = theirs(Image.open(encoded), return_tensors="pt")["pixel_values"][0, 0]
+    assert (made - expected).abs().max() < PIXEL_ATOL  # transparency on white
 
 
 CHATS = [
