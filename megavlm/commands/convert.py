@@ -39,6 +39,13 @@ def add_command(commands: "Commands[argparse.ArgumentParser]") -> None:
         "--no-compare", action="store_true", help="do not run both models on the same inputs"
     )
     convert.add_argument("--max-file-gb", type=float, default=5.0)
+    words = convert.add_mutually_exclusive_group()
+    words.add_argument(
+        "--tokenizer", type=Path, help="of an exported model, if not where its checkpoint says"
+    )
+    words.add_argument(
+        "--no-tokenizer", action="store_true", help="export weights alone, without a processor"
+    )
     convert.add_argument("--run", dest="run_file", type=Path, help="run file with sizes or layout")
     convert.add_argument("--verify", metavar="FOLDER", help="check a folder by its certificate")
 
@@ -68,6 +75,8 @@ def _convert(plan: Plan | None, options: argparse.Namespace) -> None:
         ema_decay=options.ema_decay,
         compare=not options.no_compare,
         max_file_gb=options.max_file_gb,
+        tokenizer=options.tokenizer,
+        with_tokenizer=not options.no_tokenizer,
         plan=plan,
     )
     print("\n".join(summary(convert(conversion), options.out)))
