@@ -9,6 +9,7 @@ PACKAGE = Path(__file__).parents[1] / "megavlm"
 
 # From the ground up; a package imports only from lower levels, and from its own.
 LEVELS = [
+    {"terminal"},
     {"errors"},
     {"config", "files", "ops"},
     {"dist"},
@@ -18,6 +19,7 @@ LEVELS = [
     {"engine", "infer"},
     {"train", "convert", "dryrun", "filters"},
     {"eval"},
+    {"commands"},
     {"__main__"},
 ]
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}

@@ -166,6 +166,7 @@ def _convert(source: Path, target: Path, to: str) -> tuple[float, int]:
     )
     command = [sys.executable, "-W", "ignore", "-c", script]
     command += ["convert", str(source), "--out", str(target), "--to", to, "--no-compare"]
+    command += ["--no-tokenizer"] if to == "mllama" else []
     started = time.perf_counter()
     done = subprocess.run(command, capture_output=True, text=True)
     seconds = time.perf_counter() - started

@@ -4,14 +4,25 @@ from dataclasses import field
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 from pydantic.dataclasses import dataclass
 
-from megavlm.config.load import one_line, read_yaml
+from megavlm.config.load import read_yaml, settings_of
 from megavlm.config.sizes import STRICT
 from megavlm.errors import ConfigError
 
 PersonalKind = Literal["email", "phone", "ip", "credit_card"]
+
+REASONS = frozenset(
+    (
+        *("kept", "unreadable", "unsafe_name", "caption_length", "caption_letters"),
+        *("caption_repetition", "caption_boilerplate", "caption_language", "evaluation_text"),
+        *("personal_data", "picture_format", "picture_broken", "picture_pixels", "picture_size"),
+        *("picture_aspect", "evaluation_picture", "face", "agreement", "duplicate_picture"),
+        "duplicate_caption",
+    )
+)
+"""What the report counts; classifiers add their names."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -159,8 +170,16 @@ class ClassifierRules:
 
     def __post_init__(self) -> None:
         if not self.name.isidentifier():
-            raise ConfigError(f"classifiers: name={self.name!r} must be of letters, digits and _")
-        _require("classifiers", self, "maximum", 0, 1)
+            raise ConfigError(
+                f"classifiers: name={self.name!r} must be of letters, digits and _, and not begin "
+                "with a digit"
+            )
+        if self.name in REASONS:
+            raise ConfigError(
+                f"classifiers: name={self.name!r} is what the report calls something else; name it "
+                f"otherwise, {self.name}_by_model, say"
+            )
+        _require(f"classifiers: {self.name}", self, "maximum", 0, 1)
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -181,7 +200,7 @@ class FilterSettings:
     """For checkpoints; 0.25 lets four workers share a GPU. 0: they run on the CPU."""
 
     def __post_init__(self) -> None:
-        _require("rules", self, "gpus_per_worker", 0)
+        _require("", self, "gpus_per_worker", 0)
         names = [classifier.name for classifier in self.classifiers]
         if len(set(names)) < len(names):
             raise ConfigError(f"classifiers must have names of their own, not {names}")
@@ -201,9 +220,9 @@ def load_rules(path: Path) -> FilterSettings:
             f"{path}: {section} is empty; write `{section}: {{}}` for its defaults, or leave it out"
         )
     try:
-        return TypeAdapter(FilterSettings).validate_python(tree)
-    except ValidationError as error:
-        raise ConfigError(f"{path}: {one_line(error, FilterSettings)}") from error
+        return settings_of(FilterSettings, tree)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
 
 
 def rules_as_tree(rules: FilterSettings) -> dict[str, Any]:
@@ -219,4 +238,5 @@ def _require(
     if value is None or lowest <= value <= (value if highest is None else highest):
         return
     limits = f"at least {lowest}" if highest is None else f"in {lowest} to {highest}"
-    raise ConfigError(f"{section}: {name}={value} must be {limits}")
+    place = f"{section}.{name}" if section else name
+    raise ConfigError(f"{place}={value} must be {limits}")

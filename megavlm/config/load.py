@@ -1,21 +1,23 @@
 """The plan of a run from a YAML file and dotted overrides."""
 
-import difflib
 import re
 from collections.abc import Iterator, Sequence
+from copy import deepcopy
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
+from megavlm.config.mistakes import in_words
 from megavlm.config.plan import Plan, Stage
 from megavlm.config.presets import PRESETS
 from megavlm.config.run import RunSettings
 from megavlm.errors import ConfigError
 
 Tree = dict[str, Any]
+Settings = TypeVar("Settings")
 
 
 SHARED = (
@@ -35,43 +37,78 @@ def load_plan(path: Path, overrides: Sequence[str] = ()) -> Plan:
 
     `stages` maps the name of each stage, in order, to the settings in which it differs from those
     around it; without it, the run has one stage. `model` may name a `preset` and change some of its
-    sizes. Raises ConfigError, in one line, for a missing file, broken YAML, unknown names, wrong
-    types, broken rules, and for an override that no stage would follow.
+    sizes. Raises ConfigError, in one line that says whether the file or an override is wrong, for a
+    missing file, broken YAML, unknown names, wrong types, broken rules, and for an override that no
+    stage would follow.
     """
     tree = read_yaml(path, "run file")
-    changes_by_stage = _stages(path, tree)
+    try:
+        return _plan_of(tree, overrides)
+    except ConfigError as error:
+        raise ConfigError(f"{_source_of(error, path, tree, overrides)}: {error}") from error
+
+
+def _source_of(error: ConfigError, path: Path, tree: Tree, overrides: Sequence[str]) -> str:
+    """Where a mistake stands: in the file, or in the overrides without which it is not there."""
+    guilty: list[str] = []
+    for override in dict.fromkeys(overrides):
+        try:
+            _plan_of(tree, [other for other in overrides if other != override])
+        except ConfigError as other_error:
+            if str(other_error) == str(error):
+                continue
+        guilty.append(repr(override))
+    if not guilty:
+        return str(path)
+    return f"{'override' if len(guilty) == 1 else 'overrides'} {' and '.join(guilty)}"
+
+
+def _plan_of(tree: Tree, overrides: Sequence[str]) -> Plan:
+    """The plan of a run file's tree, which stays as it is; raises ConfigError."""
+    tree = deepcopy(tree)
+    changes_by_stage = _stages(tree)
     for override in overrides:
         name, value = _parsed(override)
         _require_effect(changes_by_stage, override, name, value)
-        _apply(tree, override, name, value)
+        _apply(tree, name, value)
     if "model" in tree:
         tree["model"] = _with_preset(tree["model"])
-    changes_by_stage = _stages(path, tree)
+    changes_by_stage = _stages(tree)
     tree.pop("stages", None)
     stages: list[Stage] = []
     for name, changes in changes_by_stage.items():
-        where = f"stages.{name}: " if len(changes_by_stage) > 1 else ""
         try:
-            run = TypeAdapter(RunSettings).validate_python(_merged(tree, changes))
-        except ValidationError as error:
-            raise ConfigError(f"{path}: {where}{one_line(error, RunSettings)}") from error
+            run = settings_of(RunSettings, _merged(tree, changes))
         except ConfigError as error:
+            where = f"stages.{name}: " if len(changes_by_stage) > 1 else ""
             raise ConfigError(f"{where}{error}") from error
         first = (stages[-1].end_step, stages[-1].end_sample) if stages else (0, 0)
         stages.append(Stage(name, run, *first))
     return Plan(tuple(stages))
 
 
+def settings_of(kind: type[Settings], tree: Tree) -> Settings:
+    """A tree as settings of a class; raises ConfigError, in one line, for its first mistake."""
+    adapter = TypeAdapter(kind)
+    try:
+        return adapter.validate_python(tree)
+    except ValidationError as error:
+        raise ConfigError(in_words(error.errors()[0], adapter.json_schema())) from error
+
+
 def read_yaml(path: Path, what: str) -> Tree:
     """A file of settings; raises ConfigError, which says `what` it is."""
     try:
-        tree = yaml.load(path.read_text(), _UniqueKeys)
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read {what} {path}: {error}") from error
+        with path.open("rb") as file:  # its name is in what is said of its mistakes
+            tree = yaml.load(file, _UniqueKeys)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot read {what} {path}: {error.strerror}; name a YAML file of settings"
+        ) from error
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path} must hold a mapping of settings")
+        raise ConfigError(f"{path} must hold a mapping of settings, lines of `name: value`")
     return cast(Tree, tree)
 
 
@@ -89,22 +126,22 @@ class _UniqueKeys(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _stages(path: Path, tree: Tree) -> dict[str, Tree]:
+def _stages(tree: Tree) -> dict[str, Tree]:
     """The settings in which each stage differs, by its name."""
     stages: Any = tree.get("stages", {ONLY_STAGE: {}})
     if not isinstance(stages, dict) or not stages:
-        raise ConfigError(f"{path}: stages must map names of stages to their settings")
+        raise ConfigError("stages must map names of stages to their settings")
     for name, changes in cast(dict[Any, Any], stages).items():
         if not isinstance(name, str) or not _STAGE_NAME.fullmatch(name):
             raise ConfigError(
-                f"{path}: stages: {name!r} must be a name of lower-case letters, digits and _"
+                f"stages: {name!r} must be a name of lower-case letters, digits and _"
             )
         if not isinstance(changes, dict):
-            raise ConfigError(f"{path}: stages.{name} must hold a mapping of settings")
+            raise ConfigError(f"stages.{name} must hold a mapping of settings")
         for shared in SHARED:
             if _has(changes, shared.split(".")):
                 raise ConfigError(
-                    f"{path}: stages.{name}.{shared}: all stages of a run share {shared}; set it "
+                    f"stages.{name}.{shared}: all stages of a run share {shared}; set it "
                     "outside of stages"
                 )
     return cast(dict[str, Tree], stages)
@@ -120,12 +157,10 @@ def _require_effect(
     section, *place = name.split(".")
     if section == "stages" and place:
         if changes_by_stage == {ONLY_STAGE: {}}:
-            raise ConfigError(
-                f"override {override!r}: the run file lists no stages; leave out stages.{place[0]}"
-            )
+            raise ConfigError(f"the run file lists no stages; leave out stages.{place[0]}")
         if place[0] not in changes_by_stage:
             raise ConfigError(
-                f"override {override!r}: the run file has no stage {place[0]}; its stages are "
+                f"the run file has no stage {place[0]}; its stages are "
                 f"{', '.join(changes_by_stage)}"
             )
         return
@@ -133,7 +168,7 @@ def _require_effect(
     if all(_has(changes, leaf) for changes in changes_by_stage.values() for leaf in leaves):
         first = next(iter(changes_by_stage))
         raise ConfigError(
-            f"override {override!r} would change nothing: every stage sets {name} itself; say "
+            f"it would change nothing: every stage sets {name} itself; say "
             f"stages.{first}.{override}, for one of {', '.join(changes_by_stage)}"
         )
 
@@ -172,19 +207,19 @@ def _parsed(override: str) -> tuple[str, Any]:
     """The dotted name and the value of an override."""
     name, equals, text = override.partition("=")
     if not equals or not all(name.split(".")):
-        raise ConfigError(f"override {override!r} must have the form section.name=value")
+        raise ConfigError("it must have the form section.name=value")
     try:
         return name, yaml.load(text, _UniqueKeys)
     except yaml.YAMLError as error:
-        raise ConfigError(f"override {override!r}: the value is not valid YAML") from error
+        raise ConfigError("its value is not valid YAML; close what it opens") from error
 
 
-def _apply(tree: Tree, override: str, name: str, value: Any) -> None:
+def _apply(tree: Tree, name: str, value: Any) -> None:
     *sections, leaf = name.split(".")
     for section in sections:
         below: Any = tree.setdefault(section, {})
         if not isinstance(below, dict):
-            raise ConfigError(f"override {override!r}: {section} is a value, not a section")
+            raise ConfigError(f"{section} is a value, not a section of settings")
         tree = cast(Tree, below)
     tree[leaf] = value
 
@@ -210,30 +245,3 @@ def _merged(base: Tree, changes: Tree) -> Tree:
         both_trees = isinstance(below, dict) and isinstance(value, dict) and name not in WHOLE
         merged[name] = _merged(cast(Tree, below), cast(Tree, value)) if both_trees else value
     return merged
-
-
-def one_line(error: ValidationError, settings: type) -> str:
-    """What is wrong with settings of a type, as far as the first mistake."""
-    problem = error.errors()[0]
-    place = ".".join(str(part) for part in problem["loc"])
-    match problem["type"]:
-        case "unexpected_keyword_argument":
-            return f"{place} is not a known setting{_suggestion(problem['loc'], settings)}"
-        case "missing":
-            return f"{place} is missing"
-        case _:
-            return f"{place}={problem['input']!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
-
-
-def _suggestion(place: tuple[int | str, ...], settings: type) -> str:
-    fields = TypeAdapter(settings).json_schema()
-    definitions = fields["$defs"]
-    for section in place[:-1]:
-        if section in fields["properties"]:  # not the number of a list's entry
-            schema = fields["properties"][section]
-            options = [schema, *schema.get("anyOf", ())]  # of what may be left out
-            [reference] = {r for o in options if (r := o.get("items", o).get("$ref"))}
-            fields = definitions[reference.rsplit("/", 1)[1]]
-    known = list(fields["properties"])
-    near = difflib.get_close_matches(str(place[-1]), known, n=1)
-    return f"; did you mean {near[0]}?" if near else f"; known: {', '.join(known)}"

@@ -61,10 +61,10 @@ def _sha256(tensor: Tensor) -> str:
 
 
 def hashes_of_files(folder: Folder) -> dict[str, str | None]:
-    """SHA-256 of a folder's JSON and text files; None for others, whose tensors are listed."""
+    """SHA-256 of a folder's JSON, text and Jinja files; None for tensor files, which are listed."""
     return {
         name: hashlib.sha256(folder.read(name)).hexdigest()
-        if name.endswith((".json", ".txt"))
+        if name.endswith((".json", ".txt", ".jinja"))
         else None
         for name in folder.names()
         if name != CERTIFICATE_FILE

@@ -136,7 +136,7 @@ def write_hugging_face(
     text = config.get("text_config", config)
     tokens = {name: text[name] for name in text if name in _GENERATION and text[name] is not None}
     if tokens:
-        write_json(folder, "generation_config.json", tokens)
+        write_json(folder, "generation_config.json", {**tokens, "do_sample": False})
     dtypes = {str(t.dtype).removeprefix("torch.") for t in tensors.values()}
     write_json(folder, CONFIG_FILE, {**config, "dtype": dtypes.pop() if len(dtypes) == 1 else None})
 

@@ -2,8 +2,10 @@
 
 The language half of every Mllama is expressible here, weight for weight. Our encoder is Mllama's
 with one tile and without global layers; another Mllama's language half can be converted alone.
-Both compute the same where a text sees its image from its first token on, or sees none: for tokens
-before an image Mllama leaves its cross-attention open, ours is exactly zero.
+Both compute the same where a text sees its image from its first token on, or where no text of the
+batch sees one: for other tokens that see none, those before an image, Mllama leaves its
+cross-attention open, ours is exactly zero. And of several image symbols in a row its processor lets
+each see the images up to its own; in training each sees all of them.
 """
 
 import dataclasses
@@ -137,18 +139,19 @@ def encoder_sizes_of(config: Mapping[str, Any]) -> EncoderSizes:
     )
 
 
-def mllama_config(sizes: ModelSizes) -> dict[str, Any]:
+def mllama_config(sizes: ModelSizes, image_token: int | None = None) -> dict[str, Any]:
     """The contents of config.json for a model of ours, as transformers 5.23 reads it.
 
-    Its image symbol is the first row beyond the vocabulary. Raises ConfigError, naming every value
-    that Mllama cannot express.
+    image_token: of the tokenizer; without one, the first row beyond the vocabulary. Mllama's model
+    does not look at it: which tokens see an image says the mask that its processor makes.
+    Raises ConfigError, naming every value that Mllama cannot express.
     """
     encoder, decoder = sizes.encoder, sizes.decoder
     _require_exportable(encoder)
     return {
         "model_type": "mllama",
         "architectures": ["MllamaForConditionalGeneration"],
-        "image_token_index": decoder.vocabulary,
+        "image_token_index": decoder.vocabulary if image_token is None else image_token,
         "vision_config": {
             "model_type": "mllama_vision_model",
             "hidden_size": encoder.width,

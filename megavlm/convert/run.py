@@ -4,12 +4,14 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
 from megavlm.checkpoint.lazy import Tensors
+from megavlm.checkpoint.storage import read_state
 from megavlm.checkpoint.tensor_file import tensor_bytes
 from megavlm.config.plan import Plan
 from megavlm.config.sizes import DecoderSizes
@@ -31,6 +33,7 @@ from megavlm.convert.files import (
 )
 from megavlm.convert.merge import merged
 from megavlm.convert.names import BESIDE, Sizes, cast
+from megavlm.convert.processor import write_processor
 from megavlm.convert.sources import (
     HUGGING_FACE,
     POINTERS,
@@ -47,7 +50,8 @@ from megavlm.convert.sources import (
     tensors_of,
     whole_sizes,
 )
-from megavlm.errors import CheckpointError, ConfigError, MegavlmError
+from megavlm.data.tokenizer import Tokenizer
+from megavlm.errors import CheckpointError, ConfigError, MegavlmError, TokenizerError
 from megavlm.files.folder import Folder
 from megavlm.planner.cut import with_cut
 
@@ -76,6 +80,10 @@ class Conversion:
     compare: bool = True
     """Run both models on the same inputs, if one is Hugging Face's and they fit into memory."""
     max_file_gb: float = 5.0
+    tokenizer: Path | None = None
+    """Of the model; None: where the checkpoint or the run says that it is. For Mllama only."""
+    with_tokenizer: bool = True
+    """False writes an Mllama without what transformers needs to read texts and pictures."""
     plan: Plan | None = None
     """The run that a checkpoint without sizes, or a decoder, is for; and the layout of shards."""
 
@@ -108,6 +116,8 @@ def convert(conversion: Conversion) -> dict[str, Any]:
     sources = [Source.newest(Folder(place), conversion.kind) for place in conversion.sources]
     to: Target = conversion.to or ("mllama" if sources[0].kind == "native" else "native")
     _check_applies(conversion, sources, to, out)
+    if to == "mllama":
+        conversion = replace(conversion, tokenizer=_tokenizer_path(conversion, sources))
     with _whole_or_gone(out):
         out.check_writable(OUT_REMEDY)  # before hours of reading
         certificate, weights = _converted(conversion, sources, to, out)
@@ -160,9 +170,47 @@ def _check_applies(
                 f"--decoder-only takes the language half of an Mllama, but {source} is of kind "
                 f"{source.kind}; leave it out"
             )
+    if to != "mllama" and (conversion.tokenizer is not None or not conversion.with_tokenizer):
+        option = "--tokenizer" if conversion.with_tokenizer else "--no-tokenizer"
+        raise ConfigError(f"{option} is for --to mllama, but this is --to {to}; leave it out")
     if to == "megatron":
         needed(conversion.plan, to)
         path_of(out)
+
+
+def _tokenizer_path(conversion: Conversion, sources: Sequence[Source]) -> Path | None:
+    """Of the model's tokenizer; None if it is not wanted.
+
+    Raises TokenizerError where it is not found, or is another than that of a checkpoint.
+    """
+    if not conversion.with_tokenizer:
+        return None
+    trained_with: dict[Source, str | None] = {}
+    places: list[str | Path | None] = []
+    for source in sources:
+        if source.kind == "native":
+            with about(source.folder):
+                state = read_state(source.folder)
+                trained_with[source] = state.get("tokenizer_sha256")
+                places.append(state["settings"].get("data", {}).get("tokenizer"))
+    if conversion.plan is not None:
+        places.append(conversion.plan.last.data.tokenizer)
+    path = conversion.tokenizer or next((Path(place) for place in places if place), None)
+    remedy = "with --tokenizer, or write weights alone with --no-tokenizer"
+    if path is None:
+        raise TokenizerError(
+            f"{sources[0]} does not say which tokenizer it was trained with; name it {remedy}"
+        )
+    if not path.is_file():
+        raise TokenizerError(f"tokenizer {path} is not there; name where it is {remedy}")
+    fingerprint = Tokenizer(path).fingerprint
+    for source, wanted in trained_with.items():
+        if wanted is not None and wanted != fingerprint:
+            raise TokenizerError(
+                f"{source} was trained with another tokenizer (SHA-256 {wanted[:12]}) than "
+                f"{path} ({fingerprint[:12]}); name the right one {remedy}"
+            )
+    return path
 
 
 @contextmanager
@@ -209,7 +257,7 @@ def _converted(
                 models.append(model)
         model = _prepared(models, sources, conversion)
         with about(sources[-1].folder):
-            config, targets, left_out = _out_of_our_terms(model, to)
+            config, targets, left_out = _out_of_our_terms(model, to, conversion.tokenizer)
         total = sum(tensor_bytes(t.shape, t.dtype) for t in targets.values())
         written = Record.of(targets, progress("converting", total))
         _write(to, out, written.tensors, model, config, conversion)
@@ -247,12 +295,14 @@ def _prepared(models: Sequence[Model], sources: Sequence[Source], conversion: Co
     return model.without_moments() if conversion.weights_only else model
 
 
-def _out_of_our_terms(model: Model, to: Target) -> tuple[dict[str, Any], Tensors, list[str]]:
+def _out_of_our_terms(
+    model: Model, to: Target, tokenizer: Path | None
+) -> tuple[dict[str, Any], Tensors, list[str]]:
     """The target's configuration, if it has one, its tensors, and what they lack of the model."""
     match to:
         case "mllama":
             sizes = whole_sizes(model.sizes)
-            config = mllama.mllama_config(sizes)
+            config = mllama.mllama_config(sizes, _image_token(tokenizer, sizes.decoder))
             return config, mllama.to_hugging_face(model.weights, sizes), kinds_of(model.moments)
         case "llama":
             if "decoder" not in model.sizes:
@@ -268,6 +318,19 @@ def _out_of_our_terms(model: Model, to: Target) -> tuple[dict[str, Any], Tensors
             weights = {_key(n): t for n, t in model.weights.items() if not n.startswith(BESIDE)}
             beside = [_key(name) for name in model.weights if name.startswith(BESIDE)]
             return {}, weights, [*beside, *kinds_of(model.moments)]
+
+
+def _image_token(path: Path | None, decoder: DecoderSizes) -> int | None:
+    """Of the model's tokenizer; raises TokenizerError if that cannot be the model's."""
+    if path is None:
+        return None
+    tokenizer = Tokenizer(path)
+    if tokenizer.vocabulary != decoder.vocabulary:
+        raise TokenizerError(
+            f"tokenizer {path} has {tokenizer.vocabulary} pieces, but the model "
+            f"model.decoder.vocabulary={decoder.vocabulary}; name the model's with --tokenizer"
+        )
+    return tokenizer.image
 
 
 def _key(name: str) -> str:
@@ -296,6 +359,8 @@ def _write(
             parallel = with_cut(replace(run, engine="megatron"))
             megatron.write_megatron_shards(tensors, sizes, parallel, path_of(out), step)
         case "mllama" | "llama":
+            if conversion.tokenizer is not None:
+                write_processor(out, conversion.tokenizer, whole_sizes(model.sizes))
             write_hugging_face(out, tensors, config, max_file_bytes)
 
 

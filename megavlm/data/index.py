@@ -99,6 +99,17 @@ def samples_of(members: Members) -> int:
     return int(members["sample"][-1]) + 1 if len(members) else 0
 
 
+def members_per_sample(members: Members, kind: int, samples: int) -> NDArray[np.int64]:
+    """How many members of a kind each sample of a shard has."""
+    return np.bincount(members["sample"][members["kind"] == kind], minlength=samples)
+
+
+def bytes_per_sample(members: Members, kind: int, samples: int) -> NDArray[np.int64]:
+    """How many bytes each sample's members of a kind have."""
+    chosen = members[members["kind"] == kind]
+    return np.bincount(chosen["sample"], chosen["size"], minlength=samples).astype(np.int64)
+
+
 def read_index(folder: Folder, shard: str, expected: ShardSize | None = None) -> Members:
     """A shard's index, mapped into memory if it is a local file; raises DataError if broken.
 

@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.progress import track
 
 from megavlm.data.index import (
     CAPTION,
@@ -25,6 +24,7 @@ from megavlm.data.index import (
     ShardSize,
     index_name,
     index_tar,
+    members_per_sample,
     read_index,
     read_manifest,
     samples_of,
@@ -33,6 +33,7 @@ from megavlm.data.index import (
 )
 from megavlm.errors import DataError
 from megavlm.files.folder import Folder
+from megavlm.terminal import counted, printable, with_progress
 
 SHOWN_BROKEN = 20
 """Shards that are named."""
@@ -70,17 +71,18 @@ def index_folder(place: str, workers: int) -> None:
         stale.append(index is None or not same_size or files[shard].modified > index.modified)
     with _pool(workers) as run_each:
         found = run_each(partial(_index_shard, place), shards, stale)
-        found = [*track(found, "shards", total=len(shards), transient=True)]
+        found = [*with_progress(found, "shards", len(shards))]
     broken = [(shard, of.broken) for shard, of in zip(shards, found, strict=True) if of.broken]
     for shard, problem in broken[:SHOWN_BROKEN]:
-        print(f"{folder}/{shard}: {problem}", file=sys.stderr)
+        print(printable(f"{folder}/{shard}: {problem}"), file=sys.stderr)
     if broken:
         raise DataError(
             f"{len(broken):,} of {len(shards):,} shards of {folder} cannot be indexed, of which "
             f"{min(len(broken), SHOWN_BROKEN)} are named above; mend or delete them, and run again"
         )
     if not any(of.samples for of in found):
-        raise DataError(f"no shard of {folder} has a sample; {_ignored(found) or 'all are empty'}")
+        why = ", ".join(_ignored(found)) or "all are empty"
+        raise DataError(f"no shard of {folder} has a sample; {why}")
     sizes = zip(shards, found, strict=True)
     write_manifest(folder, {s: ShardSize(of.samples, files[s].size) for s, of in sizes})
     _tell(folder, found, sum(stale))
@@ -126,8 +128,7 @@ def _readable(folder: Folder, shard: str) -> Members | None:
 def _look(members: Members, ignored: Counter[str]) -> _Found:
     samples = samples_of(members)
     pictures, records, captions = (
-        np.bincount(members["sample"][members["kind"] == kind], minlength=samples)
-        for kind in (PICTURE, JSON, CAPTION)
+        members_per_sample(members, kind, samples) for kind in (PICTURE, JSON, CAPTION)
     )
     return _Found(
         ignored,
@@ -146,38 +147,34 @@ def _are_doubled(members: Members) -> NDArray[np.bool_]:
 
 
 def _tell(folder: Folder, found: list[_Found], new: int) -> None:
-    if ignored := _ignored(found):
-        print(ignored)
+    for line in _ignored(found):
+        print(line)
     without_text = sum(of.without_text for of in found)
     doubled = sum(of.doubled for of in found)
     if without_text:
-        print(f"{_counted(without_text, 'sample')} without text: training will skip them")
+        print(f"{counted(without_text, 'sample')} without text: training will skip them")
     if doubled:
-        print(f"{_counted(doubled, 'member')} twice in a sample: training will skip such samples")
+        print(f"{counted(doubled, 'member')} twice in a sample: training will skip such samples")
     samples = sum(of.samples for of in found)
     print(
-        f"{folder}: {_counted(samples, 'sample')} in {_counted(len(found), 'shard')}, {new:,} of "
+        f"{folder}: {counted(samples, 'sample')} in {counted(len(found), 'shard')}, {new:,} of "
         f"them new; {sum(of.without_picture for of in found):,} samples without a picture"
     )
 
 
-def _ignored(found: list[_Found]) -> str:
+def _ignored(found: list[_Found]) -> list[str]:
     ignored = sum((of.ignored for of in found), Counter[str]())
-    return "\n".join(
-        f"ignored {_counted(count, 'member')} .{suffix}, which no sample uses"
+    return [
+        f"ignored {counted(count, 'member')} .{printable(suffix)}, which no sample uses"
         + (" (a key must have no dots)" if suffix.lower() in KINDS else "")
         for suffix, count in ignored.most_common()
-    )
-
-
-def _counted(count: int, what: str) -> str:
-    return f"{count:,} {what}" if count == 1 else f"{count:,} {what}s"
+    ]
 
 
 def _without_shards(folder: Folder, names: list[str]) -> str:
     path = folder.local_path
     if path is not None and not path.is_dir():
-        return f"data folder {folder} is {'a file' if path.exists() else 'not there'}"
+        return f"data folder {folder} is not there; name a folder of tar shards"
     compressed = [name for name in names if re.search(r"\.tar\.|\.tgz$", name)]
     advice = f"; unpack {compressed[0]}, and the like, first" if compressed else ""
     return f"data folder {folder} holds no .tar shard{advice}"

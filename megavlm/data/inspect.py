@@ -14,14 +14,21 @@ from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
-from rich.progress import track
 
 from megavlm.config.data import SourceSettings
 from megavlm.config.objectives import is_pretraining
 from megavlm.config.plan import Plan
 from megavlm.config.run import samples_per_micro_batch
 from megavlm.data.image import FORMATS, MAX_PICTURE_PIXELS
-from megavlm.data.index import CAPTION, JSON, PICTURE, ShardSize, read_index, read_manifest
+from megavlm.data.index import (
+    CAPTION,
+    JSON,
+    PICTURE,
+    ShardSize,
+    members_per_sample,
+    read_index,
+    read_manifest,
+)
 from megavlm.data.packing import lay_out, tokenize
 from megavlm.data.samples import Sample, Text
 from megavlm.data.shards import ShardFolder
@@ -29,6 +36,7 @@ from megavlm.data.texts import evenly_spaced
 from megavlm.data.tokenizer import Tokenizer
 from megavlm.errors import BadSampleError
 from megavlm.files.folder import Folder
+from megavlm.terminal import with_progress
 
 SAMPLES_AT_ONCE = 64
 SHARDS_AT_ONCE = 16
@@ -227,20 +235,18 @@ def read_counts(place: str | Path) -> Indexed:
 
 def _counts(folder: Folder, shard: str, size: ShardSize) -> Indexed:
     members = read_index(folder, shard, size)
-    kinds = np.asarray(members["kind"])
-    pictures = kinds == PICTURE
-    per_sample = np.bincount(members["sample"][pictures], minlength=size.samples)
-    has_text = np.zeros(size.samples, bool)
-    has_text[members["sample"][(kinds == JSON) | (kinds == CAPTION)]] = True
-    sizes = np.asarray(members["size"][pictures], np.int64)
+    pictures, records, captions = (
+        members_per_sample(members, kind, size.samples) for kind in (PICTURE, JSON, CAPTION)
+    )
+    sizes = np.asarray(members["size"][members["kind"] == PICTURE], np.int64)
     edges = np.bincount(np.searchsorted(EDGES, sizes, side="right") - 1)
     return Indexed(
         shards=1,
         samples=size.samples,
         bytes=size.size,
         picture_bytes=int(sizes.sum()),
-        without_text=int((~has_text).sum()),
-        pictures_per_sample=_counter(np.bincount(per_sample).tolist()),
+        without_text=int((records + captions == 0).sum()),
+        pictures_per_sample=_counter(np.bincount(pictures).tolist()),
         pictures_by_edge=_counter(edges.tolist()),
     )
 
@@ -253,8 +259,7 @@ def look_at(folder: ShardFolder, numbers: Sequence[int], tokenizer: Tokenizer | 
     """Read samples; of their pictures the headers alone."""
     looked = Looked()
     parts = [numbers[i : i + SAMPLES_AT_ONCE] for i in range(0, len(numbers), SAMPLES_AT_ONCE)]
-    sheet_step = max(1, len(numbers) // SHEET_PICTURES)
-    for part in track(parts, "samples", transient=True):
+    for part in with_progress(parts, "samples", len(parts)):
         for number, content in zip(part, folder.fetch(part), strict=True):
             looked.samples += 1
             try:
@@ -266,7 +271,9 @@ def look_at(folder: ShardFolder, numbers: Sequence[int], tokenizer: Tokenizer | 
                 looked.bad.setdefault(_reason(str(error), name), []).append(name)
                 continue
             _count_sample(looked, sample, headers, lengths)
-            if sample.pictures and (looked.samples - 1) % sheet_step == 0:
+            # One as soon as one is due, so that they are spread over all samples.
+            is_due = len(looked.sheet) * len(numbers) < SHEET_PICTURES * looked.samples
+            if sample.pictures and is_due:
                 lines = [_words(text) for text in sample.texts]
                 name = folder.name_of(number, sample.key)
                 looked.sheet.append(SheetPicture(name, sample.pictures[0], lines))
@@ -311,7 +318,8 @@ def _length(tokenizer: Tokenizer, text: Text, sample: Sample) -> Length:
 
 def _reason(message: str, name: str) -> str:
     """What is wrong, the same for all samples of which it is."""
-    return re.sub(r"\d+", "N", re.sub(r"\s+", " ", message.replace(name, ""))).strip()
+    unnamed = re.sub(r"\s+", " ", message.replace(name, "").replace(" : ", ": "))
+    return re.sub(r"\d+", "N", unnamed).strip(" :")
 
 
 def _words(text: Text) -> str:

@@ -15,6 +15,7 @@ from rich.text import Text
 from megavlm.data.image import thumbnail_url
 from megavlm.data.inspect import FolderReport, Histogram, Row, SheetPicture
 from megavlm.errors import BadSampleError, DataError
+from megavlm.terminal import printable
 
 BAR_CHARACTERS = 20
 MOST_LINES = 6
@@ -34,10 +35,10 @@ class Card(NamedTuple):
 
 def print_folder(report: FolderReport, console: Console) -> None:
     """Print what was found in a folder."""
-    console.rule(Text(report.place))
+    console.rule(_text(report.place))
     facts = Table(Column(), Column(), show_header=False, box=None)
     for name, value in facts_of(report):
-        facts.add_row(name, Text(value))
+        facts.add_row(name, _text(value))
     console.print(facts)
     console.print(f"\nall {report.indexed.samples:,} samples, by the index", style="bold")
     console.print(Columns([_bars(histogram) for histogram in report.of_index if histogram.bins]))
@@ -46,7 +47,7 @@ def print_folder(report: FolderReport, console: Console) -> None:
     if report.looked.bad:
         bad = Table("bad samples of those read", Column("", justify="right"), box=SIMPLE_HEAD)
         for reason, names in report.looked.bad.items():
-            bad.add_row(Text(f"{reason}, as {names[0]}"), f"{len(names):,}")
+            bad.add_row(_text(f"{reason}, as {names[0]}"), f"{len(names):,}")
         console.print(bad)
     if report.packing:
         console.print(_packing(report.packing))
@@ -73,6 +74,11 @@ def facts_of(report: FolderReport) -> list[tuple[str, str]]:
     ]
 
 
+def _text(said: str) -> Text:
+    """What a folder calls something: neither rich's markup nor what would steer a terminal."""
+    return Text(printable(said))
+
+
 def _share(part: int, whole: int) -> str:
     return f"{part:,} ({part / max(1, whole):.2%})" if part else "0"
 
@@ -82,9 +88,9 @@ def _bars(histogram: Histogram) -> Table:
         Column(justify="right"),
         Column(width=BAR_CHARACTERS),
         Column(justify="right"),
-        title=Text(histogram.title),
+        title=histogram.title,
         title_justify="left",
-        caption=Text(histogram.note),
+        caption=histogram.note,
         caption_justify="left",
         show_header=False,
         box=None,
@@ -93,7 +99,7 @@ def _bars(histogram: Histogram) -> Table:
     for name, count in histogram.bins.items():
         eighths = -(-8 * BAR_CHARACTERS * count // most)
         bar = EIGHTHS[8] * (eighths // 8) + EIGHTHS[eighths % 8]
-        table.add_row(Text(name), bar, f"{count:,}")
+        table.add_row(_text(name), bar, f"{count:,}")
     return table
 
 
@@ -105,7 +111,7 @@ def _packing(rows: Sequence[Row]) -> Table:
     table = Table("stage", "row tokens", *columns, cut, box=SIMPLE_HEAD, title=title)
     for row in rows:
         shares = [f"{row.filled[n]:.1%}" if n in row.filled else "" for n in micro_batches]
-        table.add_row(Text(row.name), f"{row.row_tokens:,}", *shares, f"{row.cut:.2%}")
+        table.add_row(row.name, f"{row.row_tokens:,}", *shares, f"{row.cut:.2%}")
     return table
 
 

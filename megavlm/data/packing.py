@@ -111,9 +111,10 @@ def tokenize(
     """One text as tokens, cut to a row's length; also tells whether it was cut.
 
     slots: the image slot of each of the sample's pictures. A token sees the pictures of the last
-    turn, its own included, that shows any: Hugging Face Mllama's rule
-    (`get_cross_attention_token_mask`). Turns that do not fit are left out; the first one is cut.
-    Raises BadSampleError where a turn shows pictures whose slots do not follow one another.
+    turn, its own included, that shows any, of which an image symbol sees those up to its own:
+    Hugging Face Mllama's rule (`get_cross_attention_token_mask`). Turns that do not fit are left
+    out; the first one is cut. Raises BadSampleError where a turn shows pictures whose slots do not
+    follow one another.
     """
     tokens: list[int] = []
     answers: list[Span] = []
@@ -132,8 +133,7 @@ def tokenize(
         if number > 0 and len(tokens) + len(added) > row_tokens + 1:
             left_out = True
             break
-        if shown:
-            images.append((len(tokens), Span(shown[0], shown[-1] + 1)))
+        images += [(len(tokens) + n, Span(shown[0], slot + 1)) for n, slot in enumerate(shown)]
         answers.append(Span(len(tokens) + len(prompt), len(tokens) + len(added)))
         tokens += added
     cut = left_out or len(tokens) > row_tokens + 1

@@ -28,8 +28,10 @@ from megavlm.data.index import (
     PICTURE,
     Members,
     ShardSize,
+    bytes_per_sample,
     index_name,
     index_tar,
+    members_per_sample,
     read_index,
     read_manifest,
     samples_of,
@@ -47,10 +49,13 @@ from megavlm.data.samples import (
 )
 from megavlm.errors import BadSampleError, DataError
 from megavlm.files.folder import Folder
+from megavlm.terminal import printable
 
 MAX_SAMPLE_BYTES = 256 * 2**20
 """Anything larger is refused before it is read."""
 BLOCK_BYTES = 512
+HEADERS_BYTES = 8 * BLOCK_BYTES
+"""At most, of what is read before a member's header: headers of long names lie there."""
 OPEN_INDICES = 64
 """Of shards, at once, or two groups' if that is more; a local one is mapped, and takes little."""
 
@@ -101,6 +106,18 @@ class _OpenShard(NamedTuple):
     members: Members
     pictures_n: NDArray[np.uint8]
     text_bytes_n: NDArray[np.uint16]
+
+
+class _Place(NamedTuple):
+    """Where a sample lies."""
+
+    shard: int
+    members: Members
+    start: int
+    """Of the headers before its first member's own, which hold names that it has no room for."""
+    header: int
+    """Its first member's own."""
+    stop: int
 
 
 class ShardFolder:
@@ -175,30 +192,29 @@ class ShardFolder:
         Those of an object store come at once.
         """
         places = [self._find(number) for number in numbers]
-        ranges = [_range(members) for _, members in places]
+        ranges = [(place.start, place.stop) for place in places]
         # What is too large is refused when it is parsed. Of an empty range, S3 would send all.
         ranges = [(a, b if b - a <= MAX_SAMPLE_BYTES else a + BLOCK_BYTES) for a, b in ranges]
-        return self._folder().read_ranges([self.name(shard) for shard, _ in places], ranges)
+        return self._folder().read_ranges([self.name(place.shard) for place in places], ranges)
 
     def parse(self, number: int, content: bytes) -> Sample:
         """One sample; raises BadSampleError when its members are not as the format says."""
-        shard, members = self._find(number)
-        start, stop = _range(members)
-        self._check_size(number, stop - start)
-        if len(content) < stop - start:
+        place = self._find(number)
+        start, members = place.start, place.members
+        self._check_size(number, place.stop - start)
+        if len(content) < place.stop - start:
             raise BadSampleError(
-                f"sample {self.locate(number)} is cut off: shard {self.name(shard)} is shorter "
-                f"than {MANIFEST} says; copy it again"
+                f"sample {self.locate(number)} is cut off: shard {self.name(place.shard)} is "
+                f"shorter than {MANIFEST} says; copy it again"
             )
-        parts = _parts()
-        key = ""
-        places: list[tuple[int, int, int]] = members[["kind", "offset", "size"]].tolist()
-        for kind, offset, size in places:
-            at = offset - start
-            named = self._key(number, content[at - BLOCK_BYTES : at], size)
-            key = named if at == BLOCK_BYTES else key
-            parts[kind].append(content[at : at + size])
+        key = self._key(number, content, place.header - start)
         name = self.name_of(number, key)
+        parts = _parts()
+        in_content: list[tuple[int, int, int]] = members[["kind", "offset", "size"]].tolist()
+        for kind, offset, size in in_content:
+            at = offset - start
+            self._check_header(number, content[at - BLOCK_BYTES : at], size)
+            parts[kind].append(content[at : at + size])
         numbers = members["number"][members["kind"] == PICTURE].tolist()
         if len(numbers) > MAX_PICTURES:
             raise BadSampleError(
@@ -218,32 +234,33 @@ class ShardFolder:
 
     def name_of(self, number: int, key: str) -> str:
         """Name of a sample for logs: `shard.tar:key`."""
-        return f"{self.name(self._shard_of(number))}:{key}"
+        return printable(f"{self.name(self._shard_of(number))}:{key}")
 
     def locate(self, number: int) -> str:
         """The same, with the key read from the shard if it can be."""
-        shard, members = self._find(number)
-        start, _ = _range(members)
+        place = self._find(number)
+        shard, end = self.name(place.shard), place.header + BLOCK_BYTES
         try:
-            header = self._folder().read_ranges([self.name(shard)], [(start, start + BLOCK_BYTES)])
-            info = tarfile.TarInfo.frombuf(header[0], "utf-8", "replace")
-            return self.name_of(number, _key_in(info.name))
+            [content] = self._folder().read_ranges([shard], [(place.start, end)])
+            return self.name_of(number, _key_in(content, place.header - place.start))
         except (DataError, tarfile.HeaderError):
-            return f"{self.name(shard)}, number {number - self._firsts[shard]}"
+            return f"{shard}, number {number - self._firsts[place.shard]}"
 
     def read_texts(self, number: int) -> tuple[Text, ...]:
         """The texts of one sample alone; raises BadSampleError."""
-        shard, members = self._find(number)
+        place = self._find(number)
+        members = place.members
         pictures = int((members["kind"] == PICTURE).sum())
         written = members[members["kind"] != PICTURE]
         self._check_size(number, int(written["size"].sum()))
-        start, _ = _range(members)
-        ranges = [(start, start + BLOCK_BYTES), *map(_range, written.reshape(-1, 1))]
-        header, *contents = self._folder().read_ranges([self.name(shard)] * len(ranges), ranges)
-        name = self.name_of(number, self._key(number, header))
+        headers = (place.start, place.header + BLOCK_BYTES)
+        ranges = [headers, *map(_range, written.reshape(-1, 1))]
+        names = [self.name(place.shard)] * len(ranges)
+        first, *contents = self._folder().read_ranges(names, ranges)
+        name = self.name_of(number, self._key(number, first, place.header - place.start))
         parts = _parts()
         for member, content in zip(written, contents, strict=True):
-            self._key(number, content[:BLOCK_BYTES], int(member["size"]))
+            self._check_header(number, content[:BLOCK_BYTES], int(member["size"]))
             parts[int(member["kind"])].append(content[BLOCK_BYTES:])
         return _texts(name, parts[JSON], parts[CAPTION], pictures)
 
@@ -254,18 +271,26 @@ class ShardFolder:
                 f"sample {self.locate(number)} has {size} bytes; the limit is {MAX_SAMPLE_BYTES}"
             )
 
-    def _key(self, number: int, header: bytes, size: int | None = None) -> str:
-        """A sample's key, by the header of a member; raises BadSampleError if it is none.
+    def _key(self, number: int, content: bytes, header: int) -> str:
+        """A sample's key, by its first member's headers; raises BadSampleError."""
+        try:
+            return _key_in(content, header)
+        except tarfile.HeaderError as error:
+            raise BadSampleError(self._misplaced(number)) from error
 
-        size: that the member must have.
-        """
-        with suppress(tarfile.HeaderError):
-            info = tarfile.TarInfo.frombuf(header, "utf-8", "replace")
-            if size in (None, info.size):
-                return _key_in(info.name)
-        index = index_name(self.name(self._shard_of(number)))
-        raise BadSampleError(
-            f"sample {self.locate(number)} is not where its index says; delete {index} and run "
+    def _check_header(self, number: int, header: bytes, size: int) -> None:
+        """Raise BadSampleError unless this is the header of a member of this size."""
+        try:
+            found = tarfile.TarInfo.frombuf(header, "utf-8", "replace").size
+        except tarfile.HeaderError:
+            found = None
+        if found != size:
+            raise BadSampleError(self._misplaced(number))
+
+    def _misplaced(self, number: int) -> str:
+        name = index_name(self.name(self._shard_of(number)))
+        return (
+            f"sample {self.locate(number)} is not where its index says; delete {name} and run "
             f"`megavlm data index {self._place}`"
         )
 
@@ -278,13 +303,16 @@ class ShardFolder:
     def _shard_of(self, number: int) -> int:
         return int(np.searchsorted(self._firsts, number, side="right")) - 1
 
-    def _find(self, number: int) -> tuple[int, Members]:
-        """A sample's shard, and its members."""
+    def _find(self, number: int) -> _Place:
         shard = self._shard_of(number)
         members = self.members_of(shard)
-        place = number - self._firsts[shard]
-        first, stop = np.searchsorted(members["sample"], [place, place + 1])
-        return shard, members[first:stop]
+        sample = number - self._firsts[shard]
+        before, first, stop = np.searchsorted(members["sample"], [sample - 1, sample, sample + 1])
+        header, end = _range(members[first:stop])
+        end_before = _stop(members[before:first]) if before < first else 0
+        blocks = -(-end_before // BLOCK_BYTES)
+        start = min(header, max(blocks * BLOCK_BYTES, header - HEADERS_BYTES))
+        return _Place(shard, members[first:stop], start, header, end)
 
     def name(self, shard: int) -> str:
         """Of a shard."""
@@ -316,15 +344,8 @@ def _sizes_in(members: Members, samples: int) -> tuple[NDArray[np.uint8], NDArra
 
     In few bytes: many are open in many processes.
     """
-
-    def of_kind(kind: int) -> Members:
-        return members[members["kind"] == kind]
-
-    pictures_n = np.bincount(of_kind(PICTURE)["sample"], minlength=samples)
-    captions, records = (
-        np.bincount(of_kind(kind)["sample"], of_kind(kind)["size"], minlength=samples)
-        for kind in (CAPTION, JSON)
-    )
+    pictures_n = members_per_sample(members, PICTURE, samples)
+    captions, records = (bytes_per_sample(members, kind, samples) for kind in (CAPTION, JSON))
     text_bytes_n = np.where(captions > 0, captions, records)
     return (
         np.minimum(pictures_n, np.iinfo(np.uint8).max).astype(np.uint8),
@@ -360,12 +381,28 @@ def _parts() -> list[list[bytes]]:
 
 def _range(members: Members) -> tuple[int, int]:
     """Bytes of a shard that hold some members, with the first one's header."""
-    stops = members["offset"] + members["size"]
-    return int(members["offset"].min()) - BLOCK_BYTES, int(stops.max())
+    return int(members["offset"].min()) - BLOCK_BYTES, _stop(members)
 
 
-def _key_in(name: str) -> str:
-    """The key that a tar member's name begins with."""
+def _stop(members: Members) -> int:
+    """Where the last one of some members ends."""
+    return int((members["offset"] + members["size"]).max())
+
+
+def _key_in(content: bytes, header: int) -> str:
+    """The key that a member's name begins with; raises tarfile.HeaderError.
+
+    content: a part of a tar; header: where in it the member's own begins. GNU and PAX tars have
+    headers before it for long names, and PAX ones for letters beyond ASCII.
+    """
+    end = header + BLOCK_BYTES
+    name = tarfile.TarInfo.frombuf(content[header:end], "utf-8", "replace").name
+    if header:  # what lies before may begin anywhere, which `ignore_zeros` passes over
+        with (
+            suppress(tarfile.TarError),
+            tarfile.open(fileobj=io.BytesIO(content[:end]), mode="r:", ignore_zeros=True) as tar,
+        ):
+            name = next((m.name for m in tar if m.offset_data == end), name)
     return name.rpartition("/")[2].partition(".")[0]
 
 

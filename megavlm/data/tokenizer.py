@@ -5,6 +5,7 @@ Control symbols are never produced from text, so a user's text cannot make an im
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -54,9 +55,10 @@ class Tokenizer:
 
     def __init__(self, path: Path) -> None:
         if not path.is_file():
+            problem = "is a folder" if path.is_dir() else "does not exist"
             raise TokenizerError(
-                f"tokenizer {path} does not exist; train it with "
-                "`megavlm tokenizer train RUN.yaml` or set data.tokenizer"
+                f"tokenizer {path} {problem}; train it with `megavlm tokenizer train RUN.yaml` or "
+                "set data.tokenizer"
             )
         model = path.read_bytes()
         self.fingerprint = hashlib.sha256(model).hexdigest()
@@ -163,16 +165,19 @@ def train_tokenizer(
     has characters of one script, where SentencePiece takes kanji and kana for one, so that Japanese
     words become pieces; and each digit is a piece, so that all numbers are written alike.
     Of more lines than `seed_texts` a sample is taken, always the same.
-    Raises TokenizerError when the texts cannot fill the vocabulary.
+    Raises TokenizerError when the file exists or cannot be written, and when the texts cannot fill
+    the vocabulary.
     """
     if vocabulary <= RESERVED_PIECES:
         raise TokenizerError(
             f"vocabulary={vocabulary} must exceed the {RESERVED_PIECES} reserved pieces"
         )
+    if path.exists():
+        raise TokenizerError(f"tokenizer {path} exists; delete it or choose another name")
     mistakes: list[MegavlmError] = []
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with partial.open("wb") as file:
             sentencepiece.SentencePieceTrainer.train(
                 sentence_iterator=_lines(_noting(texts, mistakes)),
@@ -202,8 +207,13 @@ def train_tokenizer(
         raise TokenizerError(
             f"cannot train a vocabulary of {vocabulary} on these texts: {error}"
         ) from error
+    except OSError as error:
+        raise TokenizerError(
+            f"cannot write tokenizer {path}: {error.strerror}; choose another name"
+        ) from error
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
 
 
 def _noting(texts: Iterable[str], mistakes: list[MegavlmError]) -> Iterator[str]:

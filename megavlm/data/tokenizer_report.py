@@ -14,6 +14,7 @@ from rich.text import Text
 
 from megavlm.data.tokenizer import UNKNOWN, Piece, Tokenizer
 from megavlm.errors import BadSampleError
+from megavlm.terminal import printable
 
 LONGEST = 12
 EXAMPLES = 6
@@ -98,7 +99,9 @@ def print_tokenizer(path: Path, texts: Iterable[str] | None) -> None:
     pieces = tokenizer.pieces()
     # Also where nobody looks on, lines are whole.
     console = Console(width=None if Console().is_terminal else 100)
-    console.print(Text(f"{path}: {tokenizer.vocabulary:,} pieces, SHA-256 {tokenizer.fingerprint}"))
+    console.print(
+        _text(f"{path}: {tokenizer.vocabulary:,} pieces, SHA-256 {tokenizer.fingerprint}")
+    )
     learned = sorted((p.text for p in pieces if p.kind == "learned"), key=lambda t: (-len(t), t))
     console.print(_kinds(pieces, learned), _scripts(learned))
     if texts is not None:
@@ -117,7 +120,7 @@ def _kinds(pieces: Sequence[Piece], learned: Sequence[str]) -> Table:
         ("characters", single, []),
         ("longer", longer, [f"longest: {' '.join(longer[:LONGEST])}"]),
     ):
-        table.add_row(kind, f"{len(members):,}", Text(" ".join(shown)))
+        table.add_row(kind, f"{len(members):,}", _text(" ".join(shown)))
     return table
 
 
@@ -130,7 +133,7 @@ def _scripts(learned: Sequence[str]) -> Table:
     table = Table("script", *_right("pieces", "share"), "longest", box=SIMPLE_HEAD)
     for script, texts in sorted(by_script.items(), key=lambda item: -len(item[1])):
         share = f"{len(texts) / len(learned):.1%}"
-        table.add_row(script, f"{len(texts):,}", share, Text(" ".join(texts[:EXAMPLES])))
+        table.add_row(script, f"{len(texts):,}", share, _text(" ".join(texts[:EXAMPLES])))
     return table
 
 
@@ -148,6 +151,11 @@ def _figures(by_script: dict[str, TextFigures]) -> Table:
             f"{f.changed:,}",
         )
     return table
+
+
+def _text(pieces: str) -> Text:
+    """Pieces as they are, but for what would steer a terminal."""
+    return Text(printable(pieces))
 
 
 def _right(*names: str) -> Iterator[Column]:

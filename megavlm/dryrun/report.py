@@ -33,7 +33,7 @@ from megavlm.dryrun.run import (
 )
 from megavlm.errors import ConfigError
 from megavlm.model.params import parameters_of
-from megavlm.planner.report import counted
+from megavlm.terminal import counted
 
 
 def print_dry_run(
@@ -122,8 +122,8 @@ def _what(run: RunSettings, whole: RunSettings, shapes: Shapes) -> str:
         text = (
             f"{done} of a step's {all_of_them} micro-batches (the last stands for all later ones)"
         )
-    rows = counted(shapes.rows, "row", "rows")
-    return f"{text}, each of {rows} and {counted(shapes.images, 'image', 'images')}"
+    rows = counted(shapes.rows, "row")
+    return f"{text}, each of {rows} and {counted(shapes.images, 'image')}"
 
 
 def _print_memory(results: Sequence[DryRun], console: Console) -> None:

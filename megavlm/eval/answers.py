@@ -145,13 +145,17 @@ def wrong_pictures(pictures: Sequence[Picture], seed: int) -> dict[Picture, Pict
 
 
 def score(predictions: Sequence[Prediction], majority: dict[str, str]) -> list[Score]:
-    """The evaluation table: captions by language, answers over all and by kind of question."""
+    """The evaluation table: captions by language, answers over all and by their kinds."""
     by_measure: dict[tuple[str, str], list[Prediction]] = defaultdict(list)
+    with_kinds = {(p.split, p.text.task) for p in predictions if p.text.kind}
     for prediction in predictions:
-        if prediction.text.task == "vqa":
-            by_measure[prediction.split, "VQA accuracy"].append(prediction)
-        name = "VQA accuracy" if prediction.text.task == "vqa" else "caption"
-        by_measure[prediction.split, f"{name}, {prediction.text.kind}"].append(prediction)
+        split, text = prediction.split, prediction.text
+        name = "VQA accuracy" if text.task == "vqa" else "caption"
+        has_kinds = (split, text.task) in with_kinds
+        if text.task == "vqa" or not has_kinds:
+            by_measure[split, name].append(prediction)
+        if has_kinds:
+            by_measure[split, f"{name}, {text.kind or 'without kind'}"].append(prediction)
     rows: list[Score] = []
     for (split, measure), members in by_measure.items():
         truths = [p.text.answer for p in members]

@@ -20,6 +20,7 @@ from megavlm.config.plan import Plan, Stage
 from megavlm.config.schedule import scheduled
 from megavlm.data.image import thumbnail_url
 from megavlm.data.sources import Sources
+from megavlm.data.texts import evenly_spaced
 from megavlm.eval.run import read_evaluation, read_predictions
 from megavlm.eval.scores import Score, baselines_of
 from megavlm.model.params import count_by_part, parameters_of
@@ -263,7 +264,7 @@ def _contact_sheet(plan: Plan, predictions: dict[str, list[Line]]) -> dict[str, 
 
 
 def _spread(items: Sequence[Any], count: int) -> Sequence[Any]:
-    return items[:: max(1, len(items) // count)][:count]
+    return [items[number] for number in evenly_spaced(len(items), count)]
 
 
 def _thumbnail(sources: Sources, sample: int, number: int) -> str:

@@ -6,6 +6,9 @@ from typing import Literal
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
+
+from megavlm.terminal import printable
 
 Baseline = Literal["wrong picture", "majority answer", "chance", "untrained", "pixels"]
 
@@ -39,7 +42,9 @@ def print_scores(title: str, scores: Sequence[Score]) -> None:
         figures = [
             f"{row.baselines[name]:.3f}" if name in row.baselines else "" for name in baselines
         ]
-        table.add_row(row.split, row.measure, f"{row.items:,}", f"{row.model:.3f}", *figures)
+        table.add_row(
+            row.split, Text(printable(row.measure)), f"{row.items:,}", f"{row.model:.3f}", *figures
+        )
     # Wide enough for the table where nothing says how wide the page is.
     console = Console() if Console().is_terminal else Console(width=110)
     console.print(table)

@@ -4,6 +4,8 @@ import io
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
+from datetime import datetime
+from email.utils import parsedate_to_datetime
 from functools import partial
 from multiprocessing.util import Finalize
 from pathlib import Path
@@ -95,6 +97,8 @@ class Folder:
             except FileNotFoundError:
                 return {}
         # Of a file, and of a bucket's key that ends with a slash, stores list itself.
+        if [(entry["name"], entry["type"]) for entry in entries] == [(self._root, "file")]:
+            raise StorageError(f"{self} is a file, not a folder; name a folder")
         paths = {entry["name"].rstrip("/"): _entry(entry) for entry in entries}
         return {path.rpartition("/")[2]: paths[path] for path in paths if path != self._root}
 
@@ -178,12 +182,13 @@ class Folder:
     def _fetch(self, name: str, ranges: list[Range]) -> list[bytes]:
         return self.read_ranges([name] * len(ranges), ranges)
 
-    def write_atomically(self, name: str, content: bytes) -> None:
-        """Write a small file that is there whole or not at all, whatever happens.
+    def write_atomically(self, name: str, content: bytes | memoryview) -> None:
+        """Write a file that is there whole or not at all, whatever happens.
 
-        Object stores only ever show whole files. On a disk the file gets its name last.
+        Object stores only ever show whole files. On a disk the file gets its name last; several
+        processes may write the same one, of which those that are killed leave `NAME.*.partial`.
         """
-        first_name = name if self._in_bucket else f"{name}.partial"
+        first_name = name if self._in_bucket else f"{name}.{uuid4().hex}.partial"
         with self.open(first_name, "wb") as file:
             file.write(content)
             sync(file)
@@ -209,7 +214,7 @@ class Folder:
             self.delete_file(probe)
         except StorageError as error:
             raise StorageError(
-                f"cannot write to {self}: {_said(error.__cause__)}; {remedy}"
+                f"cannot write to {self}: {_problem(error.__cause__, remedy)}"
             ) from error
 
     def delete_file(self, name: str) -> None:
@@ -309,8 +314,25 @@ def sync(file: Any) -> None:
 
 
 def _entry(listed: Mapping[str, Any]) -> Entry:
-    modified: Any = listed.get("mtime") or listed.get("LastModified") or 0.0
-    return Entry(listed["size"], modified if isinstance(modified, float) else modified.timestamp())
+    modified = listed.get("mtime") or listed.get("LastModified")
+    return Entry(listed["size"], _seconds(modified))
+
+
+def _seconds(modified: Any) -> float:
+    """A time as any of fsspec's file systems tells it."""
+    match modified:
+        case int() | float():
+            return float(modified)
+        case datetime():
+            return modified.timestamp()
+        case str():
+            with suppress(ValueError):
+                return float(modified)
+            with suppress(ValueError):
+                return datetime.fromisoformat(modified).timestamp()
+            with suppress(ValueError):
+                return parsedate_to_datetime(modified).timestamp()  # as in HTTP
+    return 0.0
 
 
 @contextmanager
@@ -319,7 +341,26 @@ def _told(what: str, remedy: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # object stores have errors of their own
-        raise StorageError(f"{what}: {_said(error)}; {remedy}") from error
+        raise StorageError(f"{what}: {_problem(error, remedy)}") from error
+
+
+def _problem(error: BaseException | None, remedy: str) -> str:
+    """What a disk or a store says, with the remedy; for what names the wrong thing its own."""
+    match error:
+        case NotADirectoryError() | FileExistsError():
+            return f"{_file_on_the_way(error.filename)} is a file, not a folder; name a folder"
+        case IsADirectoryError():
+            folder = error.filename2 or error.filename or "it"  # the second is where a move goes
+            return f"{folder} is a folder, not a file; name a file"
+        case _:
+            return f"{_said(error)}; {remedy}"
+
+
+def _file_on_the_way(path: str | None) -> str:
+    """The file that stands where a path needs a folder."""
+    if path is None:
+        return "one of its parts"
+    return next((str(p) for p in reversed([Path(path), *Path(path).parents]) if p.is_file()), path)
 
 
 def _said(error: BaseException | None) -> str:

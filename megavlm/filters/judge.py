@@ -107,7 +107,8 @@ def unsafe_names(content: bytes) -> list[str]:
     names: list[str] = []
     with (
         suppress(tarfile.TarError),
-        tarfile.open(fileobj=BytesIO(content + end_of_tar), mode="r:") as tar,
+        # What is no header, before the first one, is passed over.
+        tarfile.open(fileobj=BytesIO(content + end_of_tar), mode="r:", ignore_zeros=True) as tar,
     ):
         names.extend(member.name for member in tar)
     parts_of = ((name, name.replace("\\", "/").split("/")) for name in names)

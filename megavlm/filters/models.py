@@ -4,6 +4,7 @@ Only safetensors are read, and no code from a checkpoint's folder is run.
 """
 
 import json
+import sys
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -87,14 +88,28 @@ def _classifier(checkpoint: Path, device: str, of: str) -> Any:
             device=device,
             top_k=None,
         )
+    model = AutoModelForSequenceClassification.from_pretrained(checkpoint, **_SAFE)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint, **_LOCAL)
+    tokenizer.model_max_length = min(tokenizer.model_max_length, _most_tokens(model))
     return pipeline(
         "text-classification",
-        model=AutoModelForSequenceClassification.from_pretrained(checkpoint, **_SAFE),
-        tokenizer=AutoTokenizer.from_pretrained(checkpoint, **_LOCAL),
+        model=model,
+        tokenizer=tokenizer,
         device=device,
         top_k=None,
         truncation=True,
     )
+
+
+def _most_tokens(model: Any) -> int:
+    """That a model can read at once; tokenizers need not say it."""
+    most = getattr(model.config, "max_position_embeddings", None) or -1
+    if most < 1:  # XLNet's way to say that there is no limit
+        return sys.maxsize
+    # RoBERTa counts its positions from that of the padding on.
+    embeddings = getattr(model.base_model, "embeddings", None)
+    padding = getattr(getattr(embeddings, "position_embeddings", None), "padding_idx", None)
+    return most if padding is None else most - padding - 1
 
 
 def check_checkpoints(rules: FilterSettings) -> None:

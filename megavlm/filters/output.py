@@ -4,7 +4,7 @@ import json
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 from megavlm.data.index import index_name
 from megavlm.data.samples import Sample, texts_from_json
 from megavlm.data.shards import ShardFolder, write_shard
-from megavlm.files.folder import Folder
+from megavlm.files.folder import Folder, sync_path
 from megavlm.filters.verdicts import batches, read_columns
 
 WORK = "filter"
@@ -90,13 +90,12 @@ def new_keys(keys: list[str]) -> list[str]:
 
 
 def write_kept(
-    place: str, shard: int, verdicts: Folder, gone: Container[int], target: Folder
+    shards: ShardFolder, shard: int, verdicts: Folder, gone: Container[int], target: Folder
 ) -> int:
     """Write a shard's samples that stay, under its name, and its index; returns their number.
 
     gone: numbers of duplicates. Nothing is written if no sample stays.
     """
-    shards = ShardFolder(place)
     name, first = shards.name(shard), shards.numbers_of(shard).start
     table = read_columns(verdicts, name, ["key", "reason", "changed"]).to_pydict()
     kept = [reason is None and first + n not in gone for n, reason in enumerate(table["reason"])]
@@ -123,7 +122,9 @@ def write_kept(
         write_shard(Path(scratch) / name, samples())
         for file in (index_name(name), name):  # the shard last: if it is there, so is its index
             if local is not None:
+                sync_path(Path(scratch) / file)
                 os.replace(Path(scratch) / file, local / file)
+                sync_path(local)
             else:
                 _upload(Path(scratch) / file, target, file)
     return sum(kept)
@@ -164,3 +165,13 @@ def count(
                 Example(number=number, reason=reason, same_as=same_as, detail=row["detail"])
             )
     return counts, examples
+
+
+def first_of_each(examples: Iterable[Example]) -> list[Example]:
+    """The first samples of each reason."""
+    taken, first = Counter[str](), list[Example]()
+    for example in sorted(examples, key=lambda example: example.number):
+        taken[example.reason] += 1
+        if taken[example.reason] <= EXAMPLES:
+            first.append(example)
+    return first

@@ -10,12 +10,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from rich.progress import track
-
 from megavlm.config.filters import FilterSettings
 from megavlm.errors import ConfigError, DataError, MegavlmError
 from megavlm.files.folder import Folder
 from megavlm.filters.output import WORK
+from megavlm.terminal import with_progress
 
 OBJECT_STORE_BYTES = 256 * 2**20
 """Of an embedded Ray; only names and counts pass through it."""
@@ -28,6 +27,8 @@ class Job:
     rules: FilterSettings
     source: str
     target: str
+    part_samples: int
+    """About as many are in a group of shards, and in a part of a band."""
 
     @property
     def work(self) -> Folder:
@@ -109,7 +110,7 @@ def _in_parallel(
         num_gpus=gpus,
         compute=ray.data.TaskPoolStrategy(size=workers),
     )
-    for row in track(results.iter_rows(), shown, total=len(rows), transient=True):
+    for row in with_progress(results.iter_rows(), shown, len(rows)):
         if row["error"]:
             raise DataError(row["error"])
         yield json.loads(row["result"]), row["seconds"]

@@ -14,7 +14,8 @@ from megavlm.data.image import thumbnail_url
 from megavlm.data.shards import ShardFolder
 from megavlm.errors import BadSampleError
 from megavlm.files.folder import Folder
-from megavlm.filters.output import EXAMPLES, Counts, Example
+from megavlm.filters.duplicates import Duplicate
+from megavlm.filters.output import Counts, Example
 from megavlm.filters.personal import mask
 
 REPORT, SHEET = "report.json", "samples.html"
@@ -29,16 +30,18 @@ def write_report(
     shards: ShardFolder,
     rules: FilterSettings,
     examples: Sequence[Example],
+    crowded: Mapping[Duplicate, int],
     measured: Mapping[str, float | None],
 ) -> None:
-    """Write `report.json` and `samples.html`, which shows the first samples of each reason.
+    """Write `report.json` and `samples.html`, which shows examples of each reason.
 
-    measured: times of this run, which did not judge what an earlier one has.
+    crowded: samples that full buckets had no room for, over all bands. measured: times of this run,
+    which did not judge what an earlier one has.
     """
-    record = {**counts.as_record(), "measured": measured}
+    record = {**counts.as_record(), "crowded": crowded, "measured": measured}
     work.write_atomically(REPORT, json.dumps(record, indent=2).encode())
     chosen = {
-        reason: [example for example in examples if example.reason == reason][:EXAMPLES]
+        reason: [example for example in examples if example.reason == reason]
         for reason in counts.as_record()["dropped"]
     }
     environment = jinja2.Environment(autoescape=True)
@@ -88,7 +91,12 @@ def _thumbnail(pictures: Sequence[bytes]) -> str | None:
         return None
 
 
-def print_report(counts: Counts, target: Folder, samples_per_second: float | None) -> None:
+def print_report(
+    counts: Counts,
+    crowded: Mapping[Duplicate, int],
+    target: Folder,
+    samples_per_second: float | None,
+) -> None:
     """Print what stayed and what went, which adds up."""
     table = Table(title=f"{counts.samples:,} samples", title_justify="left")
     table.add_column("")
@@ -106,6 +114,12 @@ def print_report(counts: Counts, target: Folder, samples_per_second: float | Non
         console.print(f"{counts.masked_texts:,} texts with personal data masked", highlight=False)
     if counts.renamed_keys:
         console.print(f"{counts.renamed_keys:,} keys renamed", highlight=False)
+    for reason, number in crowded.items():
+        if number:
+            console.print(
+                f"{number:,} times a sample found its bucket full: {reason} is not complete",
+                highlight=False,
+            )
     if samples_per_second is not None:
         console.print(f"{samples_per_second:,.1f} samples judged a second and worker")
     print(f"wrote {target}; examples: {target}/filter/{SHEET}")

@@ -7,20 +7,18 @@ goes on.
 
 import hashlib
 import json
-import math
 import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
-from functools import cache
+from functools import cache, lru_cache
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from megavlm.config.filters import FilterSettings, rules_as_tree
 from megavlm.data.index import MANIFEST, ShardSize, read_manifest, write_manifest
@@ -29,12 +27,19 @@ from megavlm.data.shards import ShardFolder
 from megavlm.errors import BadSampleError, ConfigError, DataError
 from megavlm.files.folder import Folder
 from megavlm.filters import duplicates, evaluation
-from megavlm.filters.arrays import load_arrays, save_arrays
+from megavlm.filters.arrays import Rows, load_arrays, read_part, save_arrays, write_parts
 from megavlm.filters.captions import check_languages
-from megavlm.filters.duplicates import BANDS, Duplicate
+from megavlm.filters.duplicates import BANDS, HASH_BYTES, MOST_SAMPLES, Duplicate, Ints
 from megavlm.filters.evaluation import EvaluationSet
 from megavlm.filters.models import check_checkpoints
-from megavlm.filters.output import UNFINISHED, Counts, Example, count, write_kept
+from megavlm.filters.output import (
+    UNFINISHED,
+    Counts,
+    Example,
+    count,
+    first_of_each,
+    write_kept,
+)
 from megavlm.filters.parallel import InParallel, Job, ray_workers
 from megavlm.filters.personal import check_regions
 from megavlm.filters.report import print_report, write_report
@@ -42,7 +47,7 @@ from megavlm.filters.towers import resolved
 from megavlm.filters.verdicts import batches, judge_shard, name_of, read_hashes
 
 INPUTS, EVALUATION = "inputs.json", "evaluation.npz"
-VERSION = 1
+VERSION = 2
 """Of what the rules find; a filtering that another one has begun does not go on."""
 PACKAGES = {
     "ray": "ray",
@@ -57,10 +62,7 @@ PACKAGES = {
 }
 """Modules of the extra `filter`, with the names of their packages."""
 PART_SAMPLES = 2 * 10**6
-"""Compared by one worker at once, which takes up to 2.6 GB for captions."""
-
-Gone = NDArray[np.int64]
-"""(duplicates, 2): a sample's number, and that of the one that it is the same as; sorted."""
+"""In a group of shards, and in a part of a band: what one worker holds at once."""
 
 
 def filter_folder(
@@ -79,7 +81,12 @@ def filter_folder(
     _check_rules(rules, [source, target], ray_address)
     shards = ShardFolder(source)
     shards.check_sizes()
-    job = Job(rules=resolved(rules), source=source, target=target)
+    if rules.duplicates and len(shards) > MOST_SAMPLES:
+        raise DataError(
+            f"{source} has {len(shards)} samples; duplicates are found among up to {MOST_SAMPLES}: "
+            "filter it in several folders"
+        )
+    job = Job(rules=resolved(rules), source=source, target=target, part_samples=PART_SAMPLES)
     _check_inputs(job)
     with ray_workers(job, ray_address, workers) as in_parallel:
         counts = _filter(job, shards, in_parallel)
@@ -117,7 +124,7 @@ def _filter(job: Job, shards: ShardFolder, in_parallel: InParallel) -> Counts:
     measured |= {"judged_samples": judged, "samples_per_second_and_worker": samples_per_second}
 
     with _timed(measured, "duplicates_seconds"):
-        _find_duplicates(job, len(shards), in_parallel)
+        crowded = _find_duplicates(job, shards, in_parallel)
 
     there = target.sizes()
     todo = [(n,) for (n,) in numbers if shards.name(n) not in there]
@@ -125,15 +132,17 @@ def _filter(job: Job, shards: ShardFolder, in_parallel: InParallel) -> Counts:
         for _ in in_parallel("write", _write, todo):
             pass
 
-    of_shards = sorted(found for found, _ in in_parallel("count", _count, numbers))
-    counts = sum((Counts.of(found) for _, found, _ in of_shards), Counts())
-    sizes = target.sizes()
-    kept = {shards.name(n): int(found["kept"]) for n, found, _ in of_shards if found["kept"]}
-    write_manifest(target, {name: ShardSize(of, sizes[name]) for name, of in kept.items()})
-    examples = [Example(**example) for _, _, found in of_shards for example in found]
-    write_report(job.work, counts, shards, rules, examples, measured)
-    _tidy(job.work)
-    print_report(counts, target, samples_per_second)
+    counts, examples, kept = Counts(), list[Example](), np.zeros(len(numbers), np.int64)
+    for (n, found, of_shard), _ in in_parallel("count", _count, numbers):
+        counts += Counts.of(found)
+        kept[n] = found["kept"]
+        examples = first_of_each([*examples, *(Example(**example) for example in of_shard)])
+    sizes, filled = target.sizes(), np.flatnonzero(kept).tolist()
+    names = {n: shards.name(n) for n in filled}
+    write_manifest(target, {names[n]: ShardSize(int(kept[n]), sizes[names[n]]) for n in filled})
+    write_report(job.work, counts, shards, rules, examples, crowded, measured)
+    _tidy(job)
+    print_report(counts, crowded, target, samples_per_second)
     return counts
 
 
@@ -144,24 +153,75 @@ def _timed(measured: dict[str, float | None], name: str) -> Iterator[None]:
     measured[name] = time.perf_counter() - start
 
 
-def _find_duplicates(job: Job, samples: int, in_parallel: InParallel) -> None:
-    """Write which samples go; pictures first, then captions among the others."""
-    folder = job.work / "same"
-    folder.create()
+def _find_duplicates(
+    job: Job, shards: ShardFolder, in_parallel: InParallel
+) -> dict[Duplicate, int]:
+    """Write which samples go; pictures first, then captions among the others.
+
+    Where there are several groups of shards, each spreads its hashes over the parts of a band, so
+    that no part reads what belongs to others; one band after the other, for the space they take.
+    Returns how many samples full buckets had no room for.
+    """
+    same, spread, gone = job.work / "same", job.work / "spread", job.work / "gone"
+    groups = range(len(_group_bounds(job, shards)) - 1)
+    crowded: dict[Duplicate, int] = {}
+
+    def calls(reason: Duplicate, bands: Sequence[int]) -> list[tuple[Duplicate, int, int]]:
+        return [(reason, band, n) for band in bands for n in groups]
+
     for reason in _compared(job.rules):
-        if job.work.has(_gone_name(reason)):
-            continue
-        parts = math.ceil(samples / PART_SAMPLES)
-        calls: list[tuple[Duplicate, int, int]] = [
-            (reason, band, part) for band in range(BANDS[reason]) for part in range(parts)
-        ]
-        there = folder.sizes()
-        todo = [call for call in calls if _same_name(*call) not in there]
-        for _ in in_parallel(reason, _find_same, todo):
-            pass
-        gone = duplicates.choose([duplicates.load(folder, _same_name(*call)) for call in calls])
-        pairs = np.array(sorted(gone.items()), np.int64).reshape(-1, 2)
-        save_arrays(job.work, _gone_name(reason), gone=pairs)
+        for folder in (same, spread, gone):
+            folder.create()
+        bands = range(BANDS[reason])
+        for some in [[band] for band in bands] if len(groups) > 1 else [bands]:
+            there = same.sizes()
+            todo = [call for call in calls(reason, some) if _same_name(*call) not in there]
+            if not todo or job.work.has(_crowded_name(reason)):
+                continue
+            if len(groups) > 1:
+                there = spread.sizes()
+                missing = [call for call in calls(reason, some) if _spread_name(*call) not in there]
+                for _ in in_parallel(f"{reason}, spread", _spread, missing):
+                    pass
+            for _ in in_parallel(reason, _compare, todo):
+                pass
+            for name in spread.names():
+                spread.delete_file(name)
+        if not job.work.has(_crowded_name(reason)):
+            _choose(job, shards, reason)
+        crowded[reason] = json.loads(job.work.read(_crowded_name(reason)))
+    return crowded
+
+
+def _choose(job: Job, shards: ShardFolder, reason: Duplicate) -> None:
+    """Write which samples go, for each group of shards."""
+    folder, bounds = job.work / "same", _group_bounds(job, shards)
+    groups = range(len(bounds) - 1)
+    copies, pairs, crowded = [np.empty(0, np.uint64)], np.empty(0, np.uint64), 0
+    if len(groups) > 1:
+        copies += [duplicates.load(folder, _same_name(reason, None, n)).copies for n in groups]
+    for band in range(BANDS[reason]):
+        found = [duplicates.load(folder, _same_name(reason, band, part)) for part in groups]
+        copies += [of_part.copies for of_part in found]
+        pairs = duplicates.distinct([pairs, *(of_part.pairs for of_part in found)])
+        crowded += sum(of_part.left_out for of_part in found)
+    gone = duplicates.choose(duplicates.distinct(copies), pairs, len(shards))
+    same_as, number = duplicates.numbers_of(gone)
+    for group in groups:
+        first = shards.numbers_of(bounds[group]).start
+        stop = shards.numbers_of(bounds[group + 1] - 1).stop
+        here = slice(*np.searchsorted(number, [first, stop]).tolist())
+        save_arrays(
+            job.work / "gone", _gone_name(reason, group), number=number[here], same_as=same_as[here]
+        )
+    job.work.write_atomically(_crowded_name(reason), json.dumps(crowded).encode())
+
+
+def _group_bounds(job: Job, shards: ShardFolder) -> list[int]:
+    """The first shard of each group of `part_samples` or a shard more, and the end."""
+    firsts = np.cumsum(shards.shard_samples) - shards.shard_samples
+    starts = np.flatnonzero(np.diff(firsts // job.part_samples, prepend=-1))
+    return [*starts.tolist(), len(firsts)]
 
 
 def _compared(rules: FilterSettings) -> list[Duplicate]:
@@ -174,22 +234,37 @@ def _compared(rules: FilterSettings) -> list[Duplicate]:
     return reasons
 
 
-def _same_name(reason: Duplicate, band: int, part: int) -> str:
-    return f"{reason}-{band}-{part}.npz"
+def _same_name(reason: Duplicate, band: int | None, part: int) -> str:
+    """band: None: of copies within a group of shards."""
+    return f"{reason}-{'copies' if band is None else band}-{part}.npz"
 
 
-def _gone_name(reason: Duplicate) -> str:
-    return f"{reason}.npz"
+def _spread_name(reason: Duplicate, band: int, group: int) -> str:
+    return f"{reason}-{band}-{group}.rows"
+
+
+def _crowded_name(reason: Duplicate) -> str:
+    """Of the file that is written last of a reason's."""
+    return f"{reason}.crowded.json"
+
+
+def _gone_name(reason: Duplicate, group: int) -> str:
+    return f"{reason}-{group}.npz"
 
 
 # What workers do. Each file that they write is there whole or not at all.
 
 
+@cache
+def _opened(place: str) -> ShardFolder:
+    """Once in each worker: the list of 180,000 shards takes a second to read."""
+    return ShardFolder(place)
+
+
 def _fingerprint(job: Job, at: int, shard: int) -> str:
     """Fingerprints of a shard of an evaluation set."""
     assert job.rules.evaluation
-    place = job.rules.evaluation.folders[at]
-    shards = ShardFolder(place)
+    shards = _opened(job.rules.evaluation.folders[at])
 
     def samples() -> Iterator[Sample]:
         for batch in batches(shards, shard):
@@ -204,7 +279,8 @@ def _fingerprint(job: Job, at: int, shard: int) -> str:
 
 
 def _judge(job: Job, shard: int) -> int:
-    return judge_shard(job.source, shard, job.rules, _evaluation_set(job), job.verdicts)
+    shards = _opened(job.source)
+    return judge_shard(shards, shard, job.rules, _evaluation_set(job), job.verdicts)
 
 
 @cache
@@ -214,53 +290,92 @@ def _evaluation_set(job: Job) -> EvaluationSet | None:
     return EvaluationSet(evaluation.load(job.work, EVALUATION))
 
 
-def _find_same(job: Job, reason: Duplicate, band: int, part: int) -> None:
+def _row(reason: Duplicate) -> "np.dtype[np.void]":
+    """Of the files that hashes are spread to."""
+    return np.dtype([("number", "<i8"), ("hash", "u1", HASH_BYTES[reason])])
+
+
+def _rows_of(job: Job, reason: Duplicate, group: int) -> Rows:
+    """Numbers and hashes of a group's samples that are still there."""
+    shards = _opened(job.source)
+    bounds = _group_bounds(job, shards)
+    earlier = _compared(job.rules)[: _compared(job.rules).index(reason)]
+    column = "picture_hash" if reason == "duplicate_picture" else "caption_signature"
+    found: list[Rows] = []
+    for shard in range(bounds[group], bounds[group + 1]):
+        places, hashes = read_hashes(job.verdicts, shards.name(shard), column)
+        rows = np.empty(len(places), _row(reason))
+        rows["number"], rows["hash"] = places + shards.numbers_of(shard).start, hashes
+        gone = [number for other in earlier for number in _gone_of(job, other, shard)]
+        found.append(rows[~np.isin(rows["number"], np.array(gone, np.int64))])
+    return np.concatenate(found)
+
+
+def _spread(job: Job, reason: Duplicate, band: int, group: int) -> None:
+    """Write the hashes of a group of shards by the part that their value of a band falls into."""
+    rows = _rows_of(job, reason, group)
+    copies, is_copy = duplicates.find_copies(rows["number"], rows["hash"])
+    if band == 0:
+        same = duplicates.Same(copies, copies[:0])
+        duplicates.save(job.work / "same", _same_name(reason, None, group), same)
+    rows = rows[~is_copy]
+    parts = len(_group_bounds(job, _opened(job.source))) - 1
+    part_of = duplicates.band_of(reason, rows["hash"], band) % np.uint64(parts)
+    name = _spread_name(reason, band, group)
+    write_parts(job.work / "spread", name, rows, part_of.astype(np.int64), parts)
+
+
+def _compare(job: Job, reason: Duplicate, band: int, part: int) -> None:
     """Compare the samples whose value of a band falls into a part of all values."""
     assert job.rules.duplicates
-    shards = ShardFolder(job.source)
-    parts = math.ceil(len(shards) / PART_SAMPLES)
-    earlier = _compared(job.rules)[: _compared(job.rules).index(reason)]
-    gone = [_gone(job, other)[:, 0] for other in earlier]
-    first, found = 0, list[tuple[Any, Any, Any]]()
-    for name, samples in zip(shards.names(), shards.shard_samples, strict=True):
-        column = "picture_hash" if reason == "duplicate_picture" else "caption_signature"
-        places, hashes = read_hashes(job.verdicts, name, column)
-        numbers, values = places + first, duplicates.bands_of(reason, hashes)[:, band]
-        here = values % np.uint64(parts) == part
-        for numbers_gone in gone:
-            here &= ~np.isin(numbers, numbers_gone)
-        found.append((numbers[here], hashes[here], values[here]))
-        first += samples
-    numbers, hashes, values = map(np.concatenate, zip(*found, strict=True))
-    are_near = duplicates.nearness(reason, job.rules.duplicates)
-    same = duplicates.find_same(numbers, hashes, values, are_near)
+    groups = range(len(_group_bounds(job, _opened(job.source))) - 1)
+    if len(groups) == 1:
+        rows = _rows_of(job, reason, 0)
+    else:
+        names = [_spread_name(reason, band, group) for group in groups]
+        rows = read_part(job.work / "spread", names, part, _row(reason))
+    values = duplicates.band_of(reason, rows["hash"], band)
+    near = duplicates.nearness(reason, job.rules.duplicates)
+    same = duplicates.find_same(rows["number"], rows["hash"], values, near)
+    if band:  # copies share all bands
+        same = same._replace(copies=same.copies[:0])
     duplicates.save(job.work / "same", _same_name(reason, band, part), same)
 
 
-@cache
-def _gone(job: Job, reason: Duplicate) -> Gone:
-    return load_arrays(job.work, _gone_name(reason))["gone"]
+@lru_cache(maxsize=4)
+def _gone(job: Job, reason: Duplicate, group: int) -> tuple[Ints, Ints]:
+    """Numbers of duplicates in a group of shards, ascending, and what they are the same as."""
+    found = load_arrays(job.work / "gone", _gone_name(reason, group))
+    return found["number"], found["same_as"]
+
+
+def _gone_of(job: Job, reason: Duplicate, shard: int) -> dict[int, int]:
+    """Duplicates in a shard, and what they are the same as."""
+    shards = _opened(job.source)
+    group = int(np.searchsorted(_group_bounds(job, shards), shard, side="right")) - 1
+    number, same_as = _gone(job, reason, group)
+    numbers = shards.numbers_of(shard)
+    here = slice(*np.searchsorted(number, [numbers.start, numbers.stop]).tolist())
+    return dict(zip(number[here].tolist(), same_as[here].tolist(), strict=True))
 
 
 def _gone_in(job: Job, shard: int) -> dict[int, tuple[int, Duplicate]]:
     """Duplicates in a shard: what they are the same as, and why they go."""
-    numbers = ShardFolder(job.source).numbers_of(shard)
-    here: dict[int, tuple[int, Duplicate]] = {}
-    for reason in _compared(job.rules):
-        gone = _gone(job, reason)
-        start, end = np.searchsorted(gone[:, 0], [numbers.start, numbers.stop])
-        here |= {number: (same, reason) for number, same in gone[start:end].tolist()}
-    return here
+    return {
+        number: (same_as, reason)
+        for reason in _compared(job.rules)
+        for number, same_as in _gone_of(job, reason, shard).items()
+    }
 
 
 def _write(job: Job, shard: int) -> int:
     gone = _gone_in(job, shard)
-    return write_kept(job.source, shard, job.verdicts, gone, Folder(job.target))
+    return write_kept(_opened(job.source), shard, job.verdicts, gone, Folder(job.target))
 
 
 def _count(job: Job, shard: int) -> tuple[int, dict[str, Any], list[dict[str, Any]]]:
     gone = _gone_in(job, shard)
-    counts, examples = count(ShardFolder(job.source), shard, job.verdicts, gone)
+    counts, examples = count(_opened(job.source), shard, job.verdicts, gone)
     return shard, counts.as_record(), [asdict(example) for example in examples]
 
 
@@ -344,10 +459,14 @@ def _changed(before: Any, now: Any, place: str = "") -> list[str]:
     return [place] if before != now else []
 
 
-def _tidy(work: Folder) -> None:
-    """Delete what only a filtering that is not done needs."""
-    for name in work.names():
-        if name in ("same", "evaluation"):
-            (work / name).delete()
-        elif name.startswith(UNFINISHED) and work.local_path is not None:
-            shutil.rmtree(work.local_path / name)
+def _tidy(job: Job) -> None:
+    """Delete what only a filtering that is not done needs, and what killed ones have left."""
+    for name in job.work.names():
+        if name in ("same", "spread", "evaluation"):
+            (job.work / name).delete()
+        elif name.startswith(UNFINISHED) and job.work.local_path is not None:
+            shutil.rmtree(job.work.local_path / name)
+    for folder in (Folder(job.target), job.work, job.verdicts, job.work / "gone"):
+        for name in folder.names():
+            if name.endswith(".partial"):
+                folder.delete_file(name)

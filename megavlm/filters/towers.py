@@ -13,11 +13,10 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
-from pydantic import TypeAdapter, ValidationError
 from torch.nn.functional import normalize
 
 from megavlm.config.filters import AgreementRules, FilterSettings
-from megavlm.config.load import one_line
+from megavlm.config.load import settings_of
 from megavlm.config.run import RunSettings
 from megavlm.data.image import read_square
 from megavlm.data.samples import CAPTION_TASK, text
@@ -114,12 +113,11 @@ def _check(step: Path, tokenizer: Path | None) -> Path:
 def _run_of(step: Path, state: dict[str, Any]) -> RunSettings:
     """The settings of the stage that wrote a checkpoint: image size, tokenizer, row length."""
     try:
-        return TypeAdapter(RunSettings).validate_python(state.get("settings"))
-    except (ValidationError, ConfigError) as error:
-        told = one_line(error, RunSettings) if isinstance(error, ValidationError) else str(error)
+        return settings_of(RunSettings, state.get("settings", {}))
+    except ConfigError as error:
         raise ConfigError(
             f"agreement: {step} does not say of which run it is, by whose image size and tokenizer "
-            f"pairs are prepared ({told}); name a checkpoint as `megavlm train` has written it"
+            f"pairs are prepared ({error}); name a checkpoint as `megavlm train` has written it"
         ) from error
 
 

@@ -27,17 +27,13 @@ BATCH_BYTES = 256 * 2**20
 
 
 def judge_shard(
-    place: str,
+    shards: ShardFolder,
     shard: int,
     rules: FilterSettings,
     evaluation: EvaluationSet | None,
     verdict_folder: Folder,
 ) -> int:
-    """Judge all samples of a shard and write what was found; returns how many there are.
-
-    place: of the data folder; shard: a number in it.
-    """
-    shards = ShardFolder(place)
+    """Judge all samples of a shard and write what was found; returns how many there are."""
     rows: list[dict[str, Any]] = []
     for numbers in batches(shards, shard):
         contents = [*zip(numbers, shards.fetch(numbers), strict=True)]
@@ -131,6 +127,5 @@ def read_hashes(
     table = read_columns(folder, shard, ["reason", column])
     hashes, there = table[column].combine_chunks(), table["reason"].is_null()
     there = there.to_numpy() & hashes.is_valid().to_numpy(zero_copy_only=False)
-    width = hashes.type.byte_width
-    rows = np.frombuffer(b"".join(hashes.filter(there).to_pylist()), np.uint8)
-    return np.flatnonzero(there), rows.reshape(-1, width)
+    rows = np.frombuffer(hashes.buffers()[1] or b"", np.uint8).reshape(-1, hashes.type.byte_width)
+    return np.flatnonzero(there), rows[hashes.offset :][: len(there)][there]

@@ -35,14 +35,16 @@ class Request:
 def prompt_of(tokenizer: Tokenizer, turns: Sequence[Turn]) -> Prompt:
     """A chat, whose last turn waits for its answer.
 
-    As in training, a token sees the pictures of the last turn, its own included, that shows any.
+    As in training, a token sees the pictures of the last turn, its own included, that shows any,
+    of which an image symbol sees those up to its own.
     """
     tokens: list[int] = []
     seen: list[tuple[int, int]] = []
     sees = (0, 0)
     for number, turn in enumerate(turns):
-        if turn.pictures:
-            sees = turn.pictures[0], turn.pictures[-1] + 1
+        for picture in turn.pictures:
+            sees = turn.pictures[0], picture + 1
+            seen.append(sees)
         tokens += tokenizer.turn(turn.prompt, images=len(turn.pictures), first=number == 0)
         if number + 1 < len(turns):
             tokens += [*tokenizer.encode(turn.answer), END]

@@ -8,8 +8,8 @@ from typing import NamedTuple
 from megavlm.config.run import RunSettings
 from megavlm.planner.hardware import GIB
 from megavlm.planner.predict import Prediction
-from megavlm.planner.report import counted
 from megavlm.planner.search import Candidate, Found
+from megavlm.terminal import counted
 
 MEAN_ERROR = 0.035
 """Of predicted step times, against the published runs that chose no constant: docs/planner.md."""

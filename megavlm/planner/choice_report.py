@@ -26,7 +26,7 @@ from megavlm.planner.choice import (
 from megavlm.planner.choice_files import HOSTFILE, write_choice
 from megavlm.planner.hardware import GIB, Cluster
 from megavlm.planner.memory import host_bytes
-from megavlm.planner.report import counted, words
+from megavlm.planner.report import words
 from megavlm.planner.search import (
     FILLED,
     Candidate,
@@ -36,6 +36,7 @@ from megavlm.planner.search import (
     search,
 )
 from megavlm.planner.work import tokens_of
+from megavlm.terminal import counted
 
 MOST_FITTING, MOST_TOO_LARGE = 12, 3
 """Rows of the table."""
@@ -140,7 +141,7 @@ def _ranking(found: Found, cluster: Cluster, own: Candidate | None) -> Table:
         fitting, which = [], "none fits; the smallest of each layout"
     table = Table(
         *("layout", "batch", "recompute", "GiB", "s a step", "MFU", "why"),
-        title=f"Predicted for {counted(cluster.hosts, 'host', 'hosts')} of "
+        title=f"Predicted for {counted(cluster.hosts, 'host')} of "
         f"{cluster.gpus_per_host} x {cluster.gpu.name} "
         f"({cluster.gpu.memory_bytes / GIB:.0f} GiB): {which}",
     )
@@ -255,7 +256,7 @@ def _about_the_run(own: Candidate, found: Found, tokens_per_text: float) -> list
         told.append(
             f"It is bound by communication: a rank computes for "
             f"{of_one * step.compute_seconds:.0f} ms on the "
-            f"{counted(samples, 'sample', 'samples')} of a micro-batch, and communication adds "
+            f"{counted(samples, 'sample')} of a micro-batch, and communication adds "
             f"{of_one * step.communication_seconds:.0f} ms, because {_what_travels(run)}"
         )
     helps = remedies(own, found)

@@ -24,6 +24,7 @@ from megavlm.model.params import (
 from megavlm.planner.cut import TOKENS_PER_TEXT
 from megavlm.planner.layout import Chunk, layout_of
 from megavlm.planner.zero3 import with_bucket_sizes
+from megavlm.terminal import counted
 
 COLOURS = ("blue", "yellow", "green", "magenta", "cyan", "red")
 
@@ -86,10 +87,10 @@ def _column(plan: Plan, stage: Stage, ranks: int) -> dict[str, str]:
     loss = f" ({run.contrastive.loss})" if "contrastive" in run.objectives else ""
     steps = plan.steps if settings.schedule == "plan" else train.steps
     micro_batches = counted(train.micro_batches, "micro-batch", "micro-batches")
-    batch = f"{counted(train.samples_per_step, 'sample', 'samples')} in {micro_batches}"
+    batch = f"{counted(train.samples_per_step, 'sample')} in {micro_batches}"
     if ranks:
         copies = data_parallel_ranks(run, ranks)
-        samples = counted(samples_per_micro_batch(train, copies), "sample", "samples")
+        samples = counted(samples_per_micro_batch(train, copies), "sample")
         batch = f"{counted(copies, 'copy', 'copies')} of the model x {micro_batches} x {samples}"
     scales = [f"{part} x {scale:g}" for part, scale in settings.scales.items()]
     if settings.encoder_layer_decay < 1:
@@ -107,7 +108,7 @@ def _column(plan: Plan, stage: Stage, ranks: int) -> dict[str, str]:
         "trained": _parts(run, run.trained_parts),
         "frozen": _parts(run, train.frozen) or "nothing",
         "learning rate": f"up to {settings.learning_rate:g} over "
-        f"{counted(math.ceil(steps * settings.warmup_fraction), 'step', 'steps')}, then cosine to "
+        f"{counted(math.ceil(steps * settings.warmup_fraction), 'step')}, then cosine to "
         f"{settings.minimum_learning_rate:g}"
         + (" over the plan" if settings.schedule == "plan" and len(plan.stages) > 1 else "")
         + "".join(f"\n{scale}" for scale in scales),
@@ -191,11 +192,6 @@ def _told(*kinds: tuple[str, Sequence[Part]]) -> str:
 def words(parts: Iterable[Part]) -> str:
     """Parts of the model in plain words."""
     return ", ".join(part.replace("_", " ") for part in parts)
-
-
-def counted(count: int, one: str, many: str) -> str:
-    """A number of things, as in `1 host` and `16 hosts`."""
-    return f"{count:,} {one if count == 1 else many}"
 
 
 def short_count(count: int) -> str:

@@ -1,6 +1,9 @@
+import re
+from pathlib import Path
+
 import pytest
 
-from megavlm.config.filters import FilterSettings, load_rules, rules_as_tree
+from megavlm.config.filters import REASONS, FilterSettings, load_rules, rules_as_tree
 from megavlm.errors import ConfigError
 
 
@@ -51,6 +54,31 @@ def test_rules_come_back_from_plain_data(tmp_path):
             "classifiers: [{name: a b, checkpoint: m, of: texts, label: x, maximum: 0.5}]",
             "name='a b' must be of letters",
         ),
+        (
+            "classifiers: [{name: kept, checkpoint: m, of: texts, label: x, maximum: 0.5}]",
+            "name='kept' is what the report calls something else; name it otherwise, kept_by_model",
+        ),
+        (
+            "captions: {languages: en}",
+            r"captions\.languages='en' must be a list, each entry a string; "
+            r"write `languages: \[en\]`",
+        ),
+        (
+            "captions: {languages: [no]}",
+            r"captions\.languages\.0=false must be a string; YAML reads no, "
+            r"off, yes and on as false and true: put it in quotes, as in 'no'",
+        ),
+        (
+            "faces: true",
+            r"faces=true must be a section of settings \(minimum_share, neighbours\); "
+            r"write `faces: \{\}` for its defaults, or leave it out",
+        ),
+        ("agreement: 1", r"write `agreement: \{checkpoint: ..., minimum: ...\}`, or leave it out"),
+        ("classifiers: {name: x}", r"label, maximum\); put it in \[ \]"),
+        ("captions: {boilerplate: 7}", r"captions\.boilerplate=7 must be true or false"),
+        ("1: 2", "1 is not a known setting; known: caption_tasks"),
+        ("minimum_letters: 1", "minimum_letters belongs to captions"),
+        ("captions: [", r"not valid YAML: .* in \".*rules.yaml\", line 1"),
         ("captions: {a: 1, a: 2}", "a stands there twice"),
         ("[]", "must hold a mapping"),
     ],
@@ -60,7 +88,16 @@ def test_a_mistake_is_told_in_one_line(tmp_path, text, says):
     path.write_text(text)
     with pytest.raises(ConfigError, match=says) as told:
         load_rules(path)
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(told.value) and str(path) in str(told.value)
+
+
+def test_every_reason_that_users_read_about_is_taken():
+    page = (Path(__file__).parents[2] / "docs/filtering.md").read_text()
+    table = page.partition("| reason |")[2].partition("\n\n")[0]
+    named = {
+        name for row in table.splitlines() for name in re.findall("`(.*?)`", row.split(" | ")[0])
+    }
+    assert REASONS == named - {"classifiers"} | {"kept"}
 
 
 def test_a_missing_file(tmp_path):

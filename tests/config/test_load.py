@@ -58,10 +58,13 @@ def test_settings_survive_a_round_trip_through_plain_data(tmp_path):
             "model.text_tower={wdth: 3}",
             "text_tower.wdth is not a known setting; did you mean wi",
         ),
-        ("train.steps=many", "train.steps='many': input should be a valid integer"),
-        ("train.steps", "override 'train.steps' must have the form section.name=value"),
+        (
+            "train.steps=many",
+            "override 'train.steps=many': train.steps='many' must be a whole",
+        ),
+        ("train.steps", "override 'train.steps': it must have the form section.name=value"),
         ("train.steps.x=1", "steps is a value, not a section"),
-        ("train.precision=fp8", "train.precision='fp8': input should be 'bf16' or 'fp32'"),
+        ("train.precision=fp8", "train.precision='fp8' must be 'bf16' or 'fp32'"),
         ("model.preset=vlm-9000b", "model.preset='vlm-9000b' is unknown; choose from"),
         ("train.micro_batches=3", "not divisible by train.micro_batches=3; try [1, 2, 4"),
         ("train.steps=0", "train.steps=0 must be at least 1"),
@@ -75,11 +78,34 @@ def test_settings_survive_a_round_trip_through_plain_data(tmp_path):
         ("zero3.reduce_bucket=-1", "zero3.reduce_bucket=-1 must be at least 1"),
         (
             "model.encoder.activation=relu",
-            "activation='relu': input should be 'gelu', 'quick_gelu'",
+            "activation='relu' must be 'gelu', 'quick_gelu' or",
         ),
         ("model.decoder.cross_at=[1]", "cross_every=2 and decoder.cross_at=(1,): give one of them"),
         ("model.decoder.initial_gate=.nan", "decoder.initial_gate=nan must be finite"),
         ("model.preset=[a]", "model.preset=['a'] is unknown"),
+        (
+            "data.caption_prompts=[x]",
+            "data.caption_prompts is not a known setting; caption_prompts belongs to "
+            "data.train (each entry), data.heldout or data.heldout_questions",
+        ),
+        ("model.decoder.layers=3", "did you mean self_layers? layers belongs to model.encoder or"),
+        (
+            "data.augment=3",
+            "(operations, magnitude, colour_operations, minimum_area); write `aug",
+        ),
+        ("data.heldout=true", "caption_prompts); write `heldout: {folder: ...}`"),
+        (
+            "data.train=[3]",
+            "data.train.0=3 must be a section of settings (folder, parts, t",
+        ),
+        ("data.skip_samples=[[1]]", "data.skip_samples.0.1 is missing; it must be a whole number"),
+        ("data.skip_samples=[[1, 2, 3]]", "must be a list of 2: a whole number, a whole number"),
+        (
+            "objectives.talk=1",
+            "objectives.talk is not a known name; it must be 'mim', 'contr",
+        ),
+        ("train.frozen=encoder", "'text_tower' or 'heads'; write `frozen: [encoder]`"),
+        ("data.tokenizer=3", "data.tokenizer=3 must be a path; put it in quotes, as in '3'"),
     ],
 )
 def test_a_mistake_is_told_in_one_line(override, says):
@@ -89,13 +115,33 @@ def test_a_mistake_is_told_in_one_line(override, says):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("content", ["- a list", "a: [", ""])
+def test_a_mistake_is_blamed_on_the_file_or_on_the_overrides_that_make_it(tmp_path):
+    harmless, wrong = "train.log_every=3", "train.micro_batches=3"
+
+    def told(path, *overrides):
+        with pytest.raises(ConfigError) as caught:
+            load_run(path, overrides)
+        return str(caught.value)
+
+    assert told(RUN, harmless, wrong).startswith(
+        f"override '{wrong}': train.samples_per_step=32 is"
+    )
+    assert told(RUN, wrong, wrong).startswith(f"override '{wrong}': ")
+    both = ["optimizer.learning_rate=1e-5", "optimizer.minimum_learning_rate=1e-4"]
+    assert told(RUN, harmless, *both).startswith(f"overrides '{both[0]}' and '{both[1]}': ")
+    path = tmp_path / "run.yaml"
+    path.write_text(RUN.read_text().replace("micro_batches:", "micro_batches: 3 #"))
+    assert told(path, harmless).startswith(f"{path}: train.samples_per_step=32 is not divisible")
+
+
+@pytest.mark.parametrize("content", ["- a list", "a: [", "", "a: \x1b", "a: b: c", "a: \u00e4"])
 def test_broken_files(tmp_path, content):
     path = tmp_path / "run.yaml"
-    path.write_text(content)
+    path.write_bytes(content.encode("latin-1"))
     with pytest.raises(ConfigError) as caught:
         load_run(path)
-    assert "\n" not in str(caught.value)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value) and "unicode string" not in str(caught.value)
 
 
 def test_missing_file_and_missing_setting(tmp_path):

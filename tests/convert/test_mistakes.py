@@ -37,7 +37,8 @@ def test_mistakes_are_told(tmp_path, capfd):
     fails(capfd, "which has them, with --run", ours, "--out", out, "--to", "megatron")
     other = replace(TINY, decoder=replace(TINY.decoder, vocabulary=400))
     random_native(tmp_path / "other", sizes=other)
-    fails(capfd, "only checkpoints of one model", ours, tmp_path / "other", "--out", out)
+    weights = ("--no-tokenizer", "--out", out)
+    fails(capfd, "only checkpoints of one model", ours, tmp_path / "other", *weights)
     fails(capfd, "has no certificate.json", "--verify", ours)
     torn = tmp_path / "torn"
     torn.mkdir()
@@ -56,7 +57,7 @@ def test_mistakes_are_told(tmp_path, capfd):
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
-    fails(capfd, f"{file.name} is corrupt", ours, "--out", out)
+    fails(capfd, f"{file.name} is corrupt", ours, *weights)
     assert not out.exists()
 
 
@@ -124,7 +125,7 @@ def test_an_unwritable_target_is_told_before_sources_are_read(tmp_path, capfd, m
     monkeypatch.setattr(Folder, "write_atomically", unwritable)
     monkeypatch.setattr(sources, "check_files", unread)
     says = f"cannot write to {tmp_path / 'out'}: denied; free space or permit writing there, or"
-    fails(capfd, says, tmp_path / "ours", "--out", tmp_path / "out")
+    fails(capfd, says, tmp_path / "ours", "--no-tokenizer", "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -185,5 +186,6 @@ def test_errors_name_folder_and_what_is_supported(tmp_path, capfd):
     tensors = {f"weights/{p.name}": torch.ones(p.shape) for p in encoder_parameters(TINY.encoder)}
     state = {"step": 0, "settings": {"model": {"encoder": asdict(TINY.encoder)}}}
     write_native(Folder(encoder), in_memory(tensors), state, max_file_bytes=10**9)
-    fails(capfd, f"{encoder}: the checkpoint holds the encoder only", encoder, "--out", out)
+    whole = (encoder, "--no-tokenizer", "--out", out)
+    fails(capfd, f"{encoder}: the checkpoint holds the encoder only", *whole)
     fails(capfd, f"{encoder}: the checkpoint holds no decoder", encoder, "--to=llama", "--out", out)

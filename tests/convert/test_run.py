@@ -89,7 +89,8 @@ def test_through_every_engine_and_back_bit_by_bit(theirs, tmp_path):
     state = {**read_state(folder), "step": 3}
     (tmp_path / "with").mkdir()
     write_native(Folder(tmp_path / "with"), trained | beside, state, max_file_bytes=10**9)
-    assert command(tmp_path / "with", "--out", tmp_path / "back", "--dtype", "bf16") == 0
+    weights = ("--no-tokenizer", "--dtype", "bf16")
+    assert command(tmp_path / "with", "--out", tmp_path / "back", *weights) == 0
     back, given = (hugging_face_tensors(Folder(place)) for place in (tmp_path / "back", theirs))
     assert_same(back, given)
 
@@ -130,7 +131,7 @@ def test_a_trained_form_to_mllama_that_generates(tmp_path):
     """Several files with an index, opened by `from_pretrained` unchanged."""
     random_native(tmp_path / "ours")
     arguments = ("--out", tmp_path / "theirs", "--max-file-gb", "0.0001", "--dtype", "bf16")
-    assert command(tmp_path / "ours", *arguments) == 0
+    assert command(tmp_path / "ours", "--no-tokenizer", *arguments) == 0
     assert len(list((tmp_path / "theirs").glob("*.safetensors"))) > 2
     model, loading = MllamaForConditionalGeneration.from_pretrained(
         tmp_path / "theirs", output_loading_info=True
@@ -349,7 +350,7 @@ def test_what_is_left_out_is_told(tmp_path):
     assert left_out(*native_form) == left_out(*native_form, "--dtype", "fp32") == (set(), 3 * count)
     for option in (["--dtype", "bf16"], ["--weights-only"]):
         assert left_out(*native_form, *option) == (moments, count)
-    assert left_out(ours)[0] == moments
+    assert left_out(ours, "--no-tokenizer")[0] == moments
     assert left_out(ours, ours, "--to", "native") == (moments, count)
     layout = ("--to", "megatron", "--run", RUN, "model.preset=vlm-tiny", "engine=megatron")
     found, written = left_out(tmp_path / "with", *layout, "data.row_tokens=16")
@@ -378,7 +379,8 @@ def test_what_is_compared(theirs, tmp_path, monkeypatch):
         assert not told["compared"]
         return told["reason"]
 
-    assert "both sides are Hugging Face's" in reason(theirs, "--to", "mllama", "--dtype", "fp32")
+    exported = ("--to", "mllama", "--no-tokenizer", "--dtype", "fp32")
+    assert "both sides are Hugging Face's" in reason(theirs, *exported)
     assert "several checkpoints were merged" in reason(theirs, theirs)
     assert "a part of a model" in reason(theirs, "--decoder-only")
     assert "not asked for" in reason(theirs, "--no-compare")
@@ -429,7 +431,7 @@ def test_a_changed_target_is_found(theirs, tmp_path, capfd, monkeypatch):
     assert command("theirs", "--out", "ours") == 0
     place = certificate(tmp_path / "ours")["sources"][0]["place"]
     assert place == str(tmp_path / "theirs")
-    assert command("ours", "--no-compare", "--out", "back") == 0
+    assert command("ours", "--no-tokenizer", "--no-compare", "--out", "back") == 0
     monkeypatch.chdir("/")
     assert command("--verify", tmp_path / "back") == 0
     config = tmp_path / "back" / "config.json"

@@ -10,15 +10,16 @@ import pytest
 from megavlm.__main__ import main
 from megavlm.data.shards import ShardFolder, write_shards
 from megavlm.errors import BadSampleError
+from megavlm.filters.judge import unsafe_names
 from tests.conftest import coloured_sample
 
 RECORD = b'{"texts": [{"prompt": "p", "answer": "a", "task": "caption"}]}'
 
 
-def tar_of(*names, content=RECORD):
+def tar_of(*names, content=RECORD, format=tarfile.USTAR_FORMAT):
     """A tar of members that hold a record, whatever they are called."""
     out = io.BytesIO()
-    with tarfile.open(fileobj=out, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+    with tarfile.open(fileobj=out, mode="w", format=format) as tar:
         for name in names:
             info = tarfile.TarInfo(name)
             info.size = len(content)
@@ -137,6 +138,36 @@ def test_places_that_are_no_folders(tmp_path, capsys):
     assert "is a file" in capsys.readouterr().err
     assert index(tmp_path / "none") == 2
     assert "is not there" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("format", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT], ids=["pax", "gnu"])
+def test_long_names_are_read_whole(tmp_path, format):
+    keys = [letter * 150 for letter in "ab"] + ["c", "女性", "d" * 900]
+    names = [f"folder/{key}.json" for key in keys]
+    names[2:2] = ["x" * 120 + ".cls"]  # of no sample, with a long name of its own
+    (tmp_path / "0.tar").write_bytes(tar_of(*names, format=format))
+    assert index(tmp_path) == 0
+    shards = ShardFolder(tmp_path)
+    for number, key in enumerate(keys):
+        assert shards.read(number).key == key
+        assert shards.locate(number) == f"0.tar:{key}"
+        assert [text.answer for text in shards.read_texts(number)] == ["a"]
+    # What a sample is read from begins with its own headers, and names none before it.
+    assert [unsafe_names(content) for content in shards.fetch(range(len(keys)))] == [[]] * len(keys)
+    (tmp_path / "0.tar").write_bytes(tar_of("a.json", f"{'../' * 50}b.json", format=format))
+    assert index(tmp_path) == 0
+    contents = ShardFolder(tmp_path).fetch([0, 1])
+    assert [bool(unsafe_names(content)) for content in contents] == [False, True]
+
+
+def test_what_members_are_called_cannot_steer_a_terminal(tmp_path, capsys):
+    (tmp_path / "0.tar").write_bytes(tar_of("\x1b[2J.json", "b.\x1b[31m", content=b"no JSON"))
+    assert index(tmp_path) == 0
+    with pytest.raises(BadSampleError) as caught:
+        ShardFolder(tmp_path).read(0)
+    assert r"0.tar:\x1b[2J: its JSON" in str(caught.value)
+    told = capsys.readouterr().out
+    assert r".\x1b[31m" in told and "\x1b" not in told
 
 
 def test_names_are_never_paths(tmp_path):

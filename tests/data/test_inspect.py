@@ -75,6 +75,41 @@ def test_samples_without_a_text(tmp_path):
     assert report.looked.bad == {"sample has neither a .json member nor a .txt": ["000000.tar:x"]}
 
 
+def test_reasons_do_not_name_a_sample():
+    for message, reason in (
+        ("sample a.tar:k1: its list `texts` is empty", "sample: its list `texts` is empty"),
+        ("12 things are wrong with a.tar:k1:  ", "N things are wrong with"),
+        ("sample a.tar:k1 has 65 pictures", "sample has N pictures"),
+    ):
+        assert inspect._reason(message, "a.tar:k1") == reason
+
+
+@pytest.mark.parametrize("samples", [5, 10, 15, 25, 40])
+def test_the_sheet_is_spread_over_all_samples(tmp_path, monkeypatch, samples):
+    monkeypatch.setattr(inspect, "SHEET_PICTURES", 10)
+    said = (text("", "a", "caption"),)
+    made = (Sample(key=f"{n:02}", pictures=(PICTURES[0],), texts=said) for n in range(samples))
+    write_shards(tmp_path, made, 5)
+    shown = [int(picture.name[-2:]) for picture in report_of(tmp_path).looked.sheet]
+    assert len(shown) == min(samples, 10) and shown[0] == 0
+    gaps = np.diff([*shown, samples])
+    assert gaps.max() - gaps.min() <= 1
+
+
+def test_nothing_steers_a_terminal_and_nothing_is_markup(tmp_path, capsys):
+    evil = "\x1b[2J[red]\x9b"
+    said = (text("", "a", evil, evil),)
+    samples = [
+        Sample(key="a", pictures=(PICTURES[0],), texts=said),
+        Sample(key="\x1b[3J", pictures=(), texts=()),
+    ]
+    write_shards(tmp_path, samples, 5)
+    assert main(["data", "inspect", str(tmp_path)]) == 0
+    told = capsys.readouterr().out
+    assert told.count(r"\x1b[2J[red]\x9b") == 3 and r"000000.tar:\x1b[3J" in told
+    assert not set(told) & {"\x1b", "\x9b"}
+
+
 def test_samples_that_are_read(folder):
     looked = report_of(folder).looked
     assert (looked.samples, looked.texts) == (6, 5)
@@ -177,7 +212,7 @@ def test_the_folders_and_stages_of_a_run(tiny_run_file, coloured_squares, capsys
     [
         ([], "name a folder of shards"),
         (["none"], "data folder none does not exist"),
-        (["data.train=x"], "data.train=x is one word too many"),
+        (["data.train=x"], "data.train=x changes a run file; name one with --run (or write"),
         (["EMPTY"], "holds no .tar shard"),
         (["SHARDS", "--tokenizer", "none.model"], "tokenizer none.model does not exist"),
         (["SHARDS", "--html", "none/page.html"], "cannot write page none/page.html"),

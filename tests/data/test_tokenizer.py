@@ -50,6 +50,15 @@ def test_text_round_trips(tokenizer, text):
     assert UNKNOWN not in tokens
 
 
+def test_a_tokenizer_that_is_there_stays(tokenizer_path):
+    before = tokenizer_path.read_bytes()
+    with pytest.raises(TokenizerError, match=r"model exists; delete it or choose another name"):
+        train_tokenizer(corpus(), tokenizer_path, vocabulary=300)
+    with pytest.raises(TokenizerError, match=r"cannot write tokenizer .*; choose another name"):
+        train_tokenizer(corpus(), tokenizer_path / "x.model", vocabulary=300)
+    assert tokenizer_path.read_bytes() == before
+
+
 def test_vocabulary(tokenizer):
     assert tokenizer.vocabulary == 400
     pieces = tokenizer.pieces()

@@ -6,6 +6,7 @@ from html.parser import HTMLParser
 
 import pytest
 
+from megavlm.eval import report
 from megavlm.eval.report import write_report
 from megavlm.eval.run import EVALUATION_FILE
 from megavlm.eval.scores import Score
@@ -92,6 +93,12 @@ def page_of(plan):
     named = [a["id"] for _, a in page.tags if "id" in a]
     assert len(set(named)) == len(named)
     return page
+
+
+def test_what_is_shown_of_many_is_spread_over_all():
+    assert report._spread("abcdefghi", 5) == ["a", "b", "d", "f", "h"]
+    assert report._spread("ab", 5) == ["a", "b"]
+    assert report._spread("", 5) == []
 
 
 def test_a_run_that_has_not_begun(plan):

@@ -78,6 +78,25 @@ def test_the_score_table():
     assert overall.baselines == pytest.approx({"wrong picture": 1 / 3, "majority answer": 2 / 3})
 
 
+def test_texts_without_a_kind_have_no_empty_one():
+    def measures(*kinds):
+        said = [
+            text("", "a", task=task, kind=kind) for task in ("caption", "vqa") for kind in kinds
+        ]
+        predictions = [
+            Prediction(split="heldout", sample=0, text=t, answer="a", answer_to_wrong_picture="b")
+            for t in said
+        ]
+        return [row.measure for row in score(predictions, {})]
+
+    assert measures("") == ["caption, exact match", "caption, CIDEr", "VQA accuracy"]
+    assert measures("", "en") == [
+        *("caption, without kind, exact match", "caption, without kind, CIDEr"),
+        *("caption, en, exact match", "caption, en, CIDEr"),
+        *("VQA accuracy", "VQA accuracy, without kind", "VQA accuracy, en"),
+    ]
+
+
 def test_the_columns_are_the_union_of_the_baselines(capsys):
     def row(measure, **baselines):
         named = {name.replace("_", " "): value for name, value in baselines.items()}

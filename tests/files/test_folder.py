@@ -1,11 +1,12 @@
 import gc
 import multiprocessing
 import tempfile
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
-from megavlm.errors import CheckpointError
+from megavlm.errors import CheckpointError, StorageError
 from megavlm.files import folder as folders
 from megavlm.files.folder import Folder
 
@@ -16,6 +17,61 @@ def test_a_folder_on_the_disk_has_a_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert Folder("run").local_path == Path.cwd() / "run"
     assert Folder("memory://run").local_path is None
+
+
+def test_a_file_in_place_of_a_folder_and_a_folder_in_place_of_a_file(tmp_path):
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "folder").mkdir()
+    file = Folder(tmp_path / "file")
+    for use in (
+        file.names,
+        file.create,
+        file.check_writable,
+        (file / "below").create,
+        lambda: file.has("a"),
+        lambda: file.read("a"),
+        lambda: file.open("a", "rb"),
+        lambda: file.open("a", "wb"),
+        lambda: file.size("a"),
+        lambda: file.mapped("a"),
+        lambda: (file / "below").read_ranges(["a"], [(0, 1)]),
+    ):
+        with pytest.raises(StorageError) as caught:
+            use()
+        assert f"{tmp_path}/file is a file, not a folder; name a folder" in str(caught.value)
+    folder = Folder(tmp_path)
+    for use in (
+        lambda: folder.read("folder"),
+        lambda: folder.open("folder", "rb"),
+        lambda: folder.open("folder", "wb"),
+        lambda: folder.write_atomically("folder", b""),
+    ):
+        with pytest.raises(StorageError) as caught:
+            use()
+        assert f"{tmp_path}/folder is a folder, not a file; name a file" in str(caught.value)
+    store = Folder("memory://misfits")
+    store.write_atomically("a", b"")
+    with pytest.raises(StorageError, match="misfits/a is a file, not a folder; name a folder"):
+        (store / "a").names()
+
+
+@pytest.mark.parametrize(
+    ("told", "modified"),
+    [
+        (1_700_000_000, 1.7e9),
+        (1.7e9, 1.7e9),
+        ("1700000000.0", 1.7e9),
+        ("2023-11-14T22:13:20Z", 1.7e9),
+        ("2023-11-14T22:13:20.000+00:00", 1.7e9),
+        ("Tue, 14 Nov 2023 22:13:20 GMT", 1.7e9),
+        (datetime.fromtimestamp(1.7e9, UTC), 1.7e9),
+        ("long ago", 0),
+        (None, 0),
+    ],
+)
+def test_times_of_files_as_stores_tell_them(told, modified):
+    for name in ("mtime", "LastModified"):
+        assert folders._entry({"size": 3, name: told}) == (3, modified)
 
 
 @pytest.mark.parametrize("name", ["../outside", "a/b", "/etc/passwd", "..", ".", ""])

@@ -2,13 +2,14 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import torch
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
+    CONFIG_MAPPING,
+    AutoModelForSequenceClassification,
     CLIPConfig,
     CLIPModel,
     PreTrainedTokenizerFast,
@@ -70,25 +71,36 @@ def save_clip(folder: Path, steps: int = 60) -> None:
         part.save_pretrained(folder)
 
 
-def save_classifiers(folder: Path, probabilities: Sequence[float]) -> None:
-    """`folder/pictures` and `folder/texts`, which give `safe` and `unsafe` these probabilities."""
+def save_classifiers(
+    folder: Path,
+    probabilities: Sequence[float],
+    family: Literal["Bert", "Roberta"] = "Bert",
+    tokenizer_limit: int | None = 16,
+) -> None:
+    """`folder/pictures` and `folder/texts`, which give `safe` and `unsafe` these probabilities.
+
+    family: of the model that reads texts; tokenizer_limit: tokens that its tokenizer says it reads.
+    """
     torch.manual_seed(0)
     labels = {"id2label": {0: "safe", 1: "unsafe"}, "label2id": {"safe": 0, "unsafe": 1}}
     of_pictures = ViTForImageClassification(
         ViTConfig(**TINY, image_size=SIDE, patch_size=8, **labels)
     )
-    of_texts = BertForSequenceClassification(
-        BertConfig(**TINY, vocab_size=64, max_position_embeddings=16, **labels)
+    config = CONFIG_MAPPING[family.lower()](
+        **TINY, vocab_size=64, max_position_embeddings=16, pad_token_id=0, **labels
     )
+    of_texts = AutoModelForSequenceClassification.from_config(config)
     processor = ViTImageProcessorPil(size={"height": SIDE, "width": SIDE})
     words = tokenizer()
-    words.model_max_length = 16
+    if tokenizer_limit:
+        words.model_max_length = tokenizer_limit
     for name, model, inputs in (
         ("pictures", of_pictures, processor),
         ("texts", of_texts, words),
     ):
         with torch.no_grad():
-            model.classifier.weight.zero_()
-            model.classifier.bias.copy_(torch.tensor(probabilities).log())
+            head = getattr(model.classifier, "out_proj", model.classifier)  # RoBERTa's has layers
+            head.weight.zero_()
+            head.bias.copy_(torch.tensor(probabilities).log())
         model.save_pretrained(folder / name)
         inputs.save_pretrained(folder / name)

@@ -1,40 +1,52 @@
 import numpy as np
 import pytest
 
-from megavlm.config.filters import DuplicateRules
 from megavlm.files.folder import Folder
+from megavlm.filters import duplicates
 from megavlm.filters.duplicates import (
     BANDS,
+    FEW,
+    HASH_BYTES,
     PERMUTATIONS,
     SIGNATURE_BYTES,
     Same,
-    bands_of,
+    band_of,
     choose,
+    distinct,
+    find_copies,
     find_same,
+    keys_of,
     load,
     nearness,
+    numbers_of,
     save,
     sign_captions,
 )
-
-RULES = DuplicateRules(picture_bits=31, caption_similarity=0.8)
-
-
-def with_flipped(hash_: np.ndarray, bits: list[int]) -> np.ndarray:
-    flipped = np.unpackbits(hash_)
-    flipped[bits] ^= 1
-    return np.packbits(flipped)
+from tests.filters.hashes import RULES, clusters, gone_by_all_pairs, with_flipped
 
 
 def gone_among(reason, hashes, parts=1):
     """What goes if each part of each band is compared by itself."""
-    bands, found = bands_of(reason, hashes), []
+    found = []
     for band in range(BANDS[reason]):
+        values = band_of(reason, hashes, band)
         for part in range(parts):
-            here = np.flatnonzero(bands[:, band] % np.uint64(parts) == part)
-            same = find_same(here, hashes[here], bands[here, band], nearness(reason, RULES))
-            found.append(same)
-    return choose(found)
+            here = np.flatnonzero(values % np.uint64(parts) == part)
+            found.append(find_same(here, hashes[here], values[here], nearness(reason, RULES)))
+    copies, pairs = (distinct(getattr(same, n) for same in found) for n in ("copies", "pairs"))
+    same_as, number = numbers_of(choose(copies, pairs, len(hashes)))
+    return dict(zip(number.tolist(), same_as.tolist(), strict=True))
+
+
+@pytest.mark.parametrize("reason", BANDS)
+def test_the_same_goes_as_by_comparing_all_pairs(reason, monkeypatch):
+    hashes = clusters(reason, np.random.default_rng(4), 600)
+    expected = gone_by_all_pairs(reason, hashes)
+    assert 100 < len(expected) < 590
+    assert gone_among(reason, hashes) == gone_among(reason, hashes, parts=5) == expected
+    monkeypatch.setattr(duplicates, "_QUERIES", 7)
+    monkeypatch.setattr(duplicates, "_COMPARED_AT_ONCE", 50)
+    assert gone_among(reason, hashes) == expected
 
 
 def test_all_pictures_within_15_bits_are_found():
@@ -44,7 +56,6 @@ def test_all_pictures_within_15_bits_are_found():
         bits = generator.choice(256, 15, replace=False)
         hashes[300 + n] = with_flipped(hashes[2 * n], bits)
     assert gone_among("duplicate_picture", hashes) == {300 + n: 2 * n for n in range(100)}
-    assert gone_among("duplicate_picture", hashes, parts=3) == {300 + n: 2 * n for n in range(100)}
 
 
 def test_pictures_within_20_bits_are_nearly_all_found():
@@ -64,13 +75,75 @@ def test_a_picture_goes_only_for_an_earlier_one_that_stays():
     assert gone_among("duplicate_picture", hashes) == {1: 0, 3: 1, 4: 0, 5: 2}
 
 
+@pytest.mark.parametrize("reason", BANDS)
+@pytest.mark.parametrize("size", [2, FEW + 1])
+def test_the_limit_is_near(reason, size):
+    """In small buckets and large ones."""
+    near, bits, places = nearness(reason, RULES), np.zeros(256, np.uint8), np.zeros(126, "<u2")
+    rows = {}
+    for step in (-1, 0, 1):
+        if reason == "duplicate_picture":
+            rows[step] = np.packbits(np.where(np.arange(256) < 31 + step, 1, bits))
+        else:  # 0.8 of 126: 101 agree
+            rows[step] = np.where(np.arange(126) < 25 + step, 1, places).view(np.uint8)
+    zero = np.zeros_like(rows[0])
+    filler = np.random.default_rng(8).integers(1, 256, (size - 2, len(zero)), np.uint8)
+    for step, is_near in ((-1, True), (0, True), (1, False)):
+        hashes = np.stack([zero, *filler, rows[step]])
+        same = find_same(np.arange(size), hashes, np.zeros(size, np.uint64), near)
+        assert (
+            same.pairs.tolist() == keys_of(np.array([0]), np.array([size - 1])).tolist() * is_near
+        )
+
+
 def test_a_copy_of_a_million_is_no_more_work_than_one():
     hashes = np.zeros((200_000, 32), np.uint8)  # in pairs, 2e10 comparisons
-    bands = bands_of("duplicate_picture", hashes)
-    same = find_same(
-        np.arange(len(hashes)), hashes, bands[:, 0], nearness("duplicate_picture", RULES)
-    )
+    values = band_of("duplicate_picture", hashes, 0)
+    near = nearness("duplicate_picture", RULES)
+    same = find_same(np.arange(len(hashes)), hashes, values, near)
     assert len(same.pairs) == 0 and len(same.copies) == len(hashes) - 1
+
+
+@pytest.mark.parametrize("reason", BANDS)
+def test_a_crowd_that_is_all_the_same_stays_linear(reason):
+    hashes = np.zeros((20_000, HASH_BYTES[reason]), np.uint8)  # each differs from each: 2e8 pairs
+    hashes[:, -4:] = (
+        np.random.default_rng(5).permutation(20_000).reshape(-1, 1).view(np.uint8)[:, :4]
+    )
+    compared = []
+    near = nearness(reason, RULES)
+
+    def search(a, b):
+        compared.append(len(a) * len(b))
+        return near.search(a, b)
+
+    numbers, values = np.arange(len(hashes)), np.zeros(len(hashes), np.uint64)
+    same = find_same(numbers, hashes, values, near._replace(search=search))
+    assert len(same.pairs) <= duplicates.ENOUGH * len(hashes) and same.left_out == 0
+    assert sum(compared) < 2_000 * len(hashes)
+    gone = choose(same.copies, same.pairs, len(hashes))
+    assert len(gone) == len(hashes) - 1
+
+
+def test_what_a_full_bucket_has_no_room_for_is_counted(monkeypatch):
+    monkeypatch.setattr(duplicates, "_QUERIES", 10)
+    hashes = np.random.default_rng(6).integers(0, 256, (100, 32), np.uint8)
+    hashes[95], hashes[96] = with_flipped(hashes[3], [40]), with_flipped(hashes[70], [40])
+    near = nearness("duplicate_picture", RULES)
+    numbers, values = np.arange(100), np.zeros(100, np.uint64)
+    same = find_same(numbers, hashes, values, near._replace(candidates=50))
+    assert same.pairs.tolist() == keys_of(np.array([3]), np.array([95])).tolist()
+    assert same.left_out == 50
+    same = find_same(numbers, hashes, values, near)
+    assert len(same.pairs) == 2 and same.left_out == 0
+
+
+def test_hashes_that_fold_to_the_same_value_are_no_copies(monkeypatch):
+    numbers, hashes = np.array([5, 6, 9]), np.array([[1] * 32, [2] * 32, [1] * 32], np.uint8)
+    for _ in range(2):
+        copies, is_copy = find_copies(numbers, hashes)
+        assert copies.tolist() == [9 << 32 | 5] and is_copy.tolist() == [False, False, True]
+        monkeypatch.setattr(duplicates, "_folded", lambda words: np.zeros(len(words), np.uint64))
 
 
 def test_captions():
@@ -109,7 +182,8 @@ def test_nothing_to_compare():
 
 
 def test_what_was_found_is_kept(tmp_path):
-    same = Same(np.array([[1, 2]]), np.empty((0, 2), np.int64))
+    same = Same(keys_of(np.array([1]), np.array([2**32 - 1])), np.empty(0, np.uint64), 3)
     save(Folder(tmp_path), "x.npz", same)
     again = load(Folder(tmp_path), "x.npz")
-    assert again.copies.tolist() == [[1, 2]] and again.pairs.shape == (0, 2)
+    assert numbers_of(again.copies) == ([1], [2**32 - 1])
+    assert again.pairs.shape == (0,) and again.left_out == 3

@@ -6,7 +6,7 @@ from megavlm.config.filters import AgreementRules, ClassifierRules, FilterSettin
 from megavlm.data.samples import Sample, text
 from megavlm.errors import ConfigError
 from megavlm.filters.judge import judge
-from megavlm.filters.models import agreement, check_checkpoints
+from megavlm.filters.models import agreement, check_checkpoints, probabilities
 from tests.filters.planted import encoded
 
 
@@ -72,6 +72,19 @@ def test_classifiers(tmp_path):
         assert [v.reason for v in judged(samples, rules(of, 0.69))] == ["nsfw", "nsfw"]
         assert [v.reason for v in judged(samples, rules(of, 0.71))] == [None, None]
         assert [v.reason for v in judged(samples, rules(of, 0.29, "safe"))] == ["nsfw", "nsfw"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["Bert", "Roberta"])
+def test_texts_are_cut_to_what_the_model_reads_if_its_tokenizer_does_not_say(tmp_path, family):
+    from tests.filters.checkpoints import save_classifiers
+
+    save_classifiers(tmp_path, (0.3, 0.7), family=family, tokenizer_limit=None)
+    settings = json.loads((tmp_path / "texts/tokenizer_config.json").read_text())
+    assert settings.get("model_max_length", 10**9) > 10**6
+    texts = ["a blue square " * 40, "of"]
+    found = probabilities(tmp_path / "texts", "cpu", "texts", "unsafe", texts)
+    assert found == pytest.approx([0.7, 0.7])
 
 
 def test_a_folder_that_is_no_checkpoint(tmp_path):

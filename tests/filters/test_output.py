@@ -1,3 +1,4 @@
+import json
 from collections import Counter
 
 import pytest
@@ -7,8 +8,18 @@ from megavlm.data.samples import Sample, text
 from megavlm.data.shards import ShardFolder, write_shards
 from megavlm.files.folder import Folder
 from megavlm.filters import report, verdicts
-from megavlm.filters.output import WORK, Counts, count, new_keys, write_kept
-from megavlm.filters.report import REPORT, SHEET, write_report
+from megavlm.filters.duplicates import Duplicate
+from megavlm.filters.output import (
+    EXAMPLES,
+    WORK,
+    Counts,
+    Example,
+    count,
+    first_of_each,
+    new_keys,
+    write_kept,
+)
+from megavlm.filters.report import REPORT, SHEET, print_report, write_report
 from megavlm.filters.verdicts import batches, judge_shard, read_hashes
 from tests.filters.planted import encoded, pair, picture
 
@@ -34,17 +45,16 @@ def folder(tmp_path):
 def judged(folder):
     verdict_folder = Folder(folder / "out" / WORK)
     for shard in (0, 1):
-        assert judge_shard(str(folder / "in"), shard, RULES, None, verdict_folder) == 3
+        assert judge_shard(ShardFolder(folder / "in"), shard, RULES, None, verdict_folder) == 3
     return verdict_folder
 
 
 def test_shards_of_what_stays(folder, judged):
-    source, target = str(folder / "in"), Folder(folder / "out")
+    shards, target = ShardFolder(folder / "in"), Folder(folder / "out")
     gone = {3: (0, "duplicate_picture"), 4: (0, "duplicate_caption")}
-    assert write_kept(source, 0, judged, gone, target) == 2
-    assert write_kept(source, 1, judged, gone, target) == 1
+    assert write_kept(shards, 0, judged, gone, target) == 2
+    assert write_kept(shards, 1, judged, gone, target) == 1
     assert not [n for n in judged.names() if not n.endswith(".parquet")]
-    shards = ShardFolder(source)
     found = [count(shards, shard, judged, gone) for shard in (0, 1)]
     counts = found[0][0] + found[1][0]
     assert counts == Counts(
@@ -67,12 +77,22 @@ def test_the_report_shows_examples_and_runs_nothing(folder, judged):
     gone = {2: (0, "duplicate_picture"), 4: (0, "duplicate_caption")}
     found = [count(shards, shard, judged, gone) for shard in (0, 1)]
     counts, examples = found[0][0] + found[1][0], found[0][1] + found[1][1]
-    write_report(judged, counts, shards, RULES, examples, {"judge_seconds": 1.0})
+    crowded: dict[Duplicate, int] = {"duplicate_picture": 7}
+    measured = {"judge_seconds": 1.0}
+    write_report(judged, counts, shards, RULES, examples, crowded, measured)
     page = (folder / "out" / WORK / SHEET).read_text()
     assert page.count("data:image/jpeg;base64") == 3 and "as 000000.tar:k0" in page
     assert LONG in page
     assert "&lt;script&gt;alert(1)" in page and "<script" not in page
-    assert b'"kept": 3' in judged.read(REPORT)
+    record = json.loads(judged.read(REPORT))
+    assert record["kept"] == 3 and record["crowded"] == {"duplicate_picture": 7}
+
+
+def test_a_search_that_is_not_complete_is_told(capsys):
+    print_report(Counts(), {"duplicate_picture": 0, "duplicate_caption": 1_234}, Folder("x"), None)
+    out = capsys.readouterr().out
+    assert "1,234 times a sample found its bucket full: duplicate_caption is not complete" in out
+    assert "duplicate_picture" not in out
 
 
 def test_what_is_cut_off_is_masked_before(monkeypatch):
@@ -83,7 +103,7 @@ def test_what_is_cut_off_is_masked_before(monkeypatch):
 
 def test_nothing_is_written_of_a_shard_of_which_nothing_stays(folder, judged):
     gone = {n: (0, "duplicate_picture") for n in range(3)}
-    assert write_kept(str(folder / "in"), 0, judged, gone, Folder(folder / "out")) == 0
+    assert write_kept(ShardFolder(folder / "in"), 0, judged, gone, Folder(folder / "out")) == 0
     assert Folder(folder / "out").names() == [WORK]
 
 
@@ -101,6 +121,17 @@ def test_a_batch_is_bounded(folder, monkeypatch):
     assert [*batches(shards, 1)] == [range(3, 5), range(5, 6)]
     monkeypatch.setattr(verdicts, "BATCH_BYTES", 1)
     assert [*batches(shards, 1)] == [range(n, n + 1) for n in (3, 4, 5)]
+
+
+def test_the_first_examples_are_kept_whatever_comes_first():
+    of_shards = [
+        [Example(number=n, reason="face" if n % 2 else "agreement", same_as=None, detail="")]
+        for n in range(20)
+    ]
+    kept: list[Example] = []
+    for found in reversed(of_shards):
+        kept = first_of_each([*kept, *found])
+    assert [example.number for example in kept] == [*range(2 * EXAMPLES)]
 
 
 def test_keys():

@@ -1,0 +1,24 @@
+"""What the options of commands have in common."""
+
+import argparse
+from pathlib import Path
+
+Commands = argparse._SubParsersAction  # pyright: ignore[reportPrivateUsage]
+"""Where a command is added."""
+
+
+def add_run_command(
+    commands: "Commands[argparse.ArgumentParser]", name: str, command: object, help_text: str
+) -> argparse.ArgumentParser:
+    """A command that takes a run file."""
+    parser = commands.add_parser(name, help=help_text, allow_abbrev=False)
+    parser.add_argument("run_file", type=Path, help="YAML file with the run's settings")
+    parser.set_defaults(command=command)
+    return parser
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
+    return int(text)

@@ -1,0 +1,123 @@
+"""Commands that train a run, try a step of it, and look at what it has learned."""
+
+import argparse
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megavlm.commands.options import Commands, add_run_command, positive
+from megavlm.config.plan import Plan
+from megavlm.errors import DataError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def add_commands(commands: "Commands[argparse.ArgumentParser]") -> None:
+    """Add their options."""
+    train = add_run_command(
+        commands, "train", _train, "train, from the newest checkpoint if there is one"
+    )
+    train.add_argument("--hostfile", type=Path, help="start the run on these hosts")
+    dryrun = add_run_command(
+        commands, "dryrun", _dryrun, "run one step of some ranks without data: bytes, collectives"
+    )
+    dryrun.add_argument("--ranks", type=positive, required=True, help="ranks of the run")
+    which = dryrun.add_mutually_exclusive_group()
+    which.add_argument("--rank", type=int, action="append", help="run this one; repeatable")
+    which.add_argument("--all-ranks", action="store_true", help="and check that they fit together")
+    dryrun.add_argument("--micro-batches", type=positive, help="of the step, if not as by default")
+    dryrun.add_argument("--gpus-per-host", type=positive, default=8)
+    dryrun.add_argument("--only-build", action="store_true", help="build the engine, run no step")
+    generate = add_run_command(commands, "generate", _generate, "answer a prompt about pictures")
+    generate.add_argument("--prompt", default="Caption:")
+    generate.add_argument("--max-new-tokens", type=positive, default=64)
+    generate.add_argument(
+        "--picture", type=Path, action="append", required=True, dest="pictures", help="repeatable"
+    )
+    add_run_command(commands, "eval", _eval, "measure the newest checkpoint on held-out samples")
+    add_run_command(commands, "report", _report, "draw a run as one HTML page")
+
+
+def _train(plan: Plan, options: argparse.Namespace) -> None:
+    if options.hostfile is None:
+        from megavlm.dist.launch import set_environment
+
+        set_environment(plan.first)
+        from megavlm.eval.run import evaluate_stage
+        from megavlm.train.loop import train
+
+        train(plan, after_stage=evaluate_stage)
+        return
+    import torch
+
+    from megavlm.dist.launch import launch_command, ranks_of, read_hostfile
+    from megavlm.train.preflight import check_plan
+
+    check_plan(plan, ranks_of(plan, options.hostfile))
+    hosts = read_hostfile(options.hostfile)
+    command = launch_command(options.hostfile, hosts, options.run_file, options.overrides)
+    print(shlex.join(command), flush=True)
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    # The launcher beside this interpreter, also when its folder is not on the search path.
+    os.execv(Path(sys.executable).with_name("deepspeed"), command)
+
+
+def _dryrun(plan: Plan, options: argparse.Namespace) -> None:
+    # Before anything touches them: a host with GPUs and one without do the same.
+    os.environ.update(DS_ACCELERATOR="cpu", CUDA_VISIBLE_DEVICES="")
+    from megavlm.dryrun.report import print_dry_run
+
+    print_dry_run(
+        plan.last,
+        options.ranks,
+        chosen=range(options.ranks) if options.all_ranks else options.rank,
+        micro_batches=options.micro_batches,
+        gpus_per_host=options.gpus_per_host,
+        only_build=options.only_build,
+    )
+
+
+def _generate(plan: Plan, options: argparse.Namespace) -> None:
+    from megavlm.dist.groups import process_groups
+    from megavlm.infer.generate import generate
+    from megavlm.infer.load import load_trained
+    from megavlm.infer.prompts import Request, question
+
+    side = plan.first.model.encoder.image_pixels
+    pixels = [_read_picture(path, side) for path in options.pictures]
+    with process_groups(plan.first.seed):
+        model, tokenizer = load_trained(plan)
+        prompt = question(tokenizer, options.prompt, pictures=1)
+        requests = [
+            Request(prompt=prompt, pixels=(shown,), max_new_tokens=options.max_new_tokens)
+            for shown in pixels
+        ]
+        answers = generate(model, tokenizer, requests, batch_size=32)
+    for path, answer in zip(options.pictures, answers, strict=True):
+        print(f"{path}\t{answer}")
+
+
+def _read_picture(path: Path, side: int) -> "Tensor":
+    from megavlm.data.image import read_square
+
+    try:
+        encoded = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"cannot read picture {path}: {error.strerror}") from error
+    return read_square(encoded, str(path), side)
+
+
+def _eval(plan: Plan, options: argparse.Namespace) -> None:
+    from megavlm.eval.run import evaluate
+
+    evaluate(plan)
+
+
+def _report(plan: Plan, options: argparse.Namespace) -> None:
+    from megavlm.eval.report import write_report
+
+    print(f"report: {write_report(plan)}")

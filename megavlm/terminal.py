@@ -1,0 +1,41 @@
+"""What people read on a terminal: counts, names that others have chosen, and progress."""
+
+import unicodedata
+from collections.abc import Iterable
+from typing import TypeVar
+
+Item = TypeVar("Item")
+
+JOINERS = "\u200c\u200d"
+"""Of letters in some scripts, and of emoji; they have no shape, and do no harm."""
+
+
+def counted(count: int, one: str, many: str = "") -> str:
+    """A number of things, as in `1 host`, `16 hosts` and, with its plural, `2 copies`."""
+    return f"{count:,} {one if count == 1 else many or f'{one}s'}"
+
+
+def printable(text: str) -> str:
+    """A text with escapes for what a terminal would obey or cannot show, line breaks included."""
+    if text.isprintable():
+        return text
+    return "".join(c if _has_shape(c) else c.encode("unicode_escape").decode() for c in text)
+
+
+def _has_shape(character: str) -> bool:
+    return (
+        character.isprintable()
+        or character in JOINERS
+        or unicodedata.category(character) == "Zs"  # spaces
+    )
+
+
+def with_progress(items: Iterable[Item], what: str, total: int) -> Iterable[Item]:
+    """Items, while a bar on standard error shows how far they are, if that is a terminal."""
+    from rich.console import Console  # not needed by commands that are quick
+    from rich.progress import track
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        return items
+    return track(items, what, total, console=console, transient=True)
