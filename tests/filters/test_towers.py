@@ -262,7 +262,8 @@ def test_another_step_is_another_input(plan, tmp_path):
     (tmp_path / "in").mkdir()
     write_shards(tmp_path / "in", SAMPLES, 10)
     rules = rules_of(plan.first.run_folder)
-    job = Job(rules=resolved(rules), source=str(tmp_path / "in"), target=str(tmp_path / "out"))
+    places = {"source": str(tmp_path / "in"), "target": str(tmp_path / "out")}
+    job = Job(rules=resolved(rules), **places, part_samples=filter_run.PART_SAMPLES)
     filter_run._check_inputs(job)
     filter_run._check_inputs(replace(job, rules=resolved(rules)))
     save(plan, 1)
