@@ -10,7 +10,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from megavlm.commands import convert, data, plan, run, tokenizer
+from megavlm.commands import convert, data, generate, plan, run, tokenizer
 from megavlm.config.load import load_plan
 from megavlm.errors import ConfigError, MegavlmError
 
@@ -79,6 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)
     commands = parser.add_subparsers(required=True, metavar="command")
     run.add_commands(commands)
+    generate.add_command(commands)
     plan.add_command(commands)
     data.add_commands(commands)
     tokenizer.add_commands(commands)

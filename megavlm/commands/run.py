@@ -5,14 +5,9 @@ import os
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from megavlm.commands.options import Commands, add_run_command, positive
 from megavlm.config.plan import Plan
-from megavlm.errors import DataError
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 def add_commands(commands: "Commands[argparse.ArgumentParser]") -> None:
@@ -31,12 +26,6 @@ def add_commands(commands: "Commands[argparse.ArgumentParser]") -> None:
     dryrun.add_argument("--micro-batches", type=positive, help="of the step, if not as by default")
     dryrun.add_argument("--gpus-per-host", type=positive, default=8)
     dryrun.add_argument("--only-build", action="store_true", help="build the engine, run no step")
-    generate = add_run_command(commands, "generate", _generate, "answer a prompt about pictures")
-    generate.add_argument("--prompt", default="Caption:")
-    generate.add_argument("--max-new-tokens", type=positive, default=64)
-    generate.add_argument(
-        "--picture", type=Path, action="append", required=True, dest="pictures", help="repeatable"
-    )
     add_run_command(commands, "eval", _eval, "measure the newest checkpoint on held-out samples")
     add_run_command(commands, "report", _report, "draw a run as one HTML page")
 
@@ -79,36 +68,6 @@ def _dryrun(plan: Plan, options: argparse.Namespace) -> None:
         gpus_per_host=options.gpus_per_host,
         only_build=options.only_build,
     )
-
-
-def _generate(plan: Plan, options: argparse.Namespace) -> None:
-    from megavlm.dist.groups import process_groups
-    from megavlm.infer.generate import generate
-    from megavlm.infer.load import load_trained
-    from megavlm.infer.prompts import Request, question
-
-    side = plan.first.model.encoder.image_pixels
-    pixels = [_read_picture(path, side) for path in options.pictures]
-    with process_groups(plan.first.seed):
-        model, tokenizer = load_trained(plan)
-        prompt = question(tokenizer, options.prompt, pictures=1)
-        requests = [
-            Request(prompt=prompt, pixels=(shown,), max_new_tokens=options.max_new_tokens)
-            for shown in pixels
-        ]
-        answers = generate(model, tokenizer, requests, batch_size=32)
-    for path, answer in zip(options.pictures, answers, strict=True):
-        print(f"{path}\t{answer}")
-
-
-def _read_picture(path: Path, side: int) -> "Tensor":
-    from megavlm.data.image import read_square
-
-    try:
-        encoded = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"cannot read picture {path}: {error.strerror}") from error
-    return read_square(encoded, str(path), side)
 
 
 def _eval(plan: Plan, options: argparse.Namespace) -> None:

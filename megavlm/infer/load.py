@@ -1,12 +1,17 @@
-"""A trained model, ready to be used on one device."""
+"""A trained model, ready to be used."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
+from megatron.core import parallel_state
 from torch import nn
 
-from megavlm.checkpoint.shards import whole
+from megavlm.checkpoint.shards import shards_of_range
 from megavlm.checkpoint.state import check_checkpoint, check_weights, checkpoint_root
 from megavlm.checkpoint.storage import read_state
 from megavlm.checkpoint.store import latest_checkpoint, load_present
+from megavlm.config.engines import UNDIVIDED, MegatronSettings
 from megavlm.config.objectives import is_pretraining
 from megavlm.config.plan import Plan, Stage
 from megavlm.config.run import RunSettings
@@ -21,16 +26,22 @@ from megavlm.model.vlm import VisionLanguageModel
 from megavlm.stages.start import objective_of
 
 
-def load_trained(plan: Plan) -> tuple[VisionLanguageModel, Tokenizer]:
-    """The vision-language model of a run's newest checkpoint, and its tokenizer.
+@contextmanager
+def trained(plan: Plan) -> Iterator[tuple[VisionLanguageModel, Tokenizer]]:
+    """The vision-language model of a run's newest checkpoint, and its tokenizer, in process groups.
 
-    Before the first checkpoint, the model that the run starts from, if that is a whole one. Call it
-    inside `process_groups`. Raises CheckpointError when there is no model or it does not fit the
-    run file.
+    Ranks that a launcher has started hold it together, by tensor parallelism. Before the first
+    checkpoint, it is the model that the run starts from, if that is a whole one. Raises
+    CheckpointError when there is no model or it does not fit the run file, and ConfigError when it
+    does not divide among the ranks.
     """
-    stage, checkpoint = newest(plan)
-    check_language(stage)
-    return load_language(stage.run, checkpoint), Tokenizer(plan.first.data.tokenizer)
+    parallel = MegatronSettings(tensor_parallel=groups.world_size())
+    parallel.check_model(plan.first.model, plan.first.data.row_tokens)
+    with groups.process_groups(plan.first.seed, parallel):
+        stage, checkpoint = newest(plan)
+        check_language(stage)
+        model = load_language(stage.run, checkpoint, parallel)
+        yield model, Tokenizer(plan.first.data.tokenizer)
 
 
 def newest(plan: Plan) -> tuple[Stage, Folder | None]:
@@ -50,9 +61,11 @@ def check_language(stage: Stage) -> None:
         )
 
 
-def load_language(run: RunSettings, checkpoint: Folder | None) -> VisionLanguageModel:
+def load_language(
+    run: RunSettings, checkpoint: Folder | None, parallel: MegatronSettings = UNDIVIDED
+) -> VisionLanguageModel:
     """The vision-language model of a stage's checkpoint, in evaluation mode."""
-    model = _loaded(run, checkpoint)
+    model = _loaded(run, checkpoint, parallel)
     assert isinstance(model, VisionLanguageModel)
     return model
 
@@ -72,7 +85,9 @@ def untrained_pretraining(run: RunSettings) -> PretrainingModel:
     return model.eval()
 
 
-def _loaded(run: RunSettings, checkpoint: Folder | None) -> nn.Module:
+def _loaded(
+    run: RunSettings, checkpoint: Folder | None, parallel: MegatronSettings = UNDIVIDED
+) -> nn.Module:
     """A stage's model with the weights of a checkpoint: their moving average, where there is one.
 
     Without a checkpoint, with those that the run starts from.
@@ -90,8 +105,13 @@ def _loaded(run: RunSettings, checkpoint: Folder | None) -> nn.Module:
             f"{checkpoint_root(run)} holds no checkpoint{start}; train first with `megavlm train`"
         )
     with groups.device():
-        model = objective_of(run).build(dtype=_dtype(), recompute="none")
-    held = {name: whole(p.detach()) for name, p in model.named_parameters()}
+        model = objective_of(run).build(dtype=_dtype(), recompute="none", parallel=parallel)
+    ledger = model.ledger()
+    part = parallel.tensor_parallel, parallel_state.get_tensor_model_parallel_rank()
+    held = {
+        name: shards_of_range(ledger[name], p.detach().flatten(), 0, *part)
+        for name, p in model.named_parameters()
+    }
     for folder in folders:
         in_folder = read_state(folder)["tensors"]
         kinds = {name: "ema" if f"ema/{name}" in in_folder else "weights" for name in held}
