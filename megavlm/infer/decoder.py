@@ -14,10 +14,11 @@ from typing import Any, cast
 
 import torch
 from megatron.core import parallel_state
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch.nn import functional
 
 from megavlm.config.sizes import DecoderSizes
+from megavlm.infer.linear import RowLinear, gathered, linear
 from megavlm.model.cross_attention import CrossAttentionLayer
 from megavlm.model.decoder import Decoder
 from megavlm.ops.cross_attention import cross_attention
@@ -108,14 +109,14 @@ class CachedDecoder(nn.Module):
         self.cross_layers = [layer for layer in built if isinstance(layer, _CrossLayer)]
         self.self_layers = [layer for layer in built if isinstance(layer, _SelfLayer)]
         self.final_norm = cast(nn.Module, decoder.decoder.final_layernorm)
-        self.head = _linear(decoder.output_layer)
+        self.head = linear(decoder.output_layer)
         self._rotary = decoder.rotary_pos_emb
         self.dtype, self.device = self.head.weight.dtype, self.head.weight.device
         self._angles: tuple[Tensor, Tensor] | None = None
 
-    def image_states(self, states_v1w: Tensor) -> list[tuple[Tensor, Tensor]]:
+    def image_states(self, states_vw: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Keys and values (v, g, d) of image states, of each cross-attention layer."""
-        return [layer.image_keys_values(states_v1w) for layer in self.cross_layers]
+        return [layer.image_keys_values(states_vw) for layer in self.cross_layers]
 
     def forward(self, tokens_bt: Tensor, last_b: Tensor, step: Step, caches: Caches) -> Tensor:
         """Logits (b, vocabulary) fp32 after the token `last_b` of each row; the caches take all.
@@ -133,7 +134,7 @@ class CachedDecoder(nn.Module):
             else:
                 x = layer(x, rotation, step, *next(text))
         x = x[torch.arange(len(x), device=x.device), last_b]
-        return _gathered(self.head(self.final_norm(x))).float()
+        return gathered(self.head(self.final_norm(x))).float()
 
     def _rotation(
         self, positions_bt: Tensor, tokens: int, dtype: torch.dtype
@@ -151,12 +152,12 @@ class _FeedForward(nn.Module):
 
     def __init__(self, mlp: Any) -> None:
         super().__init__()
-        self.up = _linear(mlp.linear_fc1)
-        self.down = _linear(mlp.linear_fc2)
+        self.up = linear(mlp.linear_fc1)
+        self.down = RowLinear(mlp.linear_fc2)
 
     def forward(self, x_btw: Tensor) -> Tensor:
         gate, up = self.up(x_btw).chunk(2, -1)
-        return _reduced(self.down(functional.silu(gate) * up))
+        return self.down(functional.silu(gate) * up)
 
 
 class _SelfLayer(nn.Module):
@@ -165,8 +166,8 @@ class _SelfLayer(nn.Module):
     def __init__(self, layer: Any, sizes: DecoderSizes) -> None:
         super().__init__()
         self.input_norm, self.mlp_norm = layer.input_layernorm, layer.pre_mlp_layernorm
-        self.qkv = _linear(layer.self_attention.linear_qkv)
-        self.out = _linear(layer.self_attention.linear_proj)
+        self.qkv = linear(layer.self_attention.linear_qkv)
+        self.out = RowLinear(layer.self_attention.linear_proj)
         self.mlp = _FeedForward(layer.mlp)
         self.queries = sizes.heads // sizes.kv_heads
         self.head_width = sizes.head_width
@@ -180,7 +181,7 @@ class _SelfLayer(nn.Module):
         values_sgcd: Tensor,
     ) -> Tensor:
         attended = self._attend(self.input_norm(x_btw), rotation, step, keys_sgcd, values_sgcd)
-        x_btw = x_btw + _reduced(self.out(attended))
+        x_btw = x_btw + self.out(attended)
         return x_btw + self.mlp(self.mlp_norm(x_btw))
 
     def _attend(
@@ -228,16 +229,16 @@ class _CrossLayer(nn.Module):
         super().__init__()
         attention = layer.cross_attention
         self.input_norm, self.mlp_norm = layer.input_norm, layer.mlp_norm
-        self.query = _linear(attention.linear_q)
-        self.key_value = _linear(attention.linear_kv)
-        self.out = _linear(attention.linear_proj)
+        self.query = linear(attention.linear_q)
+        self.key_value = linear(attention.linear_kv)
+        self.out = RowLinear(attention.linear_proj)
         self.mlp = _FeedForward(layer.mlp)
         self.attention_gate, self.mlp_gate = layer.attention_gate, layer.mlp_gate
         self.q_norm, self.k_norm = attention.q_layernorm, attention.k_layernorm
         self.head_width = sizes.head_width
 
-    def image_keys_values(self, states_v1w: Tensor) -> tuple[Tensor, Tensor]:
-        kv_vgd2 = self.key_value(states_v1w.squeeze(1)).unflatten(-1, (-1, 2 * self.head_width))
+    def image_keys_values(self, states_vw: Tensor) -> tuple[Tensor, Tensor]:
+        kv_vgd2 = self.key_value(states_vw).unflatten(-1, (-1, 2 * self.head_width))
         k_vgd, v_vgd = kv_vgd2.chunk(2, dim=-1)
         weights = self.k_norm.weight, self.q_norm.weight
         return prepare_keys(k_vgd, *weights, self.k_norm.eps), v_vgd
@@ -247,39 +248,14 @@ class _CrossLayer(nn.Module):
         attended_bthd = cross_attention(
             q_bthd, keys_vgd, values_vgd, step.low_bt, step.high_bt, self.q_norm.eps
         )
-        attended_btw = _reduced(self.out(attended_bthd.flatten(2)))
+        attended_btw = self.out(attended_bthd.flatten(2))
         x_btw, normed_btw = self.mlp_norm(x_btw, attended_btw, self.attention_gate)
         sees_image_bt1 = (step.low_bt < step.high_bt).unsqueeze(-1)
         gate_bt1 = torch.tanh(self.mlp_gate) * sees_image_bt1
         return torch.addcmul(x_btw, self.mlp(normed_btw), gate_bt1)
 
 
-def _linear(parallel: Any) -> nn.Linear:
-    """A linear layer on the weight of a tensor-parallel one."""
-    out_width, width = parallel.weight.shape
-    layer = nn.Linear(width, out_width, bias=False, device="meta")
-    layer.weight = parallel.weight
-    return layer
-
-
 def _rotated(x_bthd: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
     """Rotary embedding (Su et al. 2021), the halves of a head as pairs."""
     first, second = x_bthd.chunk(2, -1)
     return x_bthd * cosines + torch.cat([-second, first], -1) * sines
-
-
-def _reduced(part: Tensor) -> Tensor:
-    """The sum over tensor-parallel ranks."""
-    if parallel_state.get_tensor_model_parallel_world_size() > 1:
-        distributed.all_reduce(part, group=parallel_state.get_tensor_model_parallel_group())
-    return part
-
-
-def _gathered(logits_bv: Tensor) -> Tensor:
-    """The whole vocabulary, of tensor-parallel ranks' parts."""
-    ranks = parallel_state.get_tensor_model_parallel_world_size()
-    if ranks == 1:
-        return logits_bv
-    parts = [torch.empty_like(logits_bv) for _ in range(ranks)]
-    distributed.all_gather(parts, logits_bv, group=parallel_state.get_tensor_model_parallel_group())
-    return torch.cat(parts, -1)

@@ -11,6 +11,7 @@ import torch
 from megavlm.data.tokenizer import END, PADDING
 from megavlm.errors import RequestError
 from megavlm.infer.decoder import CachedDecoder, Caches, Step
+from megavlm.infer.encoder import Encoder
 from megavlm.infer.pictures import Pictures
 from megavlm.infer.prompts import Request
 from megavlm.infer.sampling import choose
@@ -66,7 +67,7 @@ class Engine:
         """model: in evaluation mode, whole or this tensor-parallel rank's part of it."""
         self.limits = limits
         self.decoder = CachedDecoder(model.language, model.sizes.decoder)
-        self.pictures = Pictures(model, self.decoder)
+        self.pictures = Pictures(Encoder(model), self.decoder)
         self._picture_tokens = model.sizes.encoder.tokens
         self._caches = Caches(
             self.decoder,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from megavlm.infer.decoder import CachedDecoder
-from megavlm.model.vlm import VisionLanguageModel
+from megavlm.infer.encoder import Encoder
 
 KeysValues = list[tuple[Tensor, Tensor]]
 """(v, g, d) each, of every cross-attention layer."""
@@ -21,13 +21,14 @@ class Pictures:
     """Encodes pictures, and remembers those that were used last."""
 
     def __init__(
-        self, model: VisionLanguageModel, decoder: CachedDecoder, kept_bytes: int = KEPT_BYTES
+        self, encoder: Encoder, decoder: CachedDecoder, kept_bytes: int = KEPT_BYTES
     ) -> None:
-        self._model, self._decoder = model, decoder
+        self._encoder, self._decoder = encoder, decoder
         self._kept: OrderedDict[bytes, KeysValues] = OrderedDict()
-        encoder = model.sizes.encoder
         layers = len(decoder.cross_layers)
-        each = 2 * encoder.tokens * decoder.groups * decoder.head_width * decoder.dtype.itemsize
+        each = (
+            2 * encoder.sizes.tokens * decoder.groups * decoder.head_width * decoder.dtype.itemsize
+        )
         self._most = max(1, kept_bytes // (layers * each))
         self.encoded = self.reused = 0
         """Pictures so far."""
@@ -51,11 +52,9 @@ class Pictures:
         return [found[name] for name in names]
 
     def _encode(self, pixels: Sequence[Tensor]) -> list[KeysValues]:
-        states_v1w = self._model.encode_images(torch.stack([*pixels]).to(self._decoder.device))
-        parts = [
-            states.split(self._model.sizes.encoder.tokens)
-            for states in _flat(self._decoder.image_states(states_v1w))
-        ]
+        states_vw = self._encoder(torch.stack([*pixels]).to(self._decoder.device))
+        flat = _flat(self._decoder.image_states(states_vw))
+        parts = [states.split(self._encoder.sizes.tokens) for states in flat]
         # Copies: a part would keep its whole batch alive.
         of_pictures = zip(*parts, strict=True)
         return [_paired([part.clone() for part in of_picture]) for of_picture in of_pictures]

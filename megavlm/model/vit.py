@@ -94,6 +94,19 @@ class VisionTransformer(MegatronModule):
         hide: changes the embedded patches (patches, n, w) before anything else sees them, and
         perhaps the number of images.
         """
+        x = self.embed(pixels, hide)
+        hidden_mask = self.hidden_mask(x.device)
+        if self.config.sequence_parallel:
+            # A copy: the part is a view, which would keep the whole alive.
+            x = self.block(scatter_to_sequence_parallel_region(x).clone(), hidden_mask)
+            # What follows is computed alike on all ranks, so each already has the whole gradient.
+            x = gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=False)
+        else:
+            x = self.block(x, hidden_mask)
+        return x[: self.sizes.tokens]
+
+    def embed(self, pixels: Tensor, hide: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """What the first layer sees, registers included, (t, n, w); arguments as of `forward`."""
         if pixels.dtype == torch.uint8:
             pixels = normalise(pixels)
         x = self.patch(pixels.to(self.patch.weight.dtype)).flatten(2).permute(2, 0, 1)
@@ -104,18 +117,9 @@ class VisionTransformer(MegatronModule):
         x = x + self.positions[:, None]
         if self.sizes.pre_norm:
             x = self.norm_pre(x)
-        x = functional.pad(x, (0, 0, 0, 0, 0, self.sizes.register_tokens))
-        hidden_mask = self._hidden_mask(x.device)
-        if self.config.sequence_parallel:
-            # A copy: the part is a view, which would keep the whole alive.
-            x = self.block(scatter_to_sequence_parallel_region(x).clone(), hidden_mask)
-            # What follows is computed alike on all ranks, so each already has the whole gradient.
-            x = gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=False)
-        else:
-            x = self.block(x, hidden_mask)
-        return x[: self.sizes.tokens]
+        return functional.pad(x, (0, 0, 0, 0, 0, self.sizes.register_tokens))
 
-    def _hidden_mask(self, device: torch.device) -> Tensor | None:
+    def hidden_mask(self, device: torch.device) -> Tensor | None:
         """Registers hidden from registers, and from patches if they are not to be seen.
 
         (1, 1, t, t) bool, queries first; or None without registers. Every token sees the patches,

@@ -4,16 +4,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megavlm.config.engines import MegatronSettings
 from megavlm.errors import RequestError
 from megavlm.infer.engine import Engine, Limits
 from megavlm.infer.sampling import Sampling
-from megavlm.model.vlm import VisionLanguageModel
-from tests.batches import TINY
 from tests.infer.test_generate import pictures
 from tests.infer.tokens import request_of, run
 from tests.model.test_vlm import random_model
-from tests.ranks import alone, run_on_ranks
+from tests.ranks import alone
 
 
 @pytest.fixture(autouse=True)
@@ -109,20 +106,3 @@ def test_few_pictures_are_kept(model):
         small.pictures(pictures(5)[3:])
     assert (small.pictures.encoded, small.pictures.reused) == (5, 2)
     assert each == 2 * 2 * model.sizes.encoder.tokens * 2 * 12 * 4
-
-
-def test_two_ranks_answer_as_one(model):
-    requests = random_requests(12)
-    expected = run(Engine(model, LIMITS), requests)
-    weights = {name: p.detach() for name, p in model.named_parameters()}
-    parallel = MegatronSettings(tensor_parallel=2)
-
-    def on_rank(_):
-        part = VisionLanguageModel(TINY, dtype=torch.float32, parallel=parallel).eval()
-        ledger = part.ledger()
-        with torch.no_grad():
-            for name, parameter in part.named_parameters():
-                parameter.copy_(part.shard(ledger[name], weights[name]))
-        return run(Engine(part, LIMITS), requests)
-
-    assert run_on_ranks(2, on_rank, parallel=parallel) == [expected, expected]
