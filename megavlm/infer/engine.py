@@ -63,11 +63,21 @@ class Engine:
     Under tensor parallelism all ranks make the same calls in the same order.
     """
 
-    def __init__(self, model: VisionLanguageModel, limits: Limits) -> None:
-        """model: in evaluation mode, whole or this tensor-parallel rank's part of it."""
+    def __init__(
+        self, model: VisionLanguageModel, limits: Limits, *, compiled: bool = False
+    ) -> None:
+        """model: in evaluation mode, whole or this tensor-parallel rank's part of it.
+
+        compiled: by torch.compile, which takes half a minute at the first tokens and pays where a
+        step is short.
+        """
         self.limits = limits
         self.decoder = CachedDecoder(model.language, model.sizes.decoder)
-        self.pictures = Pictures(Encoder(model), self.decoder)
+        encoder = Encoder(model)
+        if compiled:
+            self.decoder.compile(dynamic=True)
+            encoder.compile(dynamic=True)
+        self.pictures = Pictures(encoder, self.decoder)
         self._picture_tokens = model.sizes.encoder.tokens
         self._caches = Caches(
             self.decoder,

@@ -51,6 +51,10 @@ class Pictures:
             self._kept.popitem(last=False)
         return [found[name] for name in names]
 
+    def forget(self) -> None:
+        """Keep none."""
+        self._kept.clear()
+
     def _encode(self, pixels: Sequence[Tensor]) -> list[KeysValues]:
         states_vw = self._encoder(torch.stack([*pixels]).to(self._decoder.device))
         flat = _flat(self._decoder.image_states(states_vw))
