@@ -172,10 +172,11 @@ class Folder:
     def read_ranges(self, names: Sequence[str], ranges: Sequence[Range]) -> list[bytes]:
         """A range of each file; those of an object store come at once."""
         starts, stops = map(list, zip(*ranges, strict=True))
-        with _told(f"cannot read {self}/{names[0]}", READ_REMEDY):
+        with _told(f"cannot read files of {self}", READ_REMEDY):
             contents = self._fs.cat_ranges([self._path(name) for name in names], starts, stops)
-            for content in contents:
-                if isinstance(content, Exception):
+        for name, content in zip(names, contents, strict=True):
+            if isinstance(content, Exception):
+                with _told(f"cannot read {self}/{name}", READ_REMEDY):
                     raise content
         return contents
 

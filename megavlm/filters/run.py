@@ -397,7 +397,8 @@ def _check_rules(rules: FilterSettings, places: Sequence[str], ray_address: str 
         ShardFolder(folder).check_sizes()
     if ray_address is not None:
         evaluated = rules.evaluation.folders if rules.evaluation else ()
-        for place in [*places, *evaluated, *map(str, rules.checkpoints)]:
+        tokenizer = [str(t)] if rules.agreement and (t := rules.agreement.tokenizer) else []
+        for place in [*places, *evaluated, *map(str, rules.checkpoints), *tokenizer]:
             if Folder(place).is_local and not Path(place).is_absolute():
                 raise ConfigError(
                     f"{place} must be an absolute path or a URL, which all hosts of the Ray "
@@ -431,7 +432,7 @@ def _inputs(job: Job) -> dict[str, Any]:
     """All that decides which samples stay."""
     folders = job.rules.evaluation.folders if job.rules.evaluation else ()
     files = {
-        str(folder): _hash_of([(f.name, f.stat().st_size) for f in sorted(folder.iterdir())])
+        str(folder): _hash_of([_told_of(f) for f in sorted(folder.iterdir())])
         for folder in job.rules.checkpoints
     }
     return {
@@ -444,6 +445,13 @@ def _inputs(job: Job) -> dict[str, Any]:
         "checkpoints": files,
         "packages": {package: version(package) for package in ("pillow", *PACKAGES.values())},
     }
+
+
+def _told_of(file: Path) -> tuple[str, int, str]:
+    """What tells a checkpoint's file from another; ours list their checksums in a JSON file."""
+    size = file.stat().st_size
+    is_small = file.suffix == ".json"
+    return file.name, size, hashlib.sha256(file.read_bytes()).hexdigest() if is_small else ""
 
 
 def _hash_of(record: Any) -> str:
