@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from datetime import datetime
@@ -219,7 +220,11 @@ class Folder:
             ) from error
 
     def delete_file(self, name: str) -> None:
-        with _told(f"cannot delete {self}/{name}", DELETE_REMEDY):
+        """Pass over one that is not there: whoever else writes here may have taken it away."""
+        with (
+            _told(f"cannot delete {self}/{name}", DELETE_REMEDY),
+            suppress(FileNotFoundError),
+        ):
             self._fs.rm_file(self._path(name))
 
     def delete(self) -> None:
@@ -246,6 +251,11 @@ def _delete(copies: Mapping[str, Path]) -> None:
 def is_plain(name: str) -> bool:
     """Whether a name is that of something in a folder, not below it or elsewhere."""
     return "/" not in name and name not in ("", ".", "..")
+
+
+def is_partial(name: str) -> bool:
+    """Whether a name is that of a file that `write_atomically` has not finished."""
+    return re.search(r"\.[0-9a-f]{32}\.partial$", name) is not None
 
 
 class _LocalFile(io.FileIO):
