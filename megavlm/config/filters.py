@@ -110,10 +110,10 @@ class DuplicateRules:
 
     picture_bits: int | None = 31
     """Pictures whose perceptual hashes (PDQ, 256 bits) differ in at most so many are the same;
-    none: pictures are not compared."""
+    null: pictures are not compared."""
     caption_similarity: float | None = None
     """Captions with this share of common 5-character pieces (Jaccard, by MinHash) are the same;
-    none: captions are not compared. Short captions of different pictures are often the same."""
+    null: captions are not compared. Short captions of different pictures are often the same."""
 
     def __post_init__(self) -> None:
         _require("duplicates", self, "picture_bits", 0, 64)
@@ -131,7 +131,7 @@ class EvaluationRules:
     picture_bits: int = 31
     """As for duplicates; mirrored pictures are found, too."""
     words: int | None = 8
-    """A text goes with which an evaluation text shares so many words in a row; none: texts are not
+    """A text goes with which an evaluation text shares so many words in a row; null: texts are not
     compared. Shorter texts never match."""
 
     def __post_init__(self) -> None:
@@ -151,7 +151,10 @@ class AgreementRules:
     minimum: float
     """Cosine of the two embeddings; it depends on the checkpoint."""
     tokenizer: Path | None = None
-    """Of a megavlm checkpoint; none: where its run had it."""
+    """Of a megavlm checkpoint; null: where its run had it."""
+
+    def __post_init__(self) -> None:
+        _require("agreement", self, "minimum", -1, 1)
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

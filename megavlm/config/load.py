@@ -4,13 +4,14 @@ import re
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from megavlm.config.mistakes import in_words
+from megavlm.config.mistakes import in_words, truth_for_a_number
 from megavlm.config.plan import Plan, Stage
 from megavlm.config.presets import PRESETS
 from megavlm.config.run import RunSettings
@@ -89,11 +90,20 @@ def _plan_of(tree: Tree, overrides: Sequence[str]) -> Plan:
 
 def settings_of(kind: type[Settings], tree: Tree) -> Settings:
     """A tree as settings of a class; raises ConfigError, in one line, for its first mistake."""
-    adapter = TypeAdapter(kind)
+    adapter, schema = _adapter(kind)
+    if mistake := truth_for_a_number(tree, schema):
+        raise ConfigError(mistake)
     try:
         return adapter.validate_python(tree)
     except ValidationError as error:
-        raise ConfigError(in_words(error.errors()[0], adapter.json_schema())) from error
+        raise ConfigError(in_words(error.errors()[0], schema)) from error
+
+
+@cache
+def _adapter(kind: type[Settings]) -> tuple[TypeAdapter[Settings], dict[str, Any]]:
+    """What reads settings of a class, and their schema."""
+    adapter = TypeAdapter(kind)
+    return adapter, adapter.json_schema()
 
 
 def read_yaml(path: Path, what: str) -> Tree:

@@ -11,6 +11,7 @@ Schema = Mapping[str, Any]
 
 SHOWN_CHARACTERS = 80
 """Of a wrong value."""
+TRUTHS = "YAML reads no, off, yes and on as false and true"
 KINDS = {
     "integer": "a whole number",
     "number": "a number",
@@ -23,6 +24,8 @@ KINDS = {
 def in_words(problem: ErrorDetails, schema: Schema) -> str:
     """One mistake in settings of which this is the schema, in one line."""
     place = problem["loc"]
+    if not place:
+        return f"settings must be a mapping, lines of `name: value`, not {_shown(problem['input'])}"
     if place[-1] == "[key]":  # of a mapping, not a section
         name = ".".join(map(str, place[:-1]))
         names = _at(place[:-2], schema).get("propertyNames", {})
@@ -36,7 +39,37 @@ def in_words(problem: ErrorDetails, schema: Schema) -> str:
     value: Any = problem["input"]
     needed = place[-1] in _at(place[:-1], schema).get("required", ())
     remedy = _remedy(place[-1], value, wanted, needed=needed)
-    return f"{name}={_shown(value)} must be {_wanted(wanted, schema)}{remedy}"
+    # What is no section: that is left out.
+    or_null = " or null" if wanted.get("type") != "object" and _may_be_null(place, schema) else ""
+    return f"{name}={_shown(value)} must be {_wanted(wanted, schema)}{or_null}{remedy}"
+
+
+def truth_for_a_number(tree: Any, schema: Schema) -> str | None:
+    """Tells of the first true or false where a number belongs, which pydantic takes for 1 or 0."""
+    for place in _truths(tree):
+        if _at(place, schema).get("type") in ("integer", "number"):
+            for part in place:
+                tree = tree[part]
+            return in_words({"type": "", "loc": place, "msg": "", "input": tree}, schema)
+    return None
+
+
+def _truths(tree: Any) -> Iterator[tuple[int | str, ...]]:
+    """Places of true and false."""
+    if isinstance(tree, bool):
+        yield ()
+    entries: list[tuple[int | str, Any]] = []
+    if isinstance(tree, dict):
+        entries = [*cast(dict[str, Any], tree).items()]
+    elif isinstance(tree, list):
+        entries = [*enumerate(cast(list[Any], tree))]
+    for part, below in entries:
+        yield from ((part, *place) for place in _truths(below))
+
+
+def _may_be_null(place: Sequence[int | str], schema: Schema) -> bool:
+    setting = _at(place[:-1], schema).get("properties", {}).get(place[-1], {})
+    return any(option.get("type") == "null" for option in setting.get("anyOf", ()))
 
 
 def _where_known(place: Sequence[int | str], schema: Schema) -> str:
@@ -112,11 +145,10 @@ def _remedy(name: int | str, value: Any, wanted: Schema, *, needed: bool) -> str
         case "array" if isinstance(value, dict):
             return "; put it in [ ]"
         case "string" if isinstance(value, bool):
-            return (
-                "; YAML reads no, off, yes and on as false and true: put it in quotes, as in "
-                f"{'yes' if value else 'no'!r}"
-            )
-        case "string" if "enum" not in wanted and not isinstance(value, list | dict):
+            return f"; {TRUTHS}: put it in quotes, as in {'yes' if value else 'no'!r}"
+        case "integer" | "number" if isinstance(value, bool):
+            return f"; {TRUTHS}"
+        case "string" if "enum" not in wanted and not isinstance(value, list | dict | None):
             return f"; put it in quotes, as in {str(value)!r}"
         case "object" if "properties" in wanted and not isinstance(value, list | dict):
             settings = ", ".join(f"{setting}: ..." for setting in wanted.get("required", ()))

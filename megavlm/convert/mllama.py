@@ -4,8 +4,7 @@ The language half of every Mllama is expressible here, weight for weight. Our en
 with one tile and without global layers; another Mllama's language half can be converted alone.
 Both compute the same where a text sees its image from its first token on, or where no text of the
 batch sees one: for other tokens that see none, those before an image, Mllama leaves its
-cross-attention open, ours is exactly zero. And of several image symbols in a row its processor lets
-each see the images up to its own; in training each sees all of them.
+cross-attention open, ours is exactly zero.
 """
 
 import dataclasses

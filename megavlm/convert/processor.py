@@ -6,8 +6,6 @@ All of it is plain files that classes of transformers read; none of our code run
 from pathlib import Path
 from typing import Any
 
-from sentencepiece import sentencepiece_model_pb2
-
 from megavlm.config.sizes import ModelSizes
 from megavlm.convert.files import write_json
 from megavlm.data.image import PIXEL_MEAN, PIXEL_STD
@@ -109,6 +107,8 @@ def _pictures(side: int) -> dict[str, Any]:
 
 def _tokenizer_files(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     """The contents of tokenizer.json, and how special symbols are spelled, by their roles."""
+    from sentencepiece import sentencepiece_model_pb2  # wants the newest protobuf
+
     model: Any = sentencepiece_model_pb2.ModelProto()  # pyright: ignore
     model.ParseFromString(path.read_bytes())
     _require_ours(model, path)

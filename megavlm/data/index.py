@@ -15,6 +15,7 @@ from typing import IO, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from megavlm.data.headers import members_of, open_tar
 from megavlm.errors import DataError
 from megavlm.files.folder import Folder
 
@@ -66,8 +67,8 @@ def index_tar(file: IO[bytes], ignored: Counter[str] | None = None) -> Members:
     members: list[tuple[int, int, int, int, int]] = []
     keys = set[str]()
     last_key = None
-    with tarfile.open(fileobj=file, mode="r:") as tar:
-        for member in tar:
+    with open_tar(file) as tar:
+        for member in members_of(tar):
             if not member.isfile():
                 continue
             folder, _, base = member.name.rpartition("/")

@@ -12,7 +12,6 @@ import os
 import tarfile
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +20,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megavlm.data.cursor import Numbers
+from megavlm.data.headers import (
+    BLOCK_BYTES,
+    HEADERS_BYTES,
+    from_own,
+    key_of,
+    own_header,
+    size_in,
+)
 from megavlm.data.index import (
     CAPTION,
     JSON,
@@ -53,9 +60,6 @@ from megavlm.terminal import printable
 
 MAX_SAMPLE_BYTES = 256 * 2**20
 """Anything larger is refused before it is read."""
-BLOCK_BYTES = 512
-HEADERS_BYTES = 8 * BLOCK_BYTES
-"""At most, of what is read before a member's header: headers of long names lie there."""
 OPEN_INDICES = 64
 """Of shards, at once, or two groups' if that is more; a local one is mapped, and takes little."""
 
@@ -195,19 +199,22 @@ class ShardFolder:
         ranges = [(place.start, place.stop) for place in places]
         # What is too large is refused when it is parsed. Of an empty range, S3 would send all.
         ranges = [(a, b if b - a <= MAX_SAMPLE_BYTES else a + BLOCK_BYTES) for a, b in ranges]
-        return self._folder().read_ranges([self.name(place.shard) for place in places], ranges)
+        names = [self.name(place.shard) for place in places]
+        contents = zip(self._folder().read_ranges(names, ranges), places, strict=True)
+        return [from_own(content, place.header - place.start) for content, place in contents]
 
     def parse(self, number: int, content: bytes) -> Sample:
         """One sample; raises BadSampleError when its members are not as the format says."""
         place = self._find(number)
-        start, members = place.start, place.members
-        self._check_size(number, place.stop - start)
+        members = place.members
+        self._check_size(number, place.stop - place.start)
+        start = place.header - own_header(content)
         if len(content) < place.stop - start:
             raise BadSampleError(
                 f"sample {self.locate(number)} is cut off: shard {self.name(place.shard)} is "
                 f"shorter than {MANIFEST} says; copy it again"
             )
-        key = self._key(number, content, place.header - start)
+        key = self._key(number, content)
         name = self.name_of(number, key)
         parts = _parts()
         in_content: list[tuple[int, int, int]] = members[["kind", "offset", "size"]].tolist()
@@ -242,7 +249,7 @@ class ShardFolder:
         shard, end = self.name(place.shard), place.header + BLOCK_BYTES
         try:
             [content] = self._folder().read_ranges([shard], [(place.start, end)])
-            return self.name_of(number, _key_in(content, place.header - place.start))
+            return self.name_of(number, key_of(from_own(content, place.header - place.start)))
         except (DataError, tarfile.HeaderError):
             return f"{shard}, number {number - self._firsts[place.shard]}"
 
@@ -257,7 +264,7 @@ class ShardFolder:
         ranges = [headers, *map(_range, written.reshape(-1, 1))]
         names = [self.name(place.shard)] * len(ranges)
         first, *contents = self._folder().read_ranges(names, ranges)
-        name = self.name_of(number, self._key(number, first, place.header - place.start))
+        name = self.name_of(number, self._key(number, from_own(first, place.header - place.start)))
         parts = _parts()
         for member, content in zip(written, contents, strict=True):
             self._check_header(number, content[:BLOCK_BYTES], int(member["size"]))
@@ -271,20 +278,16 @@ class ShardFolder:
                 f"sample {self.locate(number)} has {size} bytes; the limit is {MAX_SAMPLE_BYTES}"
             )
 
-    def _key(self, number: int, content: bytes, header: int) -> str:
+    def _key(self, number: int, content: bytes) -> str:
         """A sample's key, by its first member's headers; raises BadSampleError."""
         try:
-            return _key_in(content, header)
+            return key_of(content)
         except tarfile.HeaderError as error:
             raise BadSampleError(self._misplaced(number)) from error
 
     def _check_header(self, number: int, header: bytes, size: int) -> None:
         """Raise BadSampleError unless this is the header of a member of this size."""
-        try:
-            found = tarfile.TarInfo.frombuf(header, "utf-8", "replace").size
-        except tarfile.HeaderError:
-            found = None
-        if found != size:
+        if size_in(header) != size:
             raise BadSampleError(self._misplaced(number))
 
     def _misplaced(self, number: int) -> str:
@@ -387,23 +390,6 @@ def _range(members: Members) -> tuple[int, int]:
 def _stop(members: Members) -> int:
     """Where the last one of some members ends."""
     return int((members["offset"] + members["size"]).max())
-
-
-def _key_in(content: bytes, header: int) -> str:
-    """The key that a member's name begins with; raises tarfile.HeaderError.
-
-    content: a part of a tar; header: where in it the member's own begins. GNU and PAX tars have
-    headers before it for long names, and PAX ones for letters beyond ASCII.
-    """
-    end = header + BLOCK_BYTES
-    name = tarfile.TarInfo.frombuf(content[header:end], "utf-8", "replace").name
-    if header:  # what lies before may begin anywhere, which `ignore_zeros` passes over
-        with (
-            suppress(tarfile.TarError),
-            tarfile.open(fileobj=io.BytesIO(content[:end]), mode="r:", ignore_zeros=True) as tar,
-        ):
-            name = next((m.name for m in tar if m.offset_data == end), name)
-    return name.rpartition("/")[2].partition(".")[0]
 
 
 def _suffix_of(picture: bytes) -> str:

@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from datetime import datetime
@@ -172,10 +173,11 @@ class Folder:
     def read_ranges(self, names: Sequence[str], ranges: Sequence[Range]) -> list[bytes]:
         """A range of each file; those of an object store come at once."""
         starts, stops = map(list, zip(*ranges, strict=True))
-        with _told(f"cannot read {self}/{names[0]}", READ_REMEDY):
+        with _told(f"cannot read files of {self}", READ_REMEDY):
             contents = self._fs.cat_ranges([self._path(name) for name in names], starts, stops)
-            for content in contents:
-                if isinstance(content, Exception):
+        for name, content in zip(names, contents, strict=True):
+            if isinstance(content, Exception):
+                with _told(f"cannot read {self}/{name}", READ_REMEDY):
                     raise content
         return contents
 
@@ -218,7 +220,11 @@ class Folder:
             ) from error
 
     def delete_file(self, name: str) -> None:
-        with _told(f"cannot delete {self}/{name}", DELETE_REMEDY):
+        """Pass over one that is not there: whoever else writes here may have taken it away."""
+        with (
+            _told(f"cannot delete {self}/{name}", DELETE_REMEDY),
+            suppress(FileNotFoundError),
+        ):
             self._fs.rm_file(self._path(name))
 
     def delete(self) -> None:
@@ -245,6 +251,11 @@ def _delete(copies: Mapping[str, Path]) -> None:
 def is_plain(name: str) -> bool:
     """Whether a name is that of something in a folder, not below it or elsewhere."""
     return "/" not in name and name not in ("", ".", "..")
+
+
+def is_partial(name: str) -> bool:
+    """Whether a name is that of a file that `write_atomically` has not finished."""
+    return re.search(r"\.[0-9a-f]{32}\.partial$", name) is not None
 
 
 class _LocalFile(io.FileIO):

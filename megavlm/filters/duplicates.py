@@ -47,12 +47,14 @@ HASH_BYTES: dict[Duplicate, int] = {
 MOST_SAMPLES = 2**32
 FEW = 16
 """Samples in a bucket: all pairs of all such buckets are compared in one go."""
-ENOUGH = 32
-"""Samples near so many earlier ones of their bucket are noted with the first of them alone, and
-later ones are not compared with them: a million that are all nearly the same stay linear."""
+MOST_PAIRS, ENOUGH = 2**20, 32
+"""Once a bucket has so many pairs, samples near more than ENOUGH earlier ones are noted with the
+first of them alone, and later ones are not compared with them: a million that are all nearly the
+same stay linear. If such a sample goes, as nearly all do, nothing is lost."""
 PICTURE_CANDIDATES, CAPTION_CANDIDATES = 2**17, 2**13
 """Samples of a bucket that later ones are compared with, at most: 0.2 ms and 0.3 ms for each."""
-_QUERIES = 512
+_QUERIES, _FOUND_AT_ONCE = 512, 2**22
+"""At most, of a bucket: samples that are looked up at once, and pairs that these could be in."""
 _COMPARED_AT_ONCE = 2**17
 _FOLDED_AT_ONCE = 2**11
 """Rows that stay in a core's cache."""
@@ -76,8 +78,8 @@ class Same(NamedTuple):
     """Each with the first one that has exactly its hash."""
     pairs: Keys
     """Nearly the same; copies left out."""
-    left_out: int = 0
-    """Samples of full buckets, which later ones were not compared with."""
+    left_out: Ints
+    """Samples of full buckets, which later ones were not compared with; it matters if they stay."""
 
 
 def sign_captions(captions: Sequence[str | None]) -> list[bytes | None]:
@@ -176,7 +178,7 @@ def find_same(numbers: Ints, hashes: Bytes, values: Values, near: Nearness) -> S
     starts = np.flatnonzero(np.diff(values[order], prepend=values[order[:1]] ^ np.uint64(1)))
     sizes = np.diff(starts, append=len(order))
     is_small = sizes <= FEW
-    found, left_out = [np.empty(0, np.uint64)], 0
+    found, left_out = [np.empty(0, np.uint64)], [np.empty(0, np.int64)]
     small = order[np.repeat(is_small, sizes)]
     for a, b in _pairs_within(np.cumsum([0, *sizes[is_small]])):
         a, b = small[a], small[b]
@@ -186,8 +188,10 @@ def find_same(numbers: Ints, hashes: Bytes, values: Values, near: Nearness) -> S
         bucket = order[start : start + size]
         pairs, of_bucket = _same_in(numbers[bucket], hashes[bucket], near)
         found.append(pairs)
-        left_out += of_bucket
-    return Same(copies, np.concatenate(found), left_out)
+        left_out.append(of_bucket)
+    pairs = np.concatenate(found)
+    pairs.sort()
+    return Same(copies, pairs, np.concatenate(left_out))
 
 
 def find_copies(numbers: Ints, hashes: Bytes) -> tuple[Keys, NDArray[np.bool_]]:
@@ -207,24 +211,31 @@ def find_copies(numbers: Ints, hashes: Bytes) -> tuple[Keys, NDArray[np.bool_]]:
     return keys_of(numbers[first_of[is_copy]], numbers[is_copy]), is_copy
 
 
-def _same_in(numbers: Ints, hashes: Bytes, near: Nearness) -> tuple[Keys, int]:
-    """Pairs that are nearly the same in a bucket, and how many samples it had no room for."""
-    kept, left_out = np.empty(0, np.int64), 0
+def _same_in(numbers: Ints, hashes: Bytes, near: Nearness) -> tuple[Keys, Ints]:
+    """Pairs that are nearly the same in a bucket, and the samples that it had no room for."""
+    kept = np.empty(0, np.int64)
     found: list[Keys] = []
-    for start in range(0, len(numbers), _QUERIES):
-        block = np.arange(start, min(start + _QUERIES, len(numbers)))
+    left_out: list[Ints] = []
+    start = pairs = 0
+    while start < len(numbers):
+        queries = max(1, min(_QUERIES, _FOUND_AT_ONCE // (len(kept) + 1)))
+        block = np.arange(start, min(start + queries, len(numbers)))
         candidates = np.concatenate([kept, block])
         later, earlier = near.search(hashes[block], hashes[candidates])
         later, earlier = block[later], candidates[earlier]
         later, earlier = later[earlier < later], earlier[earlier < later]
         near_n = np.bincount(later - start, minlength=len(block))
-        rank = np.arange(len(later)) - np.repeat(np.cumsum(near_n) - near_n, near_n)
-        found.append(keys_of(numbers[earlier[rank < ENOUGH]], numbers[later[rank < ENOUGH]]))
-        new = block[near_n < ENOUGH]
+        ends = np.cumsum(near_n)
+        is_cut = (near_n > ENOUGH) & (pairs + ends > MOST_PAIRS)
+        rank = np.arange(len(later)) - np.repeat(ends - near_n, near_n)
+        is_noted = (rank < ENOUGH) | ~is_cut[later - start]
+        found.append(keys_of(numbers[earlier[is_noted]], numbers[later[is_noted]]))
+        new = block[~is_cut]
         room = near.candidates - len(kept)
         kept = np.concatenate([kept, new[:room]])
-        left_out += len(new[room:])
-    return np.concatenate(found), left_out
+        left_out += [numbers[block[is_cut]], numbers[new[room:]]]
+        start, pairs = start + len(block), pairs + len(found[-1])
+    return np.concatenate(found), np.concatenate(left_out)
 
 
 def _pairs_within(bounds: Ints) -> Iterator[tuple[Ints, Ints]]:
@@ -253,30 +264,34 @@ def keys_of(earlier: Ints, later: Ints) -> Keys:
 
 def numbers_of(keys: Keys) -> tuple[Ints, Ints]:
     """The earlier samples of pairs, and the later ones."""
-    later = keys >> np.uint64(32)
-    return (keys & np.uint64(MOST_SAMPLES - 1)).astype(np.int64), later.astype(np.int64)
+    earlier, later = keys & np.uint64(MOST_SAMPLES - 1), keys >> np.uint64(32)
+    return earlier.view(np.int64), later.view(np.int64)
 
 
 def distinct(parts: Iterable[Keys]) -> Keys:
     """All keys once, sorted."""
     keys = np.concatenate([np.empty(0, np.uint64), *parts])
     keys.sort()  # np.unique hashes them, which takes far longer
-    return keys[np.diff(keys, prepend=keys[:1] ^ np.uint64(1)) != 0]
+    is_first = np.ones(len(keys), np.bool_)
+    np.not_equal(keys[1:], keys[:-1], out=is_first[1:])
+    return keys[is_first]
+
+
+def not_among(keys: Keys, known: Keys) -> Keys:
+    """Those of sorted keys that are not among other sorted ones."""
+    return keys[np.searchsorted(known, keys) == np.searchsorted(known, keys, "right")]
 
 
 def choose(copies: Keys, pairs: Keys, samples: int) -> Keys:
-    """The samples that go, each with the earlier one that it is the same as; sorted.
+    """The samples that go, each with an earlier one that it is the same as and that stays; sorted.
 
-    copies, pairs: of all bands, distinct. samples: how many there are.
+    If what a sample is a copy of goes, too, it is given with what that goes for. copies, pairs: of
+    all bands, distinct and sorted. samples: how many there are.
     """
     gone = bytearray(samples)
     is_gone = np.frombuffer(gone, np.bool_)
-    original, copy = numbers_of(copies)
-    is_gone[copy] = True
-    # The first one of a group of shards may be a copy of one in an earlier group.
-    are_copies = is_gone[original]
-    original[are_copies] = original[np.searchsorted(copy, original[are_copies])]
-    chosen = [keys_of(original, copy)]
+    is_gone[numbers_of(copies)[1]] = True
+    chosen = [copies]
     for start in range(0, len(pairs), _COMPARED_AT_ONCE):
         earlier, later = numbers_of(pairs[start : start + _COMPARED_AT_ONCE])
         is_open = ~(is_gone[earlier] | is_gone[later])
@@ -286,15 +301,25 @@ def choose(copies: Keys, pairs: Keys, samples: int) -> Keys:
                 gone[second] = True
                 new.append(second << 32 | first)
         chosen.append(np.array(new, np.uint64))
-    return distinct(chosen)
+    keys = np.concatenate(chosen)
+    keys.sort()
+    # The first one of a group of shards may be a copy of one in an earlier group, and any go.
+    for start in range(0, len(keys), _COMPARED_AT_ONCE):
+        some = keys[start : start + _COMPARED_AT_ONCE]
+        same_as, number = numbers_of(some)
+        while (goes := is_gone[same_as]).any():
+            place = np.searchsorted(keys, same_as[goes].astype(np.uint64) << np.uint64(32))
+            same_as[goes], _ = numbers_of(keys[place])
+        some[:] = keys_of(same_as, number)
+    return keys
 
 
 def save(folder: Folder, name: str, same: Same) -> None:
     """Write it for the process that chooses."""
-    save_arrays(folder, name, **{n: np.asarray(value) for n, value in same._asdict().items()})
+    save_arrays(folder, name, **same._asdict())
 
 
 def load(folder: Folder, name: str) -> Same:
     """What was saved."""
     arrays = load_arrays(folder, name)
-    return Same(arrays["copies"], arrays["pairs"], int(arrays["left_out"]))
+    return Same(arrays["copies"], arrays["pairs"], arrays["left_out"])

@@ -14,6 +14,7 @@ from functools import partial
 from io import BytesIO
 
 from megavlm.config.filters import ClassifierRules, FilterSettings
+from megavlm.data.headers import members_of, open_tar
 from megavlm.data.samples import Sample, Text
 from megavlm.errors import BadSampleError
 from megavlm.filters import models, towers
@@ -107,10 +108,9 @@ def unsafe_names(content: bytes) -> list[str]:
     names: list[str] = []
     with (
         suppress(tarfile.TarError),
-        # What is no header, before the first one, is passed over.
-        tarfile.open(fileobj=BytesIO(content + end_of_tar), mode="r:", ignore_zeros=True) as tar,
+        open_tar(BytesIO(content + end_of_tar)) as tar,
     ):
-        names.extend(member.name for member in tar)
+        names.extend(member.name for member in members_of(tar))
     parts_of = ((name, name.replace("\\", "/").split("/")) for name in names)
     return [name for name, parts in parts_of if ".." in parts or (len(parts) > 1 and not parts[0])]
 

@@ -35,7 +35,7 @@ def write_report(
 ) -> None:
     """Write `report.json` and `samples.html`, which shows examples of each reason.
 
-    crowded: samples that full buckets had no room for, over all bands. measured: times of this run,
+    crowded: samples that stay and that full buckets had no room for. measured: times of this run,
     which did not judge what an earlier one has.
     """
     record = {**counts.as_record(), "crowded": crowded, "measured": measured}
@@ -117,7 +117,7 @@ def print_report(
     for reason, number in crowded.items():
         if number:
             console.print(
-                f"{number:,} times a sample found its bucket full: {reason} is not complete",
+                f"{number:,} kept samples found a bucket full: {reason} may not be complete",
                 highlight=False,
             )
     if samples_per_second is not None:

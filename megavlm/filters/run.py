@@ -9,12 +9,14 @@ import hashlib
 import json
 import shutil
 import time
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from functools import cache, lru_cache
 from importlib.metadata import version
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ from megavlm.data.index import MANIFEST, ShardSize, read_manifest, write_manifes
 from megavlm.data.samples import Sample
 from megavlm.data.shards import ShardFolder
 from megavlm.errors import BadSampleError, ConfigError, DataError
-from megavlm.files.folder import Folder
+from megavlm.files.folder import Folder, is_partial
 from megavlm.filters import duplicates, evaluation
 from megavlm.filters.arrays import Rows, load_arrays, read_part, save_arrays, write_parts
 from megavlm.filters.captions import check_languages
@@ -160,68 +162,81 @@ def _find_duplicates(
 
     Where there are several groups of shards, each spreads its hashes over the parts of a band, so
     that no part reads what belongs to others; one band after the other, for the space they take.
-    Returns how many samples full buckets had no room for.
+    Returns how many samples stay that full buckets had no room for.
     """
-    same, spread, gone = job.work / "same", job.work / "spread", job.work / "gone"
-    groups = range(len(_group_bounds(job, shards)) - 1)
     crowded: dict[Duplicate, int] = {}
-
-    def calls(reason: Duplicate, bands: Sequence[int]) -> list[tuple[Duplicate, int, int]]:
-        return [(reason, band, n) for band in bands for n in groups]
-
     for reason in _compared(job.rules):
-        for folder in (same, spread, gone):
-            folder.create()
-        bands = range(BANDS[reason])
-        for some in [[band] for band in bands] if len(groups) > 1 else [bands]:
-            there = same.sizes()
-            todo = [call for call in calls(reason, some) if _same_name(*call) not in there]
-            if not todo or job.work.has(_crowded_name(reason)):
-                continue
-            if len(groups) > 1:
-                there = spread.sizes()
-                missing = [call for call in calls(reason, some) if _spread_name(*call) not in there]
-                for _ in in_parallel(f"{reason}, spread", _spread, missing):
-                    pass
-            for _ in in_parallel(reason, _compare, todo):
-                pass
-            for name in spread.names():
-                spread.delete_file(name)
         if not job.work.has(_crowded_name(reason)):
+            _compare_bands(job, shards, reason, in_parallel)
             _choose(job, shards, reason)
         crowded[reason] = json.loads(job.work.read(_crowded_name(reason)))
     return crowded
 
 
+def _compare_bands(
+    job: Job, shards: ShardFolder, reason: Duplicate, in_parallel: InParallel
+) -> None:
+    same, spread = job.work / "same", job.work / "spread"
+    for folder in (same, spread, job.work / "gone"):
+        folder.create()
+    groups = range(len(_groups(shards, job.part_samples)))
+    compared, left = same.sizes(), {*spread.names()}
+
+    def calls(bands: Sequence[int]) -> list[tuple[Duplicate, int, int]]:
+        return [(reason, band, n) for band in bands for n in groups]
+
+    bands = range(BANDS[reason])
+    for some in [[band] for band in bands] if len(groups) > 1 else [bands]:
+        todo = [call for call in calls(some) if _same_name(*call) not in compared]
+        if not todo:
+            continue
+        if len(groups) > 1:
+            names = {_spread_name(*call): call for call in calls(some)}
+            missing = [call for name, call in names.items() if name not in left]
+            for _ in in_parallel(f"{reason}, spread", _spread, missing):
+                pass
+            left |= names.keys()
+        for _ in in_parallel(reason, _compare, todo):
+            pass
+        for name in left:
+            spread.delete_file(name)
+        left = set[str]()
+
+
 def _choose(job: Job, shards: ShardFolder, reason: Duplicate) -> None:
     """Write which samples go, for each group of shards."""
-    folder, bounds = job.work / "same", _group_bounds(job, shards)
-    groups = range(len(bounds) - 1)
-    copies, pairs, crowded = [np.empty(0, np.uint64)], np.empty(0, np.uint64), 0
+    folder, shards_of = job.work / "same", _groups(shards, job.part_samples)
+    groups = range(len(shards_of))
+    copies, pairs = [np.empty(0, np.uint64)], np.empty(0, np.uint64)
+    is_left_out = np.zeros(len(shards), np.bool_)
     if len(groups) > 1:
         copies += [duplicates.load(folder, _same_name(reason, None, n)).copies for n in groups]
     for band in range(BANDS[reason]):
-        found = [duplicates.load(folder, _same_name(reason, band, part)) for part in groups]
-        copies += [of_part.copies for of_part in found]
-        pairs = duplicates.distinct([pairs, *(of_part.pairs for of_part in found)])
-        crowded += sum(of_part.left_out for of_part in found)
+        new: list[duplicates.Keys] = []
+        for part in groups:
+            same = duplicates.load(folder, _same_name(reason, band, part))
+            copies.append(same.copies)
+            new.append(duplicates.not_among(same.pairs, pairs))  # a band finds each pair once
+            is_left_out[same.left_out] = True
+        pairs = np.concatenate([pairs, *new])
+        pairs.sort()
     gone = duplicates.choose(duplicates.distinct(copies), pairs, len(shards))
-    same_as, number = duplicates.numbers_of(gone)
-    for group in groups:
-        first = shards.numbers_of(bounds[group]).start
-        stop = shards.numbers_of(bounds[group + 1] - 1).stop
-        here = slice(*np.searchsorted(number, [first, stop]).tolist())
-        save_arrays(
-            job.work / "gone", _gone_name(reason, group), number=number[here], same_as=same_as[here]
-        )
+    firsts = [shards.numbers_of(of_group.start).start for of_group in shards_of]
+    ends = np.searchsorted(gone, np.array(firsts[1:], np.uint64) << np.uint64(32))
+    for group, here in enumerate(np.split(gone, ends)):
+        same_as, number = duplicates.numbers_of(here)
+        is_left_out[number] = False
+        save_arrays(job.work / "gone", _gone_name(reason, group), number=number, same_as=same_as)
+    crowded = int(is_left_out.sum())
     job.work.write_atomically(_crowded_name(reason), json.dumps(crowded).encode())
 
 
-def _group_bounds(job: Job, shards: ShardFolder) -> list[int]:
-    """The first shard of each group of `part_samples` or a shard more, and the end."""
+@lru_cache(maxsize=4)
+def _groups(shards: ShardFolder, part_samples: int) -> list[range]:
+    """The shards of each group of `part_samples` or a shard more."""
     firsts = np.cumsum(shards.shard_samples) - shards.shard_samples
-    starts = np.flatnonzero(np.diff(firsts // job.part_samples, prepend=-1))
-    return [*starts.tolist(), len(firsts)]
+    starts = np.flatnonzero(np.diff(firsts // part_samples, prepend=-1)).tolist()
+    return [range(*bounds) for bounds in pairwise([*starts, len(firsts)])]
 
 
 def _compared(rules: FilterSettings) -> list[Duplicate]:
@@ -290,7 +305,7 @@ def _evaluation_set(job: Job) -> EvaluationSet | None:
     return EvaluationSet(evaluation.load(job.work, EVALUATION))
 
 
-def _row(reason: Duplicate) -> "np.dtype[np.void]":
+def _row(reason: Duplicate) -> np.dtype[np.void]:
     """Of the files that hashes are spread to."""
     return np.dtype([("number", "<i8"), ("hash", "u1", HASH_BYTES[reason])])
 
@@ -298,11 +313,10 @@ def _row(reason: Duplicate) -> "np.dtype[np.void]":
 def _rows_of(job: Job, reason: Duplicate, group: int) -> Rows:
     """Numbers and hashes of a group's samples that are still there."""
     shards = _opened(job.source)
-    bounds = _group_bounds(job, shards)
     earlier = _compared(job.rules)[: _compared(job.rules).index(reason)]
     column = "picture_hash" if reason == "duplicate_picture" else "caption_signature"
     found: list[Rows] = []
-    for shard in range(bounds[group], bounds[group + 1]):
+    for shard in _groups(shards, job.part_samples)[group]:
         places, hashes = read_hashes(job.verdicts, shards.name(shard), column)
         rows = np.empty(len(places), _row(reason))
         rows["number"], rows["hash"] = places + shards.numbers_of(shard).start, hashes
@@ -316,10 +330,10 @@ def _spread(job: Job, reason: Duplicate, band: int, group: int) -> None:
     rows = _rows_of(job, reason, group)
     copies, is_copy = duplicates.find_copies(rows["number"], rows["hash"])
     if band == 0:
-        same = duplicates.Same(copies, copies[:0])
+        same = duplicates.Same(copies, copies[:0], rows["number"][:0])
         duplicates.save(job.work / "same", _same_name(reason, None, group), same)
     rows = rows[~is_copy]
-    parts = len(_group_bounds(job, _opened(job.source))) - 1
+    parts = len(_groups(_opened(job.source), job.part_samples))
     part_of = duplicates.band_of(reason, rows["hash"], band) % np.uint64(parts)
     name = _spread_name(reason, band, group)
     write_parts(job.work / "spread", name, rows, part_of.astype(np.int64), parts)
@@ -328,7 +342,7 @@ def _spread(job: Job, reason: Duplicate, band: int, group: int) -> None:
 def _compare(job: Job, reason: Duplicate, band: int, part: int) -> None:
     """Compare the samples whose value of a band falls into a part of all values."""
     assert job.rules.duplicates
-    groups = range(len(_group_bounds(job, _opened(job.source))) - 1)
+    groups = range(len(_groups(_opened(job.source), job.part_samples)))
     if len(groups) == 1:
         rows = _rows_of(job, reason, 0)
     else:
@@ -352,7 +366,8 @@ def _gone(job: Job, reason: Duplicate, group: int) -> tuple[Ints, Ints]:
 def _gone_of(job: Job, reason: Duplicate, shard: int) -> dict[int, int]:
     """Duplicates in a shard, and what they are the same as."""
     shards = _opened(job.source)
-    group = int(np.searchsorted(_group_bounds(job, shards), shard, side="right")) - 1
+    starts = [of_group.start for of_group in _groups(shards, job.part_samples)]
+    group = bisect_right(starts, shard) - 1
     number, same_as = _gone(job, reason, group)
     numbers = shards.numbers_of(shard)
     here = slice(*np.searchsorted(number, [numbers.start, numbers.stop]).tolist())
@@ -397,7 +412,8 @@ def _check_rules(rules: FilterSettings, places: Sequence[str], ray_address: str 
         ShardFolder(folder).check_sizes()
     if ray_address is not None:
         evaluated = rules.evaluation.folders if rules.evaluation else ()
-        for place in [*places, *evaluated, *map(str, rules.checkpoints)]:
+        tokenizer = [str(t)] if rules.agreement and (t := rules.agreement.tokenizer) else []
+        for place in [*places, *evaluated, *map(str, rules.checkpoints), *tokenizer]:
             if Folder(place).is_local and not Path(place).is_absolute():
                 raise ConfigError(
                     f"{place} must be an absolute path or a URL, which all hosts of the Ray "
@@ -431,11 +447,12 @@ def _inputs(job: Job) -> dict[str, Any]:
     """All that decides which samples stay."""
     folders = job.rules.evaluation.folders if job.rules.evaluation else ()
     files = {
-        str(folder): _hash_of([(f.name, f.stat().st_size) for f in sorted(folder.iterdir())])
+        str(folder): _hash_of([_told_of(f) for f in sorted(folder.iterdir())])
         for folder in job.rules.checkpoints
     }
     return {
         "version": VERSION,
+        "part_samples": job.part_samples,
         "rules": rules_as_tree(job.rules),
         "data": {
             place: _hash_of([*read_manifest(Folder(place)).items()])
@@ -444,6 +461,13 @@ def _inputs(job: Job) -> dict[str, Any]:
         "checkpoints": files,
         "packages": {package: version(package) for package in ("pillow", *PACKAGES.values())},
     }
+
+
+def _told_of(file: Path) -> tuple[str, int, str]:
+    """What tells a checkpoint's file from another; ours list their checksums in a JSON file."""
+    size = file.stat().st_size
+    is_small = file.suffix == ".json"
+    return file.name, size, hashlib.sha256(file.read_bytes()).hexdigest() if is_small else ""
 
 
 def _hash_of(record: Any) -> str:
@@ -468,5 +492,5 @@ def _tidy(job: Job) -> None:
             shutil.rmtree(job.work.local_path / name)
     for folder in (Folder(job.target), job.work, job.verdicts, job.work / "gone"):
         for name in folder.names():
-            if name.endswith(".partial"):
+            if is_partial(name):
                 folder.delete_file(name)

@@ -143,7 +143,7 @@ def agreement(
         drawn = [
             Drawn(
                 "",
-                (read_square(picture, "", side),),
+                (read_square(picture, "a sample", side),),
                 (text("", caption, CAPTION_TASK),),
                 generator,
             )

@@ -12,8 +12,10 @@ from megavlm.data.packing import (
     lay_out,
     pack,
     python_text_places,
+    tokenize,
 )
-from megavlm.data.tokenizer import BEGIN, END, PADDING
+from megavlm.data.samples import Text, Turn
+from megavlm.data.tokenizer import BEGIN, END, PADDING, Tokenizer
 from tests import batches
 
 IMAGE_TOKENS = 5
@@ -120,3 +122,16 @@ def test_the_extension_refuses_what_cannot_fit():
     extension = pytest.importorskip("megavlm._data", reason="installed without a compiler")
     with pytest.raises(ValueError, match="exceeds the row's capacity"):
         extension.text_places(np.array([3, 9]), 8)
+
+
+def test_an_image_symbol_sees_the_pictures_up_to_its_own(coloured_squares):
+    tokenizer = Tokenizer(coloured_squares / "tokenizer.model")
+    turns = (
+        Turn(prompt="a", answer="b", pictures=(0, 1)),
+        Turn(prompt="a", answer="b"),
+        Turn(prompt="a", answer="b", pictures=(2,)),
+    )
+    text, was_cut = tokenize(tokenizer, Text(turns=turns, task="chat"), [4, 5, 6], 100)
+    symbols = [at for at, token in enumerate(text.tokens) if token == tokenizer.image]
+    assert symbols[:2] == [0, 1] and not was_cut
+    assert text.images == [(0, Span(4, 5)), (1, Span(4, 6)), (symbols[2], Span(6, 7))]

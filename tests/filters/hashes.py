@@ -25,7 +25,7 @@ def gone_by_all_pairs(reason, hashes):
     of_rows, gone = nearness(reason, RULES).of_rows, {}
     for later in range(len(hashes)):
         if len(copies := np.flatnonzero((hashes[:later] == hashes[later]).all(1))):
-            gone[later] = int(copies[0])
+            gone[later] = gone.get(int(copies[0]), int(copies[0]))
             continue
         shared = np.flatnonzero((bands[:, :later] == bands[:, later : later + 1]).any(0))
         near = of_rows(hashes[shared], np.tile(hashes[later], (len(shared), 1)))

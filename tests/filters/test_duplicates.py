@@ -1,3 +1,5 @@
+import tracemalloc
+
 import numpy as np
 import pytest
 
@@ -49,6 +51,15 @@ def test_the_same_goes_as_by_comparing_all_pairs(reason, monkeypatch):
     assert gone_among(reason, hashes) == expected
 
 
+@pytest.mark.parametrize("reason", BANDS)
+def test_the_same_goes_at_sizes_at_which_buckets_are_crowds(reason):
+    """Pictures near 32 earlier ones, all of which go for others, stay."""
+    hashes = clusters(reason, np.random.default_rng(4), 6_000)
+    expected = gone_by_all_pairs(reason, hashes)
+    assert 3_000 < len(expected) < 5_000
+    assert gone_among(reason, hashes) == expected
+
+
 def test_all_pictures_within_15_bits_are_found():
     generator = np.random.default_rng(0)
     hashes = generator.integers(0, 256, (400, 32), np.uint8)
@@ -72,7 +83,8 @@ def test_a_picture_goes_only_for_an_earlier_one_that_stays():
     second = with_flipped(first, [*range(25)])
     third = with_flipped(first, [*range(50)])  # near the second alone
     hashes = np.stack([first, second, third, second, first, third])
-    assert gone_among("duplicate_picture", hashes) == {1: 0, 3: 1, 4: 0, 5: 2}
+    # The third is a copy of the second, and is told as what stays.
+    assert gone_among("duplicate_picture", hashes) == {1: 0, 3: 0, 4: 0, 5: 2}
 
 
 @pytest.mark.parametrize("reason", BANDS)
@@ -105,7 +117,8 @@ def test_a_copy_of_a_million_is_no_more_work_than_one():
 
 
 @pytest.mark.parametrize("reason", BANDS)
-def test_a_crowd_that_is_all_the_same_stays_linear(reason):
+def test_a_crowd_that_is_all_the_same_stays_linear(reason, monkeypatch):
+    monkeypatch.setattr(duplicates, "MOST_PAIRS", 2**17)
     hashes = np.zeros((20_000, HASH_BYTES[reason]), np.uint8)  # each differs from each: 2e8 pairs
     hashes[:, -4:] = (
         np.random.default_rng(5).permutation(20_000).reshape(-1, 1).view(np.uint8)[:, :4]
@@ -119,10 +132,34 @@ def test_a_crowd_that_is_all_the_same_stays_linear(reason):
 
     numbers, values = np.arange(len(hashes)), np.zeros(len(hashes), np.uint64)
     same = find_same(numbers, hashes, values, near._replace(search=search))
-    assert len(same.pairs) <= duplicates.ENOUGH * len(hashes) and same.left_out == 0
+    assert len(same.pairs) <= 2**17 + duplicates.ENOUGH * len(hashes)
     assert sum(compared) < 2_000 * len(hashes)
     gone = choose(same.copies, same.pairs, len(hashes))
-    assert len(gone) == len(hashes) - 1
+    assert numbers_of(gone)[1].tolist() == [*range(1, len(hashes))]  # with all that are left out
+    assert 19_000 < len(same.left_out) < 20_000
+
+
+def test_few_pairs_are_found_at_once(monkeypatch):
+    """Many candidates, each near most queries, though not near each other."""
+    monkeypatch.setattr(duplicates, "_FOUND_AT_ONCE", 2**14)
+    generator = np.random.default_rng(9)
+    centre = generator.integers(0, 256, 32, np.uint8)
+    around = [
+        with_flipped(centre, generator.choice(256, 28, replace=False).tolist())
+        for _ in range(3_000)
+    ]
+    near_it = [with_flipped(centre, [n, n + 1]) for n in range(200)]
+    near, found = nearness("duplicate_picture", RULES), []
+
+    def search(a, b):
+        later, earlier = near.search(a, b)
+        found.append(len(later))
+        return later, earlier
+
+    hashes = np.stack([*around, *near_it])
+    numbers, values = np.arange(len(hashes)), np.zeros(len(hashes), np.uint64)
+    find_same(numbers, hashes, values, near._replace(search=search))
+    assert sum(found) > 300_000 and max(found) < 2**15
 
 
 def test_what_a_full_bucket_has_no_room_for_is_counted(monkeypatch):
@@ -133,9 +170,36 @@ def test_what_a_full_bucket_has_no_room_for_is_counted(monkeypatch):
     numbers, values = np.arange(100), np.zeros(100, np.uint64)
     same = find_same(numbers, hashes, values, near._replace(candidates=50))
     assert same.pairs.tolist() == keys_of(np.array([3]), np.array([95])).tolist()
-    assert same.left_out == 50
+    assert same.left_out.tolist() == [*range(50, 100)]
     same = find_same(numbers, hashes, values, near)
-    assert len(same.pairs) == 2 and same.left_out == 0
+    assert len(same.pairs) == 2 and not len(same.left_out)
+
+
+def test_only_the_pairs_of_a_crowd_have_a_limit(monkeypatch):
+    """Those near many earlier ones are told, and near a few noted in full."""
+    monkeypatch.setattr(duplicates, "MOST_PAIRS", 3)
+    monkeypatch.setattr(duplicates, "ENOUGH", 2)
+    hashes = np.zeros((20, 32), np.uint8)
+    hashes[:5, 0], hashes[5:] = np.arange(5), np.random.default_rng(6).integers(0, 256, (15, 32))
+    hashes[19] = with_flipped(hashes[18], [40])
+    near = nearness("duplicate_picture", RULES)
+    same = find_same(np.arange(20), hashes, np.zeros(20, np.uint64), near)
+    assert [*zip(*(n.tolist() for n in numbers_of(same.pairs)), strict=True)] == [
+        *[(0, 1), (0, 2), (1, 2), (0, 3), (1, 3), (0, 4), (1, 4), (18, 19)]
+    ]
+    assert same.left_out.tolist() == [3, 4]
+
+
+def test_choosing_takes_little_memory(monkeypatch):
+    """For each pair, beside the pairs themselves."""
+    monkeypatch.setattr(duplicates, "_COMPARED_AT_ONCE", 2**10)
+    samples = 2 * 10**5
+    pairs = keys_of(np.zeros(samples, np.int64), np.arange(1, samples + 1))
+    tracemalloc.start()
+    gone = choose(pairs[:0], pairs, samples + 1)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(gone) == len(pairs) and peak < 20 * len(pairs)
 
 
 def test_hashes_that_fold_to_the_same_value_are_no_copies(monkeypatch):
@@ -182,8 +246,10 @@ def test_nothing_to_compare():
 
 
 def test_what_was_found_is_kept(tmp_path):
-    same = Same(keys_of(np.array([1]), np.array([2**32 - 1])), np.empty(0, np.uint64), 3)
+    same = Same(
+        keys_of(np.array([1]), np.array([2**32 - 1])), np.empty(0, np.uint64), np.array([3])
+    )
     save(Folder(tmp_path), "x.npz", same)
     again = load(Folder(tmp_path), "x.npz")
     assert numbers_of(again.copies) == ([1], [2**32 - 1])
-    assert again.pairs.shape == (0,) and again.left_out == 3
+    assert again.pairs.shape == (0,) and again.left_out.tolist() == [3]

@@ -110,12 +110,45 @@ def test_parts_of_a_comparison_change_nothing(tmp_path, monkeypatch):
         monkeypatch.setattr(run, "PART_SAMPLES", samples)
         for folder in ("", "filter/verdicts/"):  # what a killed worker leaves
             (target / "filter" / "verdicts").mkdir(parents=True, exist_ok=True)
-            (target / f"{folder}000000.0.partial").write_bytes(b"?")
+            (target / f"{folder}000000.{0:032}.partial").write_bytes(b"?")
+        (target / "mine.partial").write_bytes(b"?")
         counts = filtered(rules, tmp_path / "in", target)
         assert (counts.kept, counts.dropped) == (5, {"duplicate_picture": 3})
         assert not {"same", "spread"} & {path.name for path in (target / "filter").iterdir()}
-        assert not [*target.glob("**/*.partial")]
+        assert [*target.glob("**/*.partial")] == [target / "mine.partial"]
     assert hashes(tmp_path / "whole") == hashes(tmp_path / "parts")
+
+
+def test_what_others_have_deleted_ends_nothing(tmp_path, monkeypatch):
+    """A worker of a killed run renames its file after it was listed."""
+    (tmp_path / "in").mkdir()
+    write_shards(tmp_path / "in", [clean(n) for n in range(4)], 2)
+    names = Folder.names
+    left = f"x.{0:032}.partial"
+    monkeypatch.setattr(Folder, "names", lambda folder: [*names(folder), left])
+    rules = FilterSettings(duplicates=DuplicateRules())
+    monkeypatch.setattr(run, "PART_SAMPLES", 2)
+    assert filtered(rules, tmp_path / "in", tmp_path / "out").kept == 4
+
+
+def test_a_comparison_that_is_done_is_not_looked_at_again(tmp_path, rows, monkeypatch):
+    monkeypatch.setattr(run, "PART_SAMPLES", 150)
+    job = clusters_job(tmp_path, rows, f"memory://{tmp_path.name}/out")
+    listed = []
+    entries = Folder.entries
+
+    def counted(folder):
+        listed.append(folder.place.rpartition("/")[2])
+        return entries(folder)
+
+    monkeypatch.setattr(Folder, "entries", counted)
+    run._find_duplicates(job, ShardFolder(job.source), in_this_process(job))
+    assert Counter(listed)["same"] == Counter(listed)["spread"] == len(BANDS)
+    for name in ("same", "spread"):
+        (job.work / name).delete()
+    listed.clear()
+    run._find_duplicates(job, ShardFolder(job.source), in_this_process(job))
+    assert not {"same", "spread"} & {*listed, *job.work.names()}
 
 
 SAMPLES = 600
@@ -186,7 +219,7 @@ def test_the_same_goes_as_by_comparing_all_pairs(tmp_path, rows, expected, sampl
 def test_what_full_buckets_have_no_room_for_is_told(tmp_path, rows, monkeypatch):
     """It is the same in one group and in several."""
     monkeypatch.setattr(duplicates, "_QUERIES", 64)
-    for name in ("FEW", "PICTURE_CANDIDATES", "CAPTION_CANDIDATES"):
+    for name in ("FEW", "PICTURE_CANDIDATES", "CAPTION_CANDIDATES", "MOST_PAIRS", "ENOUGH"):
         monkeypatch.setattr(duplicates, name, 4)
     found = []
     for samples in (10**6, 150):
@@ -233,11 +266,15 @@ def few(tmp_path):
     return tmp_path
 
 
-def test_other_inputs_are_refused(few):
+def test_other_inputs_are_refused(few, monkeypatch):
     filtered(FilterSettings(), few / "in", few / "out")
     other = FilterSettings(duplicates=DuplicateRules(picture_bits=20))
     with pytest.raises(DataError, match=r"begun with other inputs \(rules\.duplicates\); name"):
         filtered(other, few / "in", few / "out")
+    monkeypatch.setattr(run, "PART_SAMPLES", 3)  # files are numbered by the parts
+    with pytest.raises(DataError, match=r"other inputs \(part_samples\)"):
+        filtered(FilterSettings(), few / "in", few / "out")
+    monkeypatch.undo()
     write_shards(few / "in", [clean(n) for n in range(6)], 2)
     with pytest.raises(DataError, match=r"other inputs \(data\./.*/in\)"):
         filtered(FilterSettings(), few / "in", few / "out")

@@ -271,6 +271,22 @@ def test_another_step_is_another_input(plan, tmp_path):
         filter_run._check_inputs(replace(job, rules=resolved(rules)))
 
 
+def test_a_step_that_was_trained_anew_is_another_input(plan, tmp_path):
+    save(plan)
+    (tmp_path / "in").mkdir()
+    write_shards(tmp_path / "in", SAMPLES, 10)
+    rules = resolved(rules_of(plan.first.run_folder))
+    places = {"source": str(tmp_path / "in"), "target": str(tmp_path / "out")}
+    job = Job(rules=rules, **places, part_samples=filter_run.PART_SAMPLES)
+    filter_run._check_inputs(job)
+    state = rules.agreement.checkpoint / "state.json"
+    text = state.read_text()
+    digest = json.loads(text)["files"].popitem()[1]["sha256"]
+    state.write_text(text.replace(digest, digest[::-1]))
+    with pytest.raises(DataError, match=r"other inputs \(checkpoints"):
+        filter_run._check_inputs(job)
+
+
 def test_gpus_that_are_not_there(tmp_path):
     rules = AgreementRules(checkpoint=tmp_path, minimum=0, tokenizer=tmp_path / "x")
     with pytest.raises(ConfigError, match=r"\(gpus_per_worker\), but torch sees no GPU"):
