@@ -39,9 +39,7 @@ def _serve(plan: Plan, options: argparse.Namespace) -> None:
     needed = ("fastapi", "uvicorn", "prometheus_client")
     missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
-        raise ConfigError(
-            f"serving needs {', '.join(missing)}; run `pip install 'megavlm[serve]'`"
-        )
+        raise ConfigError(f"serving needs {', '.join(missing)}; run `pip install 'megavlm[serve]'`")
     limits = ServeLimits(**{f.name: getattr(options, f.name) for f in fields(ServeLimits)})
     from megavlm.serve.server import read_key, serve_run
 

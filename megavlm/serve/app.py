@@ -146,9 +146,7 @@ class Service:
             reader = self._check_room()
             leaving.enter_context(self._counted())
             asked_at = time.monotonic()
-            reading = asyncio.get_running_loop().run_in_executor(
-                self._decoders, reader.read, body
-            )
+            reading = asyncio.get_running_loop().run_in_executor(self._decoders, reader.read, body)
             return await _unless_gone(request, reading), asked_at
         finally:
             self._held_bytes -= len(body)

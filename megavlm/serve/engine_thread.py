@@ -183,7 +183,9 @@ class EngineThread:
             except Exception as error:
                 # Without the error's own words: they might quote what was asked.
                 places = "".join(traceback.format_tb(error.__traceback__))
-                log.error("the engine failed (%s) and starts anew:\n%s", type(error).__name__, places)
+                log.error(
+                    "the engine failed (%s) and starts anew:\n%s", type(error).__name__, places
+                )
                 self._refuse_all(Refusal(500, "the engine failed; ask again", code="engine_failed"))
                 del self._engine  # its caches go before there are new ones
 

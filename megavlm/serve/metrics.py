@@ -38,7 +38,9 @@ class Metrics:
         self.pictures_encoded = counter("pictures_encoded", "By the image encoder")
         self.pictures_reused = counter("pictures_reused", "Encoded before")
         self.first_token = histogram(
-            "time_to_first_token_seconds", "From a whole request to its first token", FIRST_TOKEN_SECONDS
+            "time_to_first_token_seconds",
+            "From a whole request to its first token",
+            FIRST_TOKEN_SECONDS,
         )
         self.next_token = histogram(
             "time_per_output_token_seconds", "Between tokens of an answer", TOKEN_SECONDS

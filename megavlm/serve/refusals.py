@@ -10,7 +10,7 @@ SHUTTING_DOWN = "the server is shutting down; ask another, or again later"
 KINDS = {401: "authentication_error", 429: "rate_limit_error", 504: "timeout_error"}
 
 
-class Refusal(Exception):
+class Refusal(Exception):  # noqa: N818 - an answer of the server, not a mistake in it
     """A request that is refused. Its message never quotes a prompt, a picture or a key."""
 
     def __init__(

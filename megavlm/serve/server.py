@@ -99,7 +99,9 @@ def bound(host: str, port: int) -> socket.socket:
         )[0]
         return socket.create_server(address[:2], family=family, backlog=BACKLOG)
     except (OSError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or error
+        # create_server adds words of its own to those of the system.
+        number = getattr(error, "errno", None) or 0
+        reason = os.strerror(number) if number > 0 else getattr(error, "strerror", None) or error
         raise LaunchError(
             f"cannot listen on --host {host} --port {port}: {reason}; choose others"
         ) from error
@@ -212,9 +214,7 @@ class _Connection(H11Protocol):
         is_idle = self.timeout_keep_alive_task is not None
         if state is h11.SEND_BODY or (state is h11.IDLE and not is_idle):
             seconds = self._limits.receive_seconds + GRACE_SECONDS
-            self._receiving = self._receiving or self.loop.call_later(
-                seconds, self.transport.abort
-            )
+            self._receiving = self._receiving or self.loop.call_later(seconds, self.transport.abort)
         else:
             self._receiving = _cancelled(self._receiving)
 
