@@ -11,10 +11,11 @@ from pathlib import Path
 import httpx
 import pytest
 
+from megavlm.config.load import load_plan
+
 # Imported before ranks are forked.
 from megavlm.train.loop import train
 from tests.ranks import run_on_ranks
-from tests.runs import plan_of
 
 ROOT = Path(__file__).parents[2]
 START_SECONDS = 120
@@ -24,9 +25,9 @@ GROWTH = 1.10
 
 
 @pytest.fixture
-def server(tiny_run, tiny_run_file):
+def server(tiny_run_file):
     """Its URL."""
-    run_on_ranks(1, lambda _: train(plan_of(tiny_run)), groups=False)
+    run_on_ranks(1, lambda _: train(load_plan(tiny_run_file)), groups=False)
     command = [sys.executable, "-m", "megavlm", "serve", tiny_run_file, "--port", "0"]
     command += ["--receive-seconds", "10", "--body-mib", "4"]
     environment = {**os.environ, "MEGAVLM_API_KEY": KEY, "OMP_NUM_THREADS": "1"}
@@ -38,7 +39,7 @@ def server(tiny_run, tiny_run_file):
         url = opened.split()[1]
         deadline = time.monotonic() + START_SECONDS
         while not is_ready(url):
-            assert process.poll() is None
+            assert process.poll() is None, process.stderr.read()
             assert time.monotonic() < deadline
             time.sleep(0.2)
         yield url
