@@ -138,7 +138,8 @@ class Service:
     async def _read(self, request: Request, leaving: ExitStack) -> tuple[Asked, float]:
         """A chat, and when it was there on the clock `time.monotonic`."""
         self._check_room()
-        if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind != "application/json":  # which browsers do not let other sites send
             raise Refusal(415, "the content type must be application/json")
         body = bytearray()
         try:

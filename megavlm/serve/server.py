@@ -1,6 +1,7 @@
 """Runs the service under uvicorn, with bounds on slow clients and an orderly end."""
 
 import asyncio
+import ipaddress
 import json
 import os
 import signal
@@ -82,6 +83,8 @@ def serve(
     host, port, *_ = listener.getsockname()
     where = f"[{host}]" if ":" in host else host
     _say(f"http://{where}:{port} is open; loading {model_name}")
+    if api_key is None and not ipaddress.ip_address(host).is_loopback:
+        _say(f"there is no API key: whoever reaches {host} may ask (--api-key-file)")
     try:
         server.run(sockets=[listener])
     finally:

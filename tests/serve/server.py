@@ -82,19 +82,24 @@ def serving(
     *,
     key: str | None = None,
     before_step: Callable[[Engine], None] = lambda engine: None,
+    load_seconds: float = 0,
+    host: str = "127.0.0.1",
     **limits: int,
 ) -> Iterator[Served]:
-    """Start it, forked from this process, and end it."""
-    listener = bound("127.0.0.1", 0)
+    """Start it, forked from this process, and end it.
+
+    load_seconds: that loading its model takes longer, of which nothing is waited for.
+    """
+    listener = bound(host, 0)
     log = folder / f"server-{listener.getsockname()[1]}.log"
     process = os.fork()
     if not process:
-        _run(listener, tokenizer, log, key, before_step, ServeLimits(**limits))
+        _run(listener, tokenizer, log, key, before_step, load_seconds, ServeLimits(**limits))
     served = Served(f"http://127.0.0.1:{listener.getsockname()[1]}", process, log)
     listener.close()
     try:
         deadline = time.monotonic() + START_SECONDS
-        while not _is_ready(served):
+        while not (load_seconds or _is_ready(served)):
             assert time.monotonic() < deadline, log.read_text()
             time.sleep(0.02)
         yield served
@@ -132,6 +137,7 @@ def _run(
     log: Path,
     key: str | None,
     before_step: Callable[[Engine], None],
+    load_seconds: float,
     limits: ServeLimits,
 ) -> None:
     code = 1
@@ -142,6 +148,7 @@ def _run(
 
         @contextmanager
         def load():
+            time.sleep(load_seconds)
             with process_groups(1):
                 yield random_model().eval(), Tokenizer(tokenizer)
 

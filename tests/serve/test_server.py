@@ -351,6 +351,18 @@ def test_the_end_waits_for_answers(tokenizer, tmp_path, patience):
             served.post(chat("a"))
 
 
+def test_while_the_model_is_loaded(tokenizer, tmp_path):
+    with serving(tokenizer, tmp_path, load_seconds=0.5, host="0.0.0.0") as served:
+        refused = served.post(chat("a"))
+        assert (refused.status_code, refused.headers["retry-after"]) == (503, "2")
+        assert refused.json()["error"]["code"] == "loading"
+        health = httpx.get(f"{served.url}/health")
+        assert (health.status_code, health.json()) == (503, {"status": "loading"})
+        assert httpx.get(served.url).status_code == 200
+        assert served.end() == 0
+        assert "whoever reaches 0.0.0.0 may ask" in served.log.read_text()
+
+
 def test_the_engine_fails_and_starts_anew(tokenizer, tmp_path):
     def fail(engine):
         waiting = [row.asked.max_new_tokens for row in engine._waiting]
