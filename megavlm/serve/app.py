@@ -30,7 +30,7 @@ from megavlm.serve.refusals import GONE, SHUTTING_DOWN, Refusal
 log = logging.getLogger("megavlm.serve")
 
 DECODERS = 2
-"""Threads that decode pictures; each may hold one of 64 megapixels."""
+"""Threads that decode pictures; each may hold some hundred MiB of one."""
 CHAT = "/v1/chat/completions"
 PATHS = ("/", "/health", "/metrics", "/v1/models", CHAT)
 

@@ -5,16 +5,18 @@ Only what the model can do is taken: a field that would change the answer, and c
 
 import base64
 import binascii
+import io
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Annotated, Any, Literal, cast
 
+from PIL import Image
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from torch import Tensor
 
-from megavlm.data.image import MAX_PICTURE_PIXELS, read_square
+from megavlm.data.image import FORMATS, read_square
 from megavlm.data.samples import Turn
 from megavlm.data.tokenizer import Tokenizer
 from megavlm.errors import BadSampleError, RequestError
@@ -179,7 +181,7 @@ class Reader:
     model_name: str
     limits: ServeLimits
 
-    def read(self, body: bytes) -> Asked:
+    def read(self, body: bytes | bytearray) -> Asked:
         """Raises Refusal."""
         chat = _parsed(body)
         if chat.model != self.model_name:
@@ -282,27 +284,26 @@ class Reader:
                 code="invalid_image_url",
             )
         header, _, content = url.partition(",")
-        most = self.limits.picture_mib * MIB
-        if len(content) * 3 // 4 > most + 3:
-            raise Refusal(
-                400,
-                f"the picture of {place} exceeds the limit of {self.limits.picture_mib} MiB; "
-                "shrink it",
-                param=place,
-                code="image_too_large",
-            )
+        if len(content) * 3 // 4 > self.limits.picture_mib * MIB + 3:
+            raise _too_large(place, f"{self.limits.picture_mib} MiB")
         try:
             if not header.lower().endswith(";base64"):
                 raise binascii.Error
-            return read_square(base64.b64decode(content, validate=True), place, self.image_pixels)
-        except (binascii.Error, ValueError, BadSampleError):
+            encoded = base64.b64decode(content, validate=True)
+            is_too_large = _pixels(encoded) > self.limits.picture_megapixels * 10**6
+            picture = None if is_too_large else read_square(encoded, place, self.image_pixels)
+        # Pillow raises whatever it stumbles over in a broken file; its words name its own objects.
+        except Exception:
             raise Refusal(
                 400,
                 f"the picture of {place} cannot be used: it must be a whole PNG, JPEG or WebP file "
-                f"of at most {MAX_PICTURE_PIXELS:,} pixels, in base64",
+                "in base64",
                 param=place,
                 code="invalid_image",
             ) from None
+        if picture is None:
+            raise _too_large(place, f"{self.limits.picture_megapixels} megapixels")
+        return picture
 
     @cached_property
     def _longest_piece(self) -> int:
@@ -310,7 +311,18 @@ class Reader:
         return max(len(piece.text) for piece in self.tokenizer.pieces())
 
 
-def _parsed(body: bytes) -> Chat:
+def _pixels(encoded: bytes) -> int:
+    """Of a picture, by its header."""
+    with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
+        return image.width * image.height
+
+
+def _too_large(place: str, limit: str) -> Refusal:
+    says = f"the picture of {place} exceeds the limit of {limit}; shrink it"
+    return Refusal(400, says, param=place, code="image_too_large")
+
+
+def _parsed(body: bytes | bytearray) -> Chat:
     if body.count(b",") > MOST_COMMAS:
         raise Refusal(400, f"the body has more than {MOST_COMMAS:,} commas", code="invalid_json")
     try:

@@ -19,6 +19,7 @@ class ServeLimits:
     answer_tokens: int = _limit(512, "of an answer whose request does not say max_tokens")
     pictures: int = _limit(4, "of a chat")
     picture_mib: int = _limit(10, "of one encoded picture")
+    picture_megapixels: int = _limit(16, "of one picture; 64 is the most that is ever decoded")
     body_mib: int = _limit(32, "of a request's body")
     bodies_mib: int = _limit(256, "of all bodies that are being read at the same time")
     connections: int = _limit(512, "at the same time; more are refused with 503")
