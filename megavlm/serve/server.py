@@ -8,8 +8,8 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
 from http import HTTPStatus
 from pathlib import Path
@@ -21,9 +21,9 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from megavlm.config.plan import Plan
-from megavlm.dist.groups import process_groups
+from megavlm.dist.groups import world_size
 from megavlm.errors import ConfigError, LaunchError
-from megavlm.infer.load import load_trained
+from megavlm.infer.load import trained
 from megavlm.serve.app import Service
 from megavlm.serve.engine_thread import EngineThread, Loaded
 from megavlm.serve.limits import ServeLimits
@@ -44,13 +44,12 @@ KEY_VARIABLE = "MEGAVLM_API_KEY"
 
 def serve_run(plan: Plan, limits: ServeLimits, *, host: str, port: int, **names: Any) -> None:
     """Serve the newest checkpoint of a run; see `serve`."""
-
-    @contextmanager
-    def load() -> Iterator[Loaded]:
-        with process_groups(plan.first.seed):
-            yield load_trained(plan)
-
-    serve(load, limits, bound(host, port), **names)
+    if world_size() > 1:
+        raise LaunchError(
+            f"megavlm serve is one process, not one of {world_size()} ranks; start it without a "
+            "launcher"
+        )
+    serve(partial(trained, plan), limits, bound(host, port), **names)
 
 
 def serve(

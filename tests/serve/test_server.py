@@ -413,6 +413,10 @@ def test_mistakes_of_the_command(capsys, tiny_run_file, tmp_path, monkeypatch):
     monkeypatch.setenv(server.KEY_VARIABLE, "\u00e9")
     assert main(["serve", str(tiny_run_file)]) == 2
     assert "MEGAVLM_API_KEY must hold one key" in capsys.readouterr().err
+    monkeypatch.setenv(server.KEY_VARIABLE, KEY)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["serve", str(tiny_run_file)]) == 2
+    assert "one process, not one of 2 ranks" in capsys.readouterr().err
 
 
 def test_a_run_without_a_model_is_told(tiny_run_file, tmp_path):
