@@ -207,7 +207,9 @@ DATA = Pybind11Extension("megavlm._data", ["csrc/data/packing.cpp"], cxx_std=17,
 if __name__ == "__main__":  # not where tests/csrc/build.py reads the flags
     setup(
         packages=find_packages(include=["megavlm", "megavlm.*"]),
-        package_data={f"megavlm.{part}": ["*.j2"] for part in ("data", "eval", "filters")},
+        package_data={
+            f"megavlm.{part}": ["*.j2", "*.html"] for part in ("data", "eval", "filters", "serve")
+        },
         ext_modules=[OPERATORS, DATA],
         cmdclass={"build_ext": Build},
     )

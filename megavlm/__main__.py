@@ -10,7 +10,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from megavlm.commands import convert, data, generate, plan, run, tokenizer
+from megavlm.commands import convert, data, generate, plan, run, serve, tokenizer
 from megavlm.config.load import load_plan
 from megavlm.errors import ConfigError, MegavlmError
 
@@ -84,6 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     data.add_commands(commands)
     tokenizer.add_commands(commands)
     convert.add_command(commands)
+    serve.add_command(commands)
     return parser
 
 

@@ -17,7 +17,7 @@ LEVELS = [
     {"model"},
     {"stages", "checkpoint", "planner"},
     {"engine", "infer"},
-    {"train", "convert", "dryrun", "filters"},
+    {"train", "convert", "dryrun", "filters", "serve"},
     {"eval"},
     {"commands"},
     {"__main__"},
