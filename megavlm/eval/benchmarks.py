@@ -10,8 +10,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from megavlm.errors import DataError
+from torch import Tensor
+
+from megavlm.data.image import read_square
+from megavlm.errors import BadSampleError, DataError
 from megavlm.eval.imagenet import CLASSES, TEMPLATES
+from megavlm.eval.scores import Score
+from megavlm.eval.shards import Row
 from megavlm.terminal import counted
 
 Task = Literal["captions", "vqa", "classes"]
@@ -49,6 +54,33 @@ class Benchmark:
     classes: tuple[str, ...] = ()
     templates: tuple[str, ...] = ()
     """Prompts whose `{}` stands for a class."""
+
+    def score(self, measure: str, items: int, value: float) -> Score:
+        """A row of the table."""
+        return Score(split=self.name, measure=measure, items=items, model=value)
+
+
+def read_picture(item: Item, side: int) -> Tensor:
+    """As a model is shown it, uint8 (3, side, side); raises BadSampleError where it cannot be."""
+    try:
+        encoded = item.picture.read_bytes()
+    except OSError as error:
+        raise BadSampleError(f"cannot read {item.picture}: {error.strerror}") from error
+    return read_square(encoded, str(item.picture), side)
+
+
+def prediction(item: Item, answer: str, score: float, right: bool, **more: Any) -> Row:
+    """A line of the predictions file."""
+    return {
+        "key": item.key,
+        "picture": str(item.picture),
+        "question": item.question,
+        "truths": list(item.truths),
+        "answer": answer,
+        "score": score,
+        "right": bool(right),
+        **more,
+    }
 
 
 def read_benchmark(

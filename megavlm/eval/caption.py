@@ -48,8 +48,8 @@ def caption_scores(
 ) -> CaptionScores:
     """What the COCO caption evaluation says of captions with any number of truths each.
 
-    ptb: words are those of its PTBTokenizer, which needs Java (`has_ptb_tokenizer`), as in published
-    figures; otherwise runs of letters and digits, as in `cider`, which come close but are not it.
+    ptb: words are those of its PTBTokenizer, as in published figures (see `has_ptb_tokenizer`);
+    otherwise runs of letters and digits, as in `cider`, which come close but are not it.
     """
     split = _ptb if ptb else _own
     references = split(dict(enumerate(truths)))

@@ -19,6 +19,7 @@ from megavlm.data.samples import Text
 from megavlm.data.sources import Sources
 from megavlm.dist import groups
 from megavlm.errors import BadSampleError
+from megavlm.terminal import printable
 
 BATCH_SIZE = 64
 
@@ -120,7 +121,7 @@ def joined(
 def tell(line: str) -> None:
     """Print a line for the user, once for all ranks."""
     if groups.rank() == 0:
-        print(line, file=sys.stderr, flush=True)
+        print(printable(line), file=sys.stderr, flush=True)
 
 
 @contextmanager

@@ -76,6 +76,7 @@ def write_lines(path: Path, rows: Iterable[Row]) -> None:
 
 def append(part: Path, number: int, rows: list[Row]) -> None:
     """Add a piece's rows; they are on the disk when it returns."""
+    part.parent.mkdir(parents=True, exist_ok=True)  # not there on other hosts' own disks
     with part.open("a") as file:
         file.write(json.dumps({"piece": number, "rows": rows}) + "\n")
         file.flush()

@@ -19,9 +19,11 @@ _COMMA_IN_NUMBER = re.compile(r"\d,\d")
 _PERIOD = re.compile(r"\.(?!\d)")
 _MOST_PERIODS = int(re.UNICODE)
 """So many periods go: the tool gives the flag where `re.sub` takes a count."""
-_CONTRACTIONS = dict(
-    pair.split(":")
-    for pair in """
+_CONTRACTIONS = {
+    bare: whole
+    for bare, whole in (
+        pair.split(":")
+        for pair in """
 aint:ain't arent:aren't cant:can't couldve:could've couldnt:couldn't couldn'tve:couldn't've
 couldnt've:couldn't've didnt:didn't doesnt:doesn't dont:don't hadnt:hadn't hadnt've:hadn't've
 hadn'tve:hadn't've hasnt:hasn't havent:haven't hed:he'd hed've:he'd've he'dve:he'd've hes:he's
@@ -44,7 +46,8 @@ wouldve:would've wouldnt:wouldn't wouldnt've:wouldn't've wouldn'tve:wouldn't've 
 yall'll:y'all'll y'allll:y'all'll yall'd've:y'all'd've y'alld've:y'all'd've y'all'dve:y'all'd've
 youd:you'd youd've:you'd've you'dve:you'd've youll:you'll youre:you're youve:you've
 """.split()
-)
+    )
+}
 
 
 def vqa_accuracy(answer: str, annotated: Sequence[str]) -> float:
