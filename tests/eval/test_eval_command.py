@@ -27,7 +27,7 @@ def test_every_benchmark_of_a_trained_run(tiny_run, tmp_path, capfd):
     }
     del tree["objectives"]
     run_file = tmp_path / "run.yaml"
-    run_file.write_text(yaml.safe_dump(tree))
+    run_file.write_text(yaml.safe_dump(tree, sort_keys=False))
     assert command(1, "train", run_file) == [0]
 
     writes = {
