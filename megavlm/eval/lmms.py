@@ -43,6 +43,9 @@ class Megavlm(lmms):
         by lmms-eval, and of no use: a rank has its device, and rows join and leave a batch.
         """
         super().__init__()
+        from torch import distributed
+
+        from megavlm.config.engines import UNDIVIDED
         from megavlm.config.load import load_plan
         from megavlm.data.tokenizer import Tokenizer
         from megavlm.dist import groups
@@ -51,7 +54,10 @@ class Megavlm(lmms):
 
         plan = load_plan(Path(pretrained), [])
         ranks = ExitStack()
-        ranks.enter_context(groups.process_groups(plan.first.seed))
+        if distributed.is_initialized():  # by lmms-eval's command line
+            ranks.enter_context(groups.model_groups(plan.first.seed, UNDIVIDED))
+        else:
+            ranks.enter_context(groups.process_groups(plan.first.seed))
         # Not when it is cleaned: ranks exchange results after that.
         atexit.register(ranks.close)
         of_stage, checkpoint = newest_of(plan, stage)
