@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -102,8 +103,9 @@ def _begin(folder: Path, settings: Mapping[str, Any]) -> tuple[dict[int, list[Ro
     path.write_text(written)
     done: dict[int, list[Row]] = {}
     for part in parts:
-        for line in part.read_text().splitlines(keepends=True):
-            if line.endswith("\n"):  # otherwise it was being written when the process ended
+        *lines, _ = part.read_bytes().split(b"\n")  # the last was being written, or is empty
+        for line in lines:
+            with suppress(ValueError):  # what a crash of the machine has left is done again
                 piece = json.loads(line)
                 done[piece["piece"]] = piece["rows"]
     usable = {

@@ -54,9 +54,9 @@ def test_a_killed_evaluation_goes_on(tmp_path, capfd):
         run(tmp_path, 2, end=kill)
     part = tmp_path / "part-00001.jsonl"
     assert [line["piece"] for line in read_lines(part)] == [1, 3]
-    # A line that was being written is not taken, nor is what would follow on it.
+    # Neither a line that a crash has filled with nothing nor one that was being written is taken.
     with part.open("a") as file:
-        file.write('{"piece": 5, "rows": [{"key"')
+        file.write("\0\0\0\n" + '{"piece": 5, "rows": [{"key"')
     rows, done = run(tmp_path, 1)
     assert rows == EXPECTED
     assert set(done) <= set(ALL) - {4, 12} and 20 in done
