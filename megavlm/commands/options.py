@@ -22,3 +22,11 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
     return int(text)
+
+
+def named_folder(text: str) -> tuple[str, Path]:
+    """A name and a folder, as in `vqav2=data/vqav2`."""
+    name, equals, folder = text.partition("=")
+    if not name or not equals or not folder:
+        raise argparse.ArgumentTypeError(f"{text} is not of the form NAME=FOLDER")
+    return name, Path(folder)

@@ -6,8 +6,9 @@ import shlex
 import sys
 from pathlib import Path
 
-from megavlm.commands.options import Commands, add_run_command, positive
+from megavlm.commands.options import Commands, add_run_command, named_folder, positive
 from megavlm.config.plan import Plan
+from megavlm.errors import ConfigError
 
 
 def add_commands(commands: "Commands[argparse.ArgumentParser]") -> None:
@@ -26,7 +27,24 @@ def add_commands(commands: "Commands[argparse.ArgumentParser]") -> None:
     dryrun.add_argument("--micro-batches", type=positive, help="of the step, if not as by default")
     dryrun.add_argument("--gpus-per-host", type=positive, default=8)
     dryrun.add_argument("--only-build", action="store_true", help="build the engine, run no step")
-    add_run_command(commands, "eval", _eval, "measure the newest checkpoint on held-out samples")
+    evaluate = add_run_command(
+        commands, "eval", _eval, "measure a checkpoint on held-out samples or on benchmarks"
+    )
+    evaluate.add_argument(
+        "--benchmark",
+        type=named_folder,
+        action="append",
+        default=[],
+        dest="benchmarks",
+        metavar="NAME=FOLDER",
+        help="coco_captions, flickr30k, vqav2, okvqa, textvqa or imagenet; repeatable",
+    )
+    evaluate.add_argument("--shots", type=positive, help="examples before each question")
+    evaluate.add_argument("--limit", type=positive, help="at most so many items of a benchmark")
+    evaluate.add_argument(
+        "--skip-bad", action="store_true", help="leave out entries that cannot be used"
+    )
+    evaluate.add_argument("--stage", help="whose newest checkpoint, if not the run's")
     add_run_command(commands, "report", _report, "draw a run as one HTML page")
 
 
@@ -71,9 +89,28 @@ def _dryrun(plan: Plan, options: argparse.Namespace) -> None:
 
 
 def _eval(plan: Plan, options: argparse.Namespace) -> None:
-    from megavlm.eval.run import evaluate
+    folders = dict(options.benchmarks)
+    if len(folders) < len(options.benchmarks):
+        raise ConfigError("a benchmark is named twice; evaluate its folders one after the other")
+    if not folders:
+        if options.shots or options.limit or options.skip_bad:
+            raise ConfigError(
+                "--shots, --limit and --skip-bad are for benchmarks; name one with --benchmark"
+            )
+        from megavlm.eval.run import evaluate
 
-    evaluate(plan)
+        evaluate(plan, options.stage)
+        return
+    from megavlm.eval.benchmark_run import Wanted, evaluate_benchmarks
+
+    wanted = Wanted(
+        folders=folders,
+        shots=options.shots or 0,
+        limit=options.limit,
+        skip_bad=options.skip_bad,
+        stage=options.stage,
+    )
+    evaluate_benchmarks(plan, wanted)
 
 
 def _report(plan: Plan, options: argparse.Namespace) -> None:

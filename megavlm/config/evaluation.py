@@ -32,10 +32,19 @@ class EvaluationSettings:
     """Kind of texts whose answers are the classes of the linear probe; None: no probe."""
     samples: int | None = None
     """At most so many held-out samples, the first ones; None: all."""
+    caption_prompt: str = "Caption:"
+    """What asks for a caption in standard benchmarks; as in training."""
+    question_prompt: str = "{}"
+    """What asks a question of them; `{}` is the question."""
 
     def __post_init__(self) -> None:
         if self.samples is not None and self.samples < 1:
             raise ConfigError(f"evaluation.samples={self.samples} must be at least 1")
+        if self.question_prompt.count("{}") != 1:
+            raise ConfigError(
+                f"evaluation.question_prompt={self.question_prompt!r} must hold {{}} once, where "
+                "the question belongs"
+            )
         if "probe" in (self.measures or ()) and self.probe_kind is None:
             raise ConfigError(
                 "evaluation.measures names probe, which needs classes; set evaluation.probe_kind "

@@ -13,7 +13,7 @@ from megavlm.dist import groups
 from megavlm.eval.caption import cider, exact_match
 from megavlm.eval.samples import BATCH_SIZE, Split, tell
 from megavlm.eval.scores import Baseline, Score
-from megavlm.eval.vqa import ANNOTATORS, vqa_accuracy
+from megavlm.eval.vqa import normalise_answer
 from megavlm.infer.generate import generate
 from megavlm.infer.prompts import Request, question
 from megavlm.model.vlm import VisionLanguageModel
@@ -183,6 +183,6 @@ def score(predictions: Sequence[Prediction], majority: dict[str, str]) -> list[S
 
 
 def _mean_accuracy(answers: Sequence[str], truths: Sequence[str]) -> float:
-    """The data has one truth a question; all annotators are taken to agree on it."""
+    """The data has one truth a question; it is taken for what all annotators would say."""
     pairs = zip(answers, truths, strict=True)
-    return float(np.mean([vqa_accuracy(answer, [truth] * ANNOTATORS) for answer, truth in pairs]))
+    return float(np.mean([normalise_answer(a) == normalise_answer(t) for a, t in pairs]))

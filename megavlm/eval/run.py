@@ -1,14 +1,10 @@
 """Evaluates what a stage has learned, on held-out samples."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
-
-from rich.console import Console
-from rich.progress import Progress
 
 from megavlm.checkpoint.storage import read_state
 from megavlm.config.data import SourceSettings
@@ -19,11 +15,13 @@ from megavlm.config.plan import Plan, Stage
 from megavlm.config.run import RunSettings
 from megavlm.data.tokenizer import Tokenizer
 from megavlm.dist import groups
+from megavlm.errors import CheckpointError, ConfigError
 from megavlm.eval.answers import Prediction, answered, find_prompts, score
 from megavlm.eval.probe import TRAINING_SAMPLES, linear_probe
 from megavlm.eval.retrieval import retrieval
-from megavlm.eval.samples import Split, tell
+from megavlm.eval.samples import Split, progress, tell
 from megavlm.eval.scores import Score, print_scores
+from megavlm.eval.shards import Row, read_lines, write_atomically, write_lines
 from megavlm.eval.vqa import count_answers, majority_answers
 from megavlm.files.folder import Folder
 from megavlm.infer.load import (
@@ -39,8 +37,6 @@ MAJORITY_SAMPLES = 100_000
 """At most so many training samples, the first ones, say which answers are frequent."""
 
 _TASKS: dict[Measure, str] = {"captions": "caption", "vqa": "vqa"}
-
-Row = dict[str, Any]
 
 
 def evaluate_stage(plan: Plan, stage: Stage) -> None:
@@ -58,14 +54,31 @@ def evaluate_stage(plan: Plan, stage: Stage) -> None:
             _evaluate(stage, last_checkpoint(stage), show_progress=False)
 
 
-def evaluate(plan: Plan) -> None:
-    """Evaluate the newest checkpoint of a run anew, wherever in a stage it is.
+def evaluate(plan: Plan, stage_name: str | None = None) -> None:
+    """Evaluate the newest checkpoint of a run, or of a stage of it, anew.
 
     Raises CheckpointError where there is none.
     """
     with groups.process_groups(plan.first.seed):
-        stage, checkpoint = newest(plan)
+        stage, checkpoint = newest_of(plan, stage_name)
         _evaluate(stage, checkpoint, show_progress=True)
+
+
+def newest_of(plan: Plan, stage_name: str | None) -> tuple[Stage, Folder | None]:
+    """The newest checkpoint of a run, if it has one, and its stage; or those of the stage named.
+
+    Raises ConfigError for a stage that the run has not, CheckpointError for one without checkpoint.
+    """
+    if stage_name is None:
+        return newest(plan)
+    named = [stage for stage in plan.stages if stage.name == stage_name]
+    if not named:
+        names = ", ".join(stage.name for stage in plan.stages)
+        raise ConfigError(f"the run has no stage {stage_name}; it has {names}")
+    reached, checkpoint = newest(plan)
+    if checkpoint is None or reached.first_step < named[0].first_step:
+        raise CheckpointError(f"stage {stage_name} has no checkpoint yet; train it first")
+    return named[0], checkpoint if reached.name == stage_name else last_checkpoint(named[0])
 
 
 def read_evaluation(run_folder: Path) -> dict[str, Any]:
@@ -77,7 +90,7 @@ def read_evaluation(run_folder: Path) -> dict[str, Any]:
 def read_predictions(run_folder: Path, stage: str) -> list[Row]:
     """What a stage's evaluation has written or found, an item a row; empty before it."""
     path = _predictions_file(run_folder, stage)
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    return read_lines(path) if path.is_file() else []
 
 
 def _predictions_file(run_folder: Path, stage: str) -> Path:
@@ -92,20 +105,13 @@ def _evaluate(stage: Stage, checkpoint: Folder | None, *, show_progress: bool) -
     else:
         scores, rows = _language(run, checkpoint, measures, show_progress=show_progress)
     if groups.rank() == 0:
-        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        _write_atomically(_predictions_file(run.run_folder, stage.name), "".join(lines))
+        write_lines(_predictions_file(run.run_folder, stage.name), rows)
         step = 0 if checkpoint is None else read_state(checkpoint)["step"]
         found = read_evaluation(run.run_folder)
         found[stage.name] = {"step": step, "scores": [asdict(row) for row in scores]}
         # Last: it says that the stage is done.
-        _write_atomically(run.run_folder / EVALUATION_FILE, json.dumps(found, indent=1))
+        write_atomically(run.run_folder / EVALUATION_FILE, json.dumps(found, indent=1))
         print_scores(f"stage {stage.name}, step {step}", scores)
-
-
-def _write_atomically(path: Path, content: str) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_text(content)
-    partial.rename(path)
 
 
 def _pretraining(
@@ -145,7 +151,9 @@ def _language(
             continue
         split = Split(name, _all_tasks([source]), run, run.evaluation.samples)
         prompts = find_prompts(split, tasks)
-        with _progress(f"evaluating {name}", len(prompts), show=show_progress) as advance:
+        # Two answers to each prompt. During training, which has a bar of its own, none is shown.
+        answers = 2 * len(prompts[groups.rank() :: groups.world_size()])
+        with progress(f"evaluating {name}", answers, show=show_progress) as advance:
             predictions += answered(model, tokenizer, split, prompts, run.seed, advance)
     majority: Mapping[str, str] = {}
     if "vqa" in measures:
@@ -161,16 +169,3 @@ def _language(
 def _all_tasks(sources: Sequence[SourceSettings]) -> list[SourceSettings]:
     """What is measured chooses among texts of all tasks, whatever is trained on."""
     return [replace(source, tasks=()) for source in sources]
-
-
-@contextmanager
-def _progress(what: str, prompts: int, *, show: bool) -> Iterator[Callable[[int], None]]:
-    """A bar of the first rank's answers, two to each of its prompts.
-
-    Not shown during training, which has a bar of its own.
-    """
-    share = len(range(0, prompts, groups.world_size()))
-    hide = not show or groups.rank() > 0
-    with Progress(console=Console(stderr=True), disable=hide) as progress:
-        task = progress.add_task(what, total=2 * share)
-        yield lambda done: progress.advance(task, done)

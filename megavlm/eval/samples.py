@@ -3,10 +3,13 @@
 import itertools
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
+from rich.console import Console
+from rich.progress import Progress
 from torch import Tensor
 
 from megavlm.config.data import SourceSettings
@@ -16,6 +19,7 @@ from megavlm.data.samples import Text
 from megavlm.data.sources import Sources
 from megavlm.dist import groups
 from megavlm.errors import BadSampleError
+from megavlm.terminal import printable
 
 BATCH_SIZE = 64
 
@@ -117,4 +121,13 @@ def joined(
 def tell(line: str) -> None:
     """Print a line for the user, once for all ranks."""
     if groups.rank() == 0:
-        print(line, file=sys.stderr, flush=True)
+        print(printable(line), file=sys.stderr, flush=True)
+
+
+@contextmanager
+def progress(what: str, items: int, *, show: bool = True) -> Iterator[Callable[[int], None]]:
+    """A bar of the first rank's items; what it gives hears how many more are done."""
+    hide = not show or groups.rank() > 0
+    with Progress(console=Console(stderr=True), disable=hide) as bar:
+        task = bar.add_task(what, total=items)
+        yield lambda done: bar.advance(task, done)

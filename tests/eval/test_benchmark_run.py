@@ -1,0 +1,243 @@
+"""Benchmarks on a tiny model: any number of ranks, interruptions, examples, mistakes."""
+
+import json
+import os
+import signal
+from dataclasses import replace
+
+import pytest
+import torch
+
+from megavlm.__main__ import main
+from megavlm.commands.options import named_folder
+from megavlm.config.evaluation import EvaluationSettings
+from megavlm.data.tokenizer import Tokenizer
+from megavlm.dist import groups
+from megavlm.errors import ConfigError, DataError
+from megavlm.eval import benchmark_answers, benchmark_run, shards
+from megavlm.eval.benchmark_answers import Writes
+from megavlm.eval.benchmark_run import Wanted, evaluate_benchmarks
+from megavlm.eval.benchmarks import read_benchmark
+from megavlm.eval.shards import read_lines
+from megavlm.infer.load import untrained_pretraining
+from megavlm.model.initial import materialise
+from megavlm.stages.start import objective_of
+from tests.eval import published
+from tests.ranks import run_on_ranks
+from tests.runs import plan_of
+
+
+def untrained_language(run, checkpoint):
+    with torch.device("meta"):
+        model = objective_of(run).build(dtype=torch.float32, recompute="none")
+    materialise(model, run.seed, groups.device())
+    return model.eval()
+
+
+@pytest.fixture(autouse=True)
+def untrained(monkeypatch):
+    """Models with their initial weights, of the stage that is asked for; small pieces."""
+
+    def newest_of(plan, name):
+        return next(s for s in plan.stages if name in (None, s.name)), None
+
+    monkeypatch.setattr(benchmark_run, "newest_of", newest_of)
+    monkeypatch.setattr(benchmark_run, "load_language", untrained_language)
+    monkeypatch.setattr(
+        benchmark_run, "load_pretraining", lambda run, _: untrained_pretraining(run)
+    )
+    monkeypatch.setattr(shards, "SHARD_ITEMS", 4)
+    monkeypatch.setattr(benchmark_answers, "MAX_ANSWER_TOKENS", 5)
+    monkeypatch.setattr(benchmark_answers, "has_ptb_tokenizer", lambda: False)
+
+
+@pytest.fixture
+def plan(tiny_run):
+    return plan_of(
+        replace(tiny_run, objectives={"instruction": 1.0}),
+        replace(tiny_run, objectives={"contrastive": 1.0}),
+        replace(tiny_run, objectives={"mim": 1.0}),
+    )
+
+
+def evaluate(plan, ranks=1, **wanted):
+    """Run it, and return the results and predictions of every benchmark that it names."""
+    run_on_ranks(ranks, lambda _: evaluate_benchmarks(plan, Wanted(**wanted)), groups=False)
+    return found(plan, **wanted)
+
+
+def found(plan, folders, stage="instruction", shots=0, **_):
+    root = plan.first.run_folder / "benchmarks" / stage
+    places = [root / (name + (f"-{shots}-shot" if shots else "")) for name in folders]
+    assert not [part for place in places for part in place.glob("part-*")]
+    return [
+        (json.loads((place / "results.json").read_text()), read_lines(place / "predictions.jsonl"))
+        for place in places
+    ]
+
+
+def measures(results):
+    return {row["measure"]: row["model"] for row in results["scores"]}
+
+
+def test_answers_are_the_same_on_any_number_of_ranks_and_after_a_kill(
+    plan, tmp_path, monkeypatch, capfd
+):
+    published.write_vqa(tmp_path / "vqa", 14)
+    published.write_vqa(tmp_path / "vqa", 8, subset="train2014")
+    wanted = {"folders": {"vqav2": tmp_path / "vqa"}, "shots": 2}
+    [(results, predictions)] = evaluate(plan, **wanted)
+    assert results["items"] == 14 and results["shots"] == 2 and results["left_out"] == []
+    assert [row["key"] for row in predictions] == [
+        str(10 * (42 + n // 2) + n % 2) for n in range(14)
+    ]
+    assert any(row["answer"] for row in predictions)
+    assert set(measures(results)) == {
+        *("VQA accuracy", "VQA accuracy, number", "VQA accuracy, other", "VQA accuracy, yes/no")
+    }
+    items = {row["measure"]: row["items"] for row in results["scores"]}
+    assert items["VQA accuracy"] == 14 and items["VQA accuracy, yes/no"] == 5
+    printed = capfd.readouterr().out
+    assert "vqav2, stage instruction, step 0, 2 shots" in printed and "VQA accuracy" in printed
+
+    # On two ranks, which are killed when the first has done one of its two pieces.
+    generate = benchmark_answers.generate
+    calls = []
+
+    def killed(*arguments, **options):
+        calls.append(len(arguments[2]))
+        if len(calls) == 2 and os.environ["RANK"] == "0":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return generate(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(benchmark_answers, "generate", killed)
+        with pytest.raises(AssertionError, match="rank 0 ended with status 9"):
+            evaluate(plan, 2, **wanted)
+    folder = plan.first.run_folder / "benchmarks" / "instruction" / "vqav2-2-shot"
+    [first] = read_lines(folder / "part-00000.jsonl")
+    assert first["piece"] == 0 and len(first["rows"]) == 4
+    assert evaluate(plan, 3, **wanted) == [(results, predictions)]
+    assert "of 4 pieces of 4 are done already" in capfd.readouterr().err
+
+
+def test_captions_and_their_sheet(plan, tmp_path):
+    published.write_coco(tmp_path, 6)
+    name = "000000001002.jpg"
+    (tmp_path / "val2017" / name).write_bytes(b"broken")
+    folders = {"coco_captions": tmp_path}
+    with pytest.raises(
+        AssertionError, match=r"1 item of 5 cannot be read: 1002: picture of .*skip-bad"
+    ):
+        evaluate(plan, folders=folders, limit=5)
+    [(results, predictions)] = evaluate(plan, folders=folders, limit=5, skip_bad=True)
+    assert results["items"] == 4 and len(predictions) == 4
+    assert len(results["left_out"]) == 1 and name in results["left_out"][0]
+    names = [*("CIDEr", "BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4")]
+    expected = {*(f"caption, {name}, own words" for name in names), "caption, exact match"}
+    assert set(measures(results)) == expected
+
+    folder = plan.first.run_folder / "benchmarks" / "instruction" / "coco_captions"
+    page = (folder / "sheet.html").read_text()
+    assert page.count("<img ") == page.count('<img src="data:image/jpeg;base64,') == 4
+    assert "Wrong: 4" in page and "There&#39;s a red thing" in page
+
+
+def test_two_towers_classify_and_retrieve(plan, tmp_path):
+    published.write_imagenet(tmp_path / "imagenet", 6, 1)
+    published.write_karpathy(tmp_path / "flickr", "flickr30k", 18)
+    folders = {"imagenet": tmp_path / "imagenet", "flickr30k": tmp_path / "flickr"}
+    wanted = {"folders": folders, "stage": "contrastive"}
+    classified, retrieved = evaluate(plan, **wanted)
+    assert evaluate(plan, 2, **wanted) == [classified, retrieved]
+    results, predictions = classified
+    assert results["items"] == 1 + 2 + 3 + 4 + 5 + 6
+    right = [row["answer"] == row["truths"][0] for row in predictions]
+    assert [row["right"] for row in predictions] == right
+    assert measures(results)["zero-shot, accuracy@1"] == sum(right) / 21
+    fifth = [row["truths"][0] in row["best"] for row in predictions]
+    assert measures(results)["zero-shot, accuracy@5"] == sum(fifth) / 21
+    assert all(len(set(row["best"])) == 5 for row in predictions)
+    results, predictions = retrieved
+    assert results["items"] == 6
+    assert [(row["measure"], row["items"]) for row in results["scores"]] == [
+        *((f"text to picture, recall@{k}", 30) for k in (1, 5, 10)),
+        *((f"picture to text, recall@{k}", 6) for k in (1, 5, 10)),
+    ]
+    found_own = [[row["key"] in by[:5] for by in row["found_by_captions"]] for row in predictions]
+    share = sum(map(sum, found_own)) / 30
+    assert measures(results)["text to picture, recall@5"] == pytest.approx(share)
+
+
+def test_examples_are_other_pictures_and_the_question_comes_last(plan, tmp_path):
+    published.write_vqa(tmp_path, 6)
+    published.write_vqa(tmp_path, 40, subset="train2014")
+    run = replace(plan.first, evaluation=EvaluationSettings(question_prompt="Question: {} Answer:"))
+    benchmark = read_benchmark("vqav2", tmp_path)
+    examples = read_benchmark("vqav2", tmp_path, "examples").items
+    tokenizer = Tokenizer(run.data.tokenizer)
+    writes = Writes(benchmark, examples, 3, run, None, tokenizer)
+    drawn = [writes.examples_of(number) for number in range(6)]
+    assert drawn == [writes.examples_of(number) for number in range(6)]
+    assert len({tuple(e.key for e in some) for some in drawn}) == 6
+    other = Writes(benchmark, examples, 3, replace(run, seed=9), None, tokenizer)
+    assert [other.examples_of(number) for number in range(6)] != drawn
+    for some in drawn:
+        assert len({example.picture for example in some}) == 3
+        assert all(example.picture.parent.name == "train2014" for example in some)
+    request = writes.request(4)
+    assert len(request.pixels) == 4
+    text = tokenizer.decode([t for t in request.prompt.tokens if t > 10])
+    places = [text.index(word) for e in (*drawn[4], benchmark.items[4]) for word in (e.question,)]
+    assert places == sorted(places)
+    assert text.count("Question: ") == 4 and text.rstrip().endswith("? Answer:")
+    answers = [text.index(e.truths[0], place) for e, place in zip(drawn[4], places, strict=False)]
+    assert all(place < answer for place, answer in zip(places, answers, strict=False))
+    # Each turn sees its own picture, and the question nothing but the last.
+    assert request.prompt.seen[0] == (0, 1) and request.prompt.seen[-1] == (3, 4)
+    assert {high - low for low, high in request.prompt.seen} == {1}
+
+
+@pytest.mark.parametrize(
+    ("stage", "name", "shots", "told"),
+    [
+        ("contrastive", "vqav2", 0, "vqav2 needs a stage of captioning or instruction, and stage"),
+        ("contrastive", "coco_captions", 2, "coco_captions with --shots needs a stage of capt"),
+        ("mim", "coco_captions", 0, "needs a stage of contrastive, captioning or instruction"),
+        ("mim", "imagenet", 0, "imagenet needs a stage of contrastive, and stage mim is of mim"),
+        ("instruction", "imagenet", 0, "imagenet needs a stage of contrastive"),
+        ("instruction", "vqav2", 3, "--shots=3 needs more pictures than the 6 entries"),
+    ],
+)
+def test_what_a_stage_cannot_do_is_told(plan, tmp_path, stage, name, shots, told):
+    if name == "vqav2":
+        published.write_vqa(tmp_path, 2)
+        published.write_vqa(tmp_path, 6, subset="train2014")
+    elif name == "imagenet":
+        published.write_imagenet(tmp_path, 2, 1)
+    else:
+        published.write_coco(tmp_path, 2)
+    stages = {s.name: s for s in plan.stages}
+    benchmark = read_benchmark(name, tmp_path)
+    examples = read_benchmark(name, tmp_path, "examples") if name == "vqav2" and shots else None
+    with pytest.raises(ConfigError, match=told):
+        benchmark_run._check(stages[stage], benchmark, examples, shots)
+
+
+def test_mistakes_on_the_command_line(tiny_run_file, tmp_path, capsys):
+    def told(*arguments):
+        assert main(["eval", str(tiny_run_file), *arguments]) == 2
+        return capsys.readouterr().err
+
+    assert named_folder("vqav2=a=b")[1].name == "a=b"
+    with pytest.raises(SystemExit):
+        main(["eval", str(tiny_run_file), "--benchmark", "vqav2"])
+    assert "vqav2 is not of the form NAME=FOLDER" in capsys.readouterr().err
+    assert "there is no benchmark vqa; choose" in told("--benchmark", f"vqa={tmp_path}")
+    twice = ["--benchmark", f"vqav2={tmp_path}", "--benchmark", "vqav2=elsewhere"]
+    assert "a benchmark is named twice" in told(*twice)
+    assert "--shots, --limit and --skip-bad are for benchmarks" in told("--shots", "2")
+    with pytest.raises(DataError, match="holds no TextVQA"):
+        read_benchmark("textvqa", tmp_path)
+    with pytest.raises(ConfigError, match=r"question_prompt='Answer' must hold \{\} once"):
+        EvaluationSettings(question_prompt="Answer")
