@@ -116,4 +116,4 @@ def _eval(plan: Plan, options: argparse.Namespace) -> None:
 def _report(plan: Plan, options: argparse.Namespace) -> None:
     from megavlm.eval.report import write_report
 
-    print(f"report: {write_report(plan)}")
+    print(f"report: {write_report(plan, options.run_file)}")

@@ -38,8 +38,11 @@ DARK = "#1c2733"
 Line = dict[str, Any]
 
 
-def write_report(plan: Plan) -> Path:
-    """Draw the page from what the run folder holds; parts that are not there yet are left out."""
+def write_report(plan: Plan, run_file: Path) -> Path:
+    """Draw the page from what the run folder holds; parts that are not there yet are left out.
+
+    run_file: of the plan; the page says how to ask the model, once it has answered anything.
+    """
     run_folder = plan.first.run_folder
     metrics = read_metrics(run_folder)
     steps = [m for m in metrics if "loss" in m]
@@ -51,6 +54,12 @@ def write_report(plan: Plan) -> Path:
     )
     page = template.render(
         name=run_folder.name,
+        run_file=run_file,
+        answers=any(
+            predictions[stage.name]
+            for stage in plan.stages
+            if not is_pretraining(stage.run.objectives)
+        ),
         settings=json.dumps(plan_as_tree(plan), indent=2),
         parameters=sum(count_by_part(parameters_of(plan.last)).values()),
         steps=len(steps),

@@ -2,7 +2,7 @@
 
 It computes what `model/decoder.py` does, with the same weights, and shares their memory. Its linear
 layers are torch's own, so that torchao can quantise them and torch.compile sees through them; its
-caches keep their shapes and places, as CUDA graphs need. See docs/decisions/0012.
+caches keep their shapes and places, as CUDA graphs need. See docs/decisions/0009.
 
 Letters in shapes: b rows, t tokens, w width, g key/value heads, r query heads to each of these, d
 head width, s places for rows, c tokens that a place holds, v image tokens of all places.

@@ -3,6 +3,7 @@
 import json
 from dataclasses import asdict, replace
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 
@@ -81,7 +82,7 @@ def answer_of(sample, answer, truth="a red square", split="heldout"):
 
 
 def page_of(plan):
-    path = write_report(plan)
+    path = write_report(plan, Path("runs/x.yaml"))
     assert path == plan.first.run_folder / "report.html"
     page = Page(path.read_text())
     # It stands by itself, and says in words what it shows.
@@ -108,6 +109,7 @@ def test_a_run_that_has_not_begun(plan):
     assert page.texts["span"][:3] == ["to come"] * 3
     assert "encoder" in page.texts["dd"]  # frozen in the second stage
     assert not page.all("table") and not page.all("h2") and len(page.all("svg")) == 1
+    assert not page.all("code")
 
 
 def test_a_run_in_its_second_stage(plan):
@@ -167,6 +169,7 @@ def test_scores_and_pictures(plan):
     right_green, wrong_green = (f"right: {green}", "right"), (f"wrong: {green}", None)
     assert shown == [red, wrong_green, wrong_red, right_green, red, wrong_green]
 
+    assert "megavlm serve runs/x.yaml" in page.texts["code"]
     assert "Held-out pictures, as stage instruction sees them" in page.texts["h2"]
     assert len(page.all("li", class_="card")) == 2
     assert page.texts["span"].count("right:") == page.texts["span"].count("wrong:") == 1
