@@ -46,7 +46,7 @@ def add_command(commands: "Commands[argparse.ArgumentParser]") -> None:
 
 def _generate(plan: Plan, options: argparse.Namespace) -> None:
     from megavlm.dist import groups
-    from megavlm.infer.chat import chat
+    from megavlm.infer.chat import Chat, chat
     from megavlm.infer.engine import Engine, Limits
     from megavlm.infer.generate import generate
     from megavlm.infer.load import trained
@@ -62,18 +62,12 @@ def _generate(plan: Plan, options: argparse.Namespace) -> None:
             chat(engine, tokenizer, partial(ask, tokenizer), read_picture, pixels)
             return
         shown = [pixels] if options.together or not pixels else [[picture] for picture in pixels]
-        requests = [ask(tokenizer, [_question(options.prompt, len(s))], s) for s in shown]
+        requests = [ask(tokenizer, *Chat(s).question(options.prompt)) for s in shown]
         answers = generate(model, tokenizer, requests, batch_size=options.batch_size)
     if groups.rank() == 0:
         names = [f"{path}\t" for path in paths] if len(shown) == len(paths) else [""]
         for name, answer in zip(names, answers, strict=True):
             print(f"{name}{answer}")
-
-
-def _question(prompt: str, pictures: int) -> "Turn":
-    from megavlm.data.samples import Turn
-
-    return Turn(prompt=prompt, answer="", pictures=tuple(range(pictures)))
 
 
 def _request(

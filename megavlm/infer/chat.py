@@ -11,8 +11,8 @@ from megavlm.data.tokenizer import Tokenizer
 from megavlm.dist import groups
 from megavlm.errors import MegavlmError
 from megavlm.infer.engine import Engine
+from megavlm.infer.generate import answer
 from megavlm.infer.prompts import Request
-from megavlm.infer.texts import GrowingText
 
 HELP = "/picture PATH shows one with the next question, /new begins anew, /quit ends"
 
@@ -56,6 +56,11 @@ def chat(
     ranks that hold the model; the first one reads and writes.
     """
     is_first = groups.rank() == 0
+
+    def tell(new: str) -> None:
+        if is_first:
+            print(new, end="", flush=True)
+
     if is_first and sys.stdin.isatty():
         print(HELP, file=sys.stderr)
     talk = Chat(pixels)
@@ -70,7 +75,9 @@ def chat(
                 talk.show(read_picture(Path(rest)))
             elif line:
                 turns, shown = talk.question(line)
-                talk.answered(turns, _answer(engine, tokenizer, ask(turns, shown), tell=is_first))
+                [said] = answer(engine, tokenizer, [ask(turns, shown)], on_text=tell)
+                tell("\n")
+                talk.answered(turns, said)
         except MegavlmError as error:
             if is_first:
                 print(f"error: {error}", file=sys.stderr, flush=True)
@@ -81,20 +88,3 @@ def _line() -> str | None:
         return input("> " if sys.stdin.isatty() else "").strip()
     except EOFError:
         return None
-
-
-def _answer(engine: Engine, tokenizer: Tokenizer, request: Request, *, tell: bool) -> str:
-    number = engine.add(request)
-    text, answer = GrowingText(tokenizer, request.stop), ""
-    while engine.running or engine.waiting:
-        for event in engine.step():
-            new = "" if event.token is None else text.add(event.token)
-            new += text.end() if event.finish else ""
-            answer += new
-            if tell:
-                print(new, end="", flush=True)
-            if text.stopped:
-                engine.cancel(number)
-    if tell:
-        print(flush=True)
-    return answer

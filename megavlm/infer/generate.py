@@ -40,8 +40,12 @@ def answer(
     tokenizer: Tokenizer,
     requests: Sequence[Request],
     on_progress: Callable[[int], None] = lambda done: None,
+    on_text: Callable[[str], None] = lambda new: None,
 ) -> list[str]:
-    """The engine's answers, in order; nothing else may be asked of it meanwhile."""
+    """The engine's answers, in order; nothing else may be asked of it meanwhile.
+
+    `on_text` hears what is new of any of them.
+    """
     numbers = [engine.add(request) for request in requests]
     texts = {
         number: GrowingText(tokenizer, request.stop)
@@ -52,12 +56,13 @@ def answer(
         done = 0
         for event in engine.step():
             text = texts[event.request]
-            if event.token is not None:
-                answers[event.request] += text.add(event.token)
+            new = text.add(event.token) if event.token is not None else ""
             if event.finish is not None:
-                answers[event.request] += text.end()
+                new += text.end()
             elif text.stopped:
                 engine.cancel(event.request)
+            answers[event.request] += new
+            on_text(new)
             done += event.finish is not None or text.stopped
         if done:
             on_progress(done)
