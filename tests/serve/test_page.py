@@ -1,12 +1,13 @@
 """The page, in a real browser."""
 
 import shutil
+import time
 
 import pytest
 
 from tests.conftest import picture
 from tests.ranks import run_on_ranks
-from tests.serve.server import chat, serving, shown, slowly, words
+from tests.serve.server import chat, serving, shown, words
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 KEY = "sk-page"
@@ -14,11 +15,18 @@ KEY = "sk-page"
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")
 
 
+def slower_without_pictures(engine):
+    """So that there is time to stop an answer."""
+    time.sleep(0.02 if all(row.asked.pixels for row in engine._rows) else 0.5)
+
+
 @pytest.fixture(scope="module")
 def served(coloured_squares, tmp_path_factory):
     folder, tokenizer = tmp_path_factory.mktemp("page"), coloured_squares / "tokenizer.model"
     limits = {"answer_tokens": 60, "pictures": 2}
-    with serving(tokenizer, folder, key=KEY, before_step=slowly, **limits) as running:
+    with serving(
+        tokenizer, folder, key=KEY, before_step=slower_without_pictures, **limits
+    ) as running:
         yield running
 
 
@@ -76,6 +84,7 @@ def visit(url, red, note):
         seen["second"] = last_answer(page)
         seen["bold"] = page.locator("li b").count()
 
+        page.get_by_role("button", name="New chat").click()
         ask(page, "Say it.")
         page.locator("li.running p:not(:empty)").wait_for()
         page.get_by_role("button", name="Stop").press("Enter")
