@@ -112,8 +112,10 @@ def measure(sizes: ModelSizes, tokens: int, rounds: int, speed: float) -> list[d
     for _ in range(rounds):
         for name, answer in [*contenders.items(), ("known picture", known)]:
             for rows, count in [(1, 1), (1, tokens), *((rows, tokens) for rows in BATCHES)]:
-                if name == "known picture" and count > 1:
+                if name == "known picture" and (rows, count) != (1, 1):
                     continue
+                if name == "known picture":
+                    answer(1, 1)  # now it is
                 started = time.perf_counter()
                 answer(rows, count)
                 elapsed = time.perf_counter() - started
