@@ -22,6 +22,11 @@ def printable(text: str) -> str:
     return "".join(c if _has_shape(c) else c.encode("unicode_escape").decode() for c in text)
 
 
+def printable_lines(text: str) -> str:
+    """The same of each line of a text."""
+    return "\n".join(printable(line) for line in text.split("\n"))
+
+
 def _has_shape(character: str) -> bool:
     return (
         character.isprintable()

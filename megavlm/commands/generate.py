@@ -1,14 +1,21 @@
 """`megavlm generate`: answers about pictures, or a chat."""
 
 import argparse
+import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
-from megavlm.commands.options import Commands, add_run_command, positive
+from megavlm.commands.options import (
+    Commands,
+    add_compile_option,
+    add_run_command,
+    positive,
+)
 from megavlm.config.plan import Plan
-from megavlm.errors import DataError
+from megavlm.errors import ConfigError, DataError
+from megavlm.terminal import printable, printable_lines
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -16,10 +23,13 @@ if TYPE_CHECKING:
     from megavlm.data.samples import Turn
     from megavlm.data.tokenizer import Tokenizer
     from megavlm.infer.prompts import Request
+    from megavlm.infer.sampling import Sampling
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
 """Of the pictures in a folder."""
 CHAT_TOKENS, CHAT_PICTURES = 4_096, 16
+PICTURES_AT_ONCE = 256
+"""Of a folder; their answers are printed before the next are read."""
 
 
 def add_command(commands: "Commands[argparse.ArgumentParser]") -> None:
@@ -42,53 +52,91 @@ def add_command(commands: "Commands[argparse.ArgumentParser]") -> None:
         "--stop", action="append", default=[], help="end before this text; repeatable"
     )
     generate.add_argument("--batch-size", type=positive, default=32)
+    add_compile_option(generate)
 
 
 def _generate(plan: Plan, options: argparse.Namespace) -> None:
-    from megavlm.dist import groups
     from megavlm.infer.chat import Chat, chat
     from megavlm.infer.engine import Engine, Limits
-    from megavlm.infer.generate import generate
+    from megavlm.infer.generate import answer, limits_for
     from megavlm.infer.load import trained
+    from megavlm.infer.sampling import Sampling
 
-    folder = _pictures_in(options.folder) if options.folder else []
-    paths: list[Path] = [*options.pictures, *folder]
+    # Mistakes are told before the model is loaded.
+    sampling = Sampling(
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        seed=options.seed,
+    )
+    if options.chat and options.max_new_tokens >= CHAT_TOKENS:
+        raise ConfigError(
+            f"--max-new-tokens {options.max_new_tokens} must be below the {CHAT_TOKENS} tokens "
+            "of a chat"
+        )
+    paths = [*options.pictures, *(_pictures_in(options.folder) if options.folder else [])]
+    is_one_chat = options.together or options.chat or not paths
     read_picture = partial(_read_picture, side=plan.first.model.encoder.image_pixels)
-    pixels = [read_picture(path) for path in paths]
-    ask = partial(_request, options)
+    pixels = [read_picture(path) for path in (paths if is_one_chat else options.pictures)]
     with trained(plan) as (model, tokenizer):
+        ask = partial(_request, options, sampling, tokenizer)
         if options.chat:
-            engine = Engine(model, Limits(rows=1, tokens=CHAT_TOKENS, pictures=CHAT_PICTURES))
-            chat(engine, tokenizer, partial(ask, tokenizer), read_picture, pixels)
+            limits = Limits(rows=1, tokens=CHAT_TOKENS, pictures=CHAT_PICTURES)
+            engine = Engine(model, limits, compiled=options.compile)
+            chat(engine, tokenizer, ask, read_picture, pixels)
             return
-        shown = [pixels] if options.together or not pixels else [[picture] for picture in pixels]
-        requests = [ask(tokenizer, *Chat(s).question(options.prompt)) for s in shown]
-        answers = generate(model, tokenizer, requests, batch_size=options.batch_size)
+        if is_one_chat:
+            request = ask(*Chat(pixels).question(options.prompt))
+            engine = Engine(model, limits_for([request], 1), compiled=options.compile)
+            [said] = answer(engine, tokenizer, [request])
+            _tell(printable_lines(said))
+            return
+        engine = None
+        unreadable = 0
+        for start in range(0, len(paths), PICTURES_AT_ONCE):
+            read: list[Path] = []
+            requests: list[Request] = []
+            for path in paths[start : start + PICTURES_AT_ONCE]:
+                try:
+                    requests.append(ask(*Chat([read_picture(path)]).question(options.prompt)))
+                    read.append(path)
+                except DataError as error:
+                    unreadable += 1
+                    _tell(f"error: {error}", sys.stderr)
+            if requests:
+                limits = limits_for(requests, options.batch_size)
+                engine = engine or Engine(model, limits, compiled=options.compile)
+                for path, said in zip(read, answer(engine, tokenizer, requests), strict=True):
+                    _tell(f"{printable(str(path))}\t{printable(said)}")
+    if unreadable:
+        raise DataError(
+            f"{unreadable} of {len(paths)} pictures could not be read, as told above; the others "
+            "are answered"
+        )
+
+
+def _tell(line: str, stream: TextIO | None = None) -> None:
+    """Print a line on the first rank, to standard output if to nothing else."""
+    from megavlm.dist import groups
+
     if groups.rank() == 0:
-        names = [f"{path}\t" for path in paths] if len(shown) == len(paths) else [""]
-        for name, answer in zip(names, answers, strict=True):
-            print(f"{name}{answer}")
+        print(line, file=stream, flush=True)
 
 
 def _request(
     options: argparse.Namespace,
+    sampling: "Sampling",
     tokenizer: "Tokenizer",
     turns: Sequence["Turn"],
     pixels: Sequence["Tensor"],
 ) -> "Request":
     from megavlm.infer.prompts import Request, prompt_of
-    from megavlm.infer.sampling import Sampling
 
     return Request(
         prompt=prompt_of(tokenizer, turns),
         pixels=tuple(pixels),
         max_new_tokens=options.max_new_tokens,
-        sampling=Sampling(
-            temperature=options.temperature,
-            top_k=options.top_k,
-            top_p=options.top_p,
-            seed=options.seed,
-        ),
+        sampling=sampling,
         stop=tuple(options.stop),
     )
 

@@ -17,6 +17,15 @@ def add_run_command(
     return parser
 
 
+def add_compile_option(parser: argparse.ArgumentParser) -> None:
+    """How the model is run."""
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="by torch.compile: tokens come faster, the first late",
+    )
+
+
 def positive(text: str) -> int:
     """A whole number of at least 1."""
     if not text.isdecimal() or int(text) < 1:

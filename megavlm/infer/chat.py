@@ -1,5 +1,6 @@
 """A chat about pictures, line by line."""
 
+import io
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,10 +10,11 @@ from torch import Tensor
 from megavlm.data.samples import Turn
 from megavlm.data.tokenizer import Tokenizer
 from megavlm.dist import groups
-from megavlm.errors import MegavlmError
+from megavlm.errors import MegavlmError, RequestError
 from megavlm.infer.engine import Engine
 from megavlm.infer.generate import answer
 from megavlm.infer.prompts import Request
+from megavlm.terminal import printable_lines
 
 HELP = "/picture PATH shows one with the next question, /new begins anew, /quit ends"
 
@@ -59,8 +61,11 @@ def chat(
 
     def tell(new: str) -> None:
         if is_first:
-            print(new, end="", flush=True)
+            print(printable_lines(new), end="", flush=True)
 
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        # What is no UTF-8 is refused as a question, by all ranks.
+        sys.stdin.reconfigure(errors="surrogateescape")
     if is_first and sys.stdin.isatty():
         print(HELP, file=sys.stderr)
     talk = Chat(pixels)
@@ -79,8 +84,9 @@ def chat(
                 tell("\n")
                 talk.answered(turns, said)
         except MegavlmError as error:
+            remedy = "; /new begins anew" if isinstance(error, RequestError) else ""
             if is_first:
-                print(f"error: {error}", file=sys.stderr, flush=True)
+                print(f"error: {error}{remedy}", file=sys.stderr, flush=True)
 
 
 def _line() -> str | None:

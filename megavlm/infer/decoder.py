@@ -53,6 +53,8 @@ class Caches:
         """tokens, image_tokens: how many of each a place holds."""
         self.places, self.tokens, self.image_tokens = places, tokens, image_tokens
         like: dict[str, Any] = {"dtype": decoder.dtype, "device": decoder.device}
+        self.rotation = decoder.rotation(tokens)
+        """(c, d) cosines and sines."""
         groups, width = decoder.groups, decoder.head_width
         of_text = places, groups, tokens, width
         self.text = [
@@ -66,6 +68,11 @@ class Caches:
             for _ in decoder.cross_layers
         ]
         """(v, g, d) keys and values of each cross-attention layer."""
+
+    def tensors(self) -> list[Tensor]:
+        """All that a step reads or changes."""
+        pairs = [self.rotation, *self.text, *self.images]
+        return [tensor for pair in pairs for tensor in pair]
 
     def put_images(self, place: int, images: Sequence[Sequence[tuple[Tensor, Tensor]]]) -> None:
         """Copy what `CachedDecoder.image_states` has made of a text's images, in order."""
@@ -112,20 +119,33 @@ class CachedDecoder(nn.Module):
         self.head = linear(decoder.output_layer)
         self._rotary = decoder.rotary_pos_emb
         self.dtype, self.device = self.head.weight.dtype, self.head.weight.device
-        self._angles: tuple[Tensor, Tensor] | None = None
+
+    def rotation(self, tokens: int) -> tuple[Tensor, Tensor]:
+        """Cosines and sines (c, d) of the rotary embedding at so many positions."""
+        angles_cd = self._rotary(tokens).squeeze(1).squeeze(1)
+        return angles_cd.cos().to(self.dtype), angles_cd.sin().to(self.dtype)
 
     def image_states(self, states_vw: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Keys and values (v, g, d) of image states, of each cross-attention layer."""
         return [layer.image_keys_values(states_vw) for layer in self.cross_layers]
 
-    def forward(self, tokens_bt: Tensor, last_b: Tensor, step: Step, caches: Caches) -> Tensor:
-        """Logits (b, vocabulary) fp32 after the token `last_b` of each row; the caches take all.
+    def read(self, tokens_bt: Tensor, last_b: Tensor, step: Step, caches: Caches) -> Tensor:
+        """Logits (b, vocabulary) fp32 after the token `last_b` of rows that begin.
 
-        What follows a row's last token is padding, whose places in the cache the row's next tokens
-        take.
+        The caches take all tokens. What follows a row's last one is padding, whose places in the
+        cache the row's next tokens take.
         """
+        x_btw = self._layers(tokens_bt, step, caches)
+        return self._logits(x_btw[torch.arange(len(x_btw), device=x_btw.device), last_b])
+
+    # Apart from `read`, as torch.compile makes code for each.
+    def write(self, tokens_b1: Tensor, step: Step, caches: Caches) -> Tensor:
+        """Logits (b, vocabulary) fp32 after one more token of each row."""
+        return self._logits(self._layers(tokens_b1, step, caches)[:, 0])
+
+    def _layers(self, tokens_bt: Tensor, step: Step, caches: Caches) -> Tensor:
         x = self.embedding(tokens_bt)
-        rotation = self._rotation(step.positions_bt, caches.tokens, x.dtype)
+        rotation = [angles_cd[step.positions_bt].unsqueeze(2) for angles_cd in caches.rotation]
         text, images = iter(caches.text), iter(caches.images)
         for layer in self.layers:
             if isinstance(layer, _CrossLayer):
@@ -133,18 +153,10 @@ class CachedDecoder(nn.Module):
                 x = layer(x, step, *keys_values) if step.sees_images else x
             else:
                 x = layer(x, rotation, step, *next(text))
-        x = x[torch.arange(len(x), device=x.device), last_b]
-        return gathered(self.head(self.final_norm(x))).float()
+        return x
 
-    def _rotation(
-        self, positions_bt: Tensor, tokens: int, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor]:
-        """Cosines and sines (b, t, 1, d) of the rotary embedding."""
-        if self._angles is None or len(self._angles[0]) < tokens:
-            angles_cd = self._rotary(tokens).squeeze(1).squeeze(1)
-            self._angles = angles_cd.cos().to(dtype), angles_cd.sin().to(dtype)
-        cosines_cd, sines_cd = self._angles
-        return cosines_cd[positions_bt].unsqueeze(2), sines_cd[positions_bt].unsqueeze(2)
+    def _logits(self, x_bw: Tensor) -> Tensor:
+        return gathered(self.head(self.final_norm(x_bw))).float()
 
 
 class _FeedForward(nn.Module):
@@ -175,7 +187,7 @@ class _SelfLayer(nn.Module):
     def forward(
         self,
         x_btw: Tensor,
-        rotation: tuple[Tensor, Tensor],
+        rotation: Sequence[Tensor],
         step: Step,
         keys_sgcd: Tensor,
         values_sgcd: Tensor,
@@ -187,7 +199,7 @@ class _SelfLayer(nn.Module):
     def _attend(
         self,
         x_btw: Tensor,
-        rotation: tuple[Tensor, Tensor],
+        rotation: Sequence[Tensor],
         step: Step,
         keys_sgcd: Tensor,
         values_sgcd: Tensor,

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,12 +24,12 @@ class Sampling:
     top_p: float = 1.0
     """Only the likeliest tokens that together have this probability are (Holtzman et al. 2020)."""
     seed: int = 0
-    """The same request with the same seed has the same answer, whatever else runs."""
+    """The same request with the same seed has the same answer (`Engine` says how far)."""
 
     def __post_init__(self) -> None:
         rules = {
             "temperature": (0 <= self.temperature <= 100, "lie between 0 and 100"),
-            "top_k": (self.top_k is None or self.top_k >= 1, "be at least 1"),
+            "top_k": (self.top_k is None or 1 <= self.top_k < 2**63, "lie between 1 and 2**63"),
             "top_p": (0 < self.top_p <= 1, "lie above 0 and not above 1"),
             "seed": (0 <= self.seed < 2**63, "lie between 0 and 2**63"),
         }
@@ -51,13 +52,16 @@ def choose(logits_bv: Tensor, sampling: Sequence[Sampling], uniform_b: Sequence[
         return chosen_b
     device = logits_bv.device
     of_rows = [sampling[row] for row in drawn]
-    temperatures_b1 = torch.tensor([[of_row.temperature] for of_row in of_rows], device=device)
-    uniform_b1 = torch.tensor([[uniform_b[row]] for row in drawn], device=device)
+    like: dict[str, Any] = {"dtype": torch.float64, "device": device}
+    temperatures_b1 = torch.tensor([[of_row.temperature] for of_row in of_rows], **like)
+    uniform_b1 = torch.tensor([[uniform_b[row]] for row in drawn], **like)
     sorted_bv, tokens_bv = logits_bv[drawn].double().sort(descending=True, stable=True)
     probabilities_bv = _restricted((sorted_bv / temperatures_b1).softmax(-1), of_rows)
     sums_bv = probabilities_bv.cumsum(-1)
-    # The first whose sum exceeds the random number, which is below the last sum.
-    ranks_b1 = (sums_bv <= uniform_b1 * sums_bv[:, -1:]).sum(-1, keepdim=True)
+    # The first whose sum exceeds the random number's share of the last sum. That share may round
+    # to the whole of it, which the sum reaches at the last token that may be drawn.
+    is_before_bv = (sums_bv <= uniform_b1 * sums_bv[:, -1:]) & (sums_bv < sums_bv[:, -1:])
+    ranks_b1 = is_before_bv.sum(-1, keepdim=True)
     chosen_b[drawn] = tokens_bv.gather(1, ranks_b1)[:, 0]
     return chosen_b
 

@@ -11,6 +11,7 @@ from megavlm.infer.chat import Chat, chat
 from megavlm.infer.engine import Engine, Limits
 from megavlm.infer.generate import generate
 from megavlm.infer.prompts import Request, prompt_of
+from megavlm.terminal import printable_lines
 from tests.infer.test_generate import pictures
 from tests.model.test_vlm import random_model
 from tests.ranks import alone
@@ -43,8 +44,9 @@ def test_lines_are_answered_as_by_generate(coloured_squares, capsys):
         return Request(prompt=prompt, pixels=tuple(pixels), max_new_tokens=8)
 
     engine = Engine(model, Limits(rows=1, tokens=200, pictures=2))
-    lines = ["a red one", "/picture two", "and this", "/new", "a red one", "x" * 500, "/quit", "b"]
-    with patch.object(sys, "stdin", io.StringIO("\n".join(lines))):
+    lines = ["a red one", "/picture two", "and this", "/new", "a red one", "x" * 500, "caf\xe9"]
+    typed = io.BytesIO("\n".join([*lines, "/quit", "b"]).encode("latin-1"))
+    with patch.object(sys, "stdin", io.TextIOWrapper(typed, "utf-8")):
         chat(engine, tokenizer, ask, lambda _: two, [one])
     said, errors = capsys.readouterr()
     answer = partial(generate, model, tokenizer, batch_size=1)
@@ -55,5 +57,6 @@ def test_lines_are_answered_as_by_generate(coloured_squares, capsys):
     ]
     [second] = answer([ask(turns, [one, two])])
     [blind] = answer([ask([Turn(prompt="a red one", answer="")], [])])
-    assert said == f"{first}\n{second}\n{blind}\n"
-    assert "exceed the limit of 200 tokens" in errors
+    assert said == "".join(f"{printable_lines(text)}\n" for text in (first, second, blind))
+    assert "exceed the limit of 200 tokens; ask for less; /new begins anew" in errors
+    assert "lone surrogate" in errors

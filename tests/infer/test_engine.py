@@ -72,6 +72,39 @@ def test_rows_that_join_and_leave_do_not_change_each_other(model):
     assert any(tokens[n] != e for n, e in zip(numbers, singly, strict=True)), "none was cut short"
 
 
+def test_padding_for_cuda_graphs_changes_no_token(model, monkeypatch):
+    requests = random_requests(40)
+    expected = run(Engine(model, LIMITS), requests)
+    monkeypatch.setattr("megavlm.infer.engine._has_graphs", lambda device: True)
+    monkeypatch.setattr("megavlm.infer.engine.GRAPH_TOKENS", 8)
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    shapes = set()
+    engine = Engine(model, replace(LIMITS, rows=3), compiled=True)
+    write = engine._write
+
+    def observed(tokens_b1, step, caches):
+        shapes.add(tuple(step.visible_bc.shape))
+        return write(tokens_b1, step, caches)
+
+    monkeypatch.setattr(engine, "_write", observed)
+    assert run(engine, requests) == expected
+    assert {rows for rows, _ in shapes} == {1, 2, 4}
+    assert {tokens for _, tokens in shapes} == {8, 16, 24}  # the caches end there
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("has_graphs", [False, True])
+def test_compiled_layers_choose_the_same_tokens(model, monkeypatch, has_graphs):
+    requests = [r for r in random_requests(24) if len(r.prompt.tokens) > 1]
+    expected = run(Engine(model, LIMITS), requests)
+    monkeypatch.setattr("megavlm.infer.engine._has_graphs", lambda device: has_graphs)
+    engine = Engine(model, LIMITS, compiled=True)
+    engine.warm_up()
+    assert engine.pictures.encoded == 3
+    with torch.compiler.set_stance("default" if has_graphs else "fail_on_recompile"):
+        assert run(engine, requests) == expected
+
+
 def test_an_answer_ends_by_the_model_or_by_length(model):
     engine = Engine(model, LIMITS)
     engine.add(request_of([20, 30], [], 3))

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
@@ -50,9 +52,25 @@ def test_rows_are_drawn_by_their_own_settings():
     assert together[1] != rows[1].argmax()
 
 
+@pytest.mark.parametrize("sampling", [Sampling(temperature=1), Sampling(temperature=1, top_k=9)])
+def test_the_largest_number_draws_a_token_that_may_be_drawn(sampling):
+    rows = logits(300)
+    largest = math.nextafter(1, 0)
+    drawn = choose(rows, [sampling] * 300, [largest] * 300)
+    places = (rows > rows.gather(1, drawn[:, None])).sum(-1)
+    assert set(places.tolist()) == {(sampling.top_k or VOCABULARY) - 1}
+    assert choose(torch.zeros(1, 10), [Sampling(temperature=1)], [1 - 1e-8]).item() < 10
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("temperature", -0.1), ("temperature", float("nan")), ("top_k", 0), ("top_p", 0.0)],
+    [
+        ("temperature", -0.1),
+        ("temperature", float("nan")),
+        ("top_k", 0),
+        ("top_k", 2**63),
+        ("top_p", 0.0),
+    ],
 )
 def test_settings_that_mean_nothing_are_refused(name, value):
     with pytest.raises(RequestError, match=f"{name}={value} must"):

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
 
 import numpy as np
 import pytest
@@ -110,6 +112,13 @@ def test_a_missing_or_broken_picture(capsys, tiny_run_file, tmp_path):
     assert str(broken) in error_of(capsys, "generate", tiny_run_file, "--picture", broken)
 
 
+def test_settings_of_generation_that_mean_nothing_are_told_at_once(capsys, tiny_run_file):
+    says = error_of(capsys, "generate", tiny_run_file, "--temperature", "-1")
+    assert "temperature=-1.0 must lie" in says
+    says = error_of(capsys, "generate", tiny_run_file, "--chat", "--max-new-tokens", 5_000)
+    assert "--max-new-tokens 5000 must be below the 4096 tokens" in says
+
+
 def test_the_tokenizer_reads_the_texts_of_all_tasks(coloured_squares, tiny_run_file, tmp_path):
     train = coloured_squares / "train"
     models = []
@@ -139,13 +148,21 @@ def test_a_run_from_training_to_report(capsys, tiny_run, tiny_run_file):
     assert list((tiny_run.run_folder / "tensorboard").iterdir())
 
     def evaluate_and_report(_):
-        picture = tiny_run.run_folder / "picture.png"
+        folder = tiny_run.run_folder / "pictures"
+        folder.mkdir()
+        picture = folder / "b.png"
         picture.write_bytes(coloured_square("red"))
+        (folder / "a.png").write_bytes(coloured_square("red")[:50])
+        with redirect_stdout(StringIO()) as said, redirect_stderr(StringIO()) as errors:
+            assert main(["generate", str(tiny_run_file), "--folder", str(folder)]) == 2
+        assert said.getvalue().startswith(f"{picture}\t") and said.getvalue().count("\n") == 1
+        assert str(folder / "a.png") in errors.getvalue()
+        assert "1 of 2 pictures could not be read" in errors.getvalue()
         return [
             main(["eval", str(tiny_run_file)]),
             main(["report", str(tiny_run_file)]),
             main(["generate", str(tiny_run_file), "--picture", str(picture)]),
-            main(["generate", str(tiny_run_file), "--folder", str(picture.parent)]),
+            main(["generate", str(tiny_run_file), "--picture", str(picture), "--together"]),
         ]
 
     assert run_on_ranks(1, evaluate_and_report, groups=False) == [[0, 0, 0, 0]]
