@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megavlm.commands.options import Commands, add_run_command, positive
+from megavlm.commands.options import Commands, add_quantization, add_run_command, positive
 from megavlm.config.plan import Plan
 from megavlm.errors import DataError
 
@@ -42,6 +42,7 @@ def add_command(commands: "Commands[argparse.ArgumentParser]") -> None:
         "--stop", action="append", default=[], help="end before this text; repeatable"
     )
     generate.add_argument("--batch-size", type=positive, default=32)
+    add_quantization(generate)
 
 
 def _generate(plan: Plan, options: argparse.Namespace) -> None:
@@ -56,7 +57,7 @@ def _generate(plan: Plan, options: argparse.Namespace) -> None:
     read_picture = partial(_read_picture, side=plan.first.model.encoder.image_pixels)
     pixels = [read_picture(path) for path in paths]
     ask = partial(_request, options)
-    with trained(plan) as (model, tokenizer):
+    with trained(plan, options.quantization) as (model, tokenizer):
         if options.chat:
             engine = Engine(model, Limits(rows=1, tokens=CHAT_TOKENS, pictures=CHAT_PICTURES))
             chat(engine, tokenizer, partial(ask, tokenizer), read_picture, pixels)

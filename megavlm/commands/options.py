@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+from megavlm.infer.quantize import KINDS
+
 Commands = argparse._SubParsersAction  # pyright: ignore[reportPrivateUsage]
 """Where a command is added."""
 
@@ -15,6 +17,13 @@ def add_run_command(
     parser.add_argument("run_file", type=Path, help="YAML file with the run's settings")
     parser.set_defaults(command=command)
     return parser
+
+
+def add_quantization(parser: argparse.ArgumentParser) -> None:
+    """The option of commands that load a language model."""
+    parser.add_argument(
+        "--quantization", choices=KINDS, help="quantise the decoder's weights (none)"
+    )
 
 
 def positive(text: str) -> int:
