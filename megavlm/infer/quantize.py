@@ -53,12 +53,12 @@ def _check_int4(sizes: ModelSizes, ranks: int) -> None:
             shape[entry.tensor_axis] //= ranks
         outputs, inputs = shape
         if outputs % OUTPUTS or inputs % GROUP:
-            where, remedy = (
-                (f" on each of {ranks} ranks", " or fewer ranks") if ranks > 1 else ("", "")
-            )
+            shared = ranks > 1
+            where = f" on each of {ranks} ranks" if shared else ""
             raise ConfigError(
                 f"int4 takes {OUTPUTS} outputs and groups of {GROUP} inputs, which must divide a "
-                f"layer's width; {entry.name} has {outputs:,} and {inputs:,}{where}; use int8{remedy}"
+                f"layer's width; {entry.name} has {outputs:,} and {inputs:,}{where}; use int8"
+                f"{' or fewer ranks' if shared else ''}"
             )
 
 
@@ -72,8 +72,8 @@ def quantize(model: "VisionLanguageModel", kind: Quantization) -> None:
 
     One layer after the other, so that memory never exceeds the model's by more than a layer. It is
     then for `Engine`: megatron-core's layers cannot compute with such weights. int4 wants a bf16
-    model, as its kernels compute in it: those for fp32 do not exist on a GPU, and take a hundred
-    times as long on a CPU.
+    model, as its kernels compute in it: there is none for fp32 on a GPU, and on a CPU it takes
+    tens of times as long.
     """
     from megavlm.infer.linear import linear
 
