@@ -7,12 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from megavlm.commands.options import (
-    Commands,
-    add_compile_option,
-    add_run_command,
-    positive,
-)
+from megavlm.commands.options import Commands, add_execution, add_run_command, positive
 from megavlm.config.plan import Plan
 from megavlm.errors import ConfigError, DataError
 from megavlm.terminal import printable, printable_lines
@@ -52,7 +47,7 @@ def add_command(commands: "Commands[argparse.ArgumentParser]") -> None:
         "--stop", action="append", default=[], help="end before this text; repeatable"
     )
     generate.add_argument("--batch-size", type=positive, default=32)
-    add_compile_option(generate)
+    add_execution(generate)
 
 
 def _generate(plan: Plan, options: argparse.Namespace) -> None:
@@ -78,7 +73,7 @@ def _generate(plan: Plan, options: argparse.Namespace) -> None:
     is_one_chat = options.together or options.chat or not paths
     read_picture = partial(_read_picture, side=plan.first.model.encoder.image_pixels)
     pixels = [read_picture(path) for path in (paths if is_one_chat else options.pictures)]
-    with trained(plan) as (model, tokenizer):
+    with trained(plan, options.quantization) as (model, tokenizer):
         ask = partial(_request, options, sampling, tokenizer)
         if options.chat:
             limits = Limits(rows=1, tokens=CHAT_TOKENS, pictures=CHAT_PICTURES)

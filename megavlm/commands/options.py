@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+from megavlm.infer.quantize import KINDS
+
 Commands = argparse._SubParsersAction  # pyright: ignore[reportPrivateUsage]
 """Where a command is added."""
 
@@ -17,12 +19,18 @@ def add_run_command(
     return parser
 
 
-def add_compile_option(parser: argparse.ArgumentParser) -> None:
-    """How the model is run."""
+def add_quantization(parser: argparse.ArgumentParser) -> None:
+    """The option of commands that load a language model."""
     parser.add_argument(
-        "--compile",
-        action="store_true",
-        help="by torch.compile: tokens come faster, the first late",
+        "--quantization", choices=KINDS, help="quantise the decoder's weights (none)"
+    )
+
+
+def add_execution(parser: argparse.ArgumentParser) -> None:
+    """The options of commands that generate alone."""
+    add_quantization(parser)
+    parser.add_argument(
+        "--compile", action="store_true", help="by torch.compile: starts later, answers faster"
     )
 
 

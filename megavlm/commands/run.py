@@ -6,7 +6,13 @@ import shlex
 import sys
 from pathlib import Path
 
-from megavlm.commands.options import Commands, add_run_command, named_folder, positive
+from megavlm.commands.options import (
+    Commands,
+    add_quantization,
+    add_run_command,
+    named_folder,
+    positive,
+)
 from megavlm.config.plan import Plan
 from megavlm.errors import ConfigError
 
@@ -45,6 +51,7 @@ def add_commands(commands: "Commands[argparse.ArgumentParser]") -> None:
         "--skip-bad", action="store_true", help="leave out entries that cannot be used"
     )
     evaluate.add_argument("--stage", help="whose newest checkpoint, if not the run's")
+    add_quantization(evaluate)
     add_run_command(commands, "report", _report, "draw a run as one HTML page")
 
 
@@ -97,6 +104,11 @@ def _eval(plan: Plan, options: argparse.Namespace) -> None:
             raise ConfigError(
                 "--shots, --limit and --skip-bad are for benchmarks; name one with --benchmark"
             )
+        if options.quantization is not None:
+            from megavlm.eval.quantized import evaluate_quantized
+
+            evaluate_quantized(plan, options.stage, options.quantization)
+            return
         from megavlm.eval.run import evaluate
 
         evaluate(plan, options.stage)
@@ -109,6 +121,7 @@ def _eval(plan: Plan, options: argparse.Namespace) -> None:
         limit=options.limit,
         skip_bad=options.skip_bad,
         stage=options.stage,
+        quantization=options.quantization,
     )
     evaluate_benchmarks(plan, wanted)
 

@@ -38,6 +38,13 @@ class Prompt(NamedTuple):
     text: Text
 
 
+class Asked(NamedTuple):
+    """What is asked of a split."""
+
+    split: Split
+    prompts: list[Prompt]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
     """The model's answer to one held-out prompt."""

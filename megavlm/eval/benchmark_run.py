@@ -23,7 +23,8 @@ from megavlm.eval.scores import Score, print_scores
 from megavlm.eval.shards import SHARD_ITEMS, Row, forget, in_shards, write_atomically, write_lines
 from megavlm.eval.sheet import write_sheet
 from megavlm.files.folder import Folder
-from megavlm.infer.load import load_language, load_pretraining
+from megavlm.infer.load import check_language, load_language, load_pretraining
+from megavlm.infer.quantize import Quantization
 from megavlm.model.pretraining import PretrainingModel
 from megavlm.model.vlm import VisionLanguageModel
 from megavlm.terminal import counted
@@ -46,6 +47,8 @@ class Wanted:
     """Leave out, count and name what cannot be used; otherwise it is an error."""
     stage: str | None = None
     """Whose newest checkpoint is evaluated; None: that of the run."""
+    quantization: Quantization | None = None
+    """Of the language model; None: as it is."""
 
 
 def evaluate_benchmarks(plan: Plan, wanted: Wanted) -> None:
@@ -67,8 +70,12 @@ def evaluate_benchmarks(plan: Plan, wanted: Wanted) -> None:
         stage, checkpoint = newest_of(plan, wanted.stage)
         for benchmark in benchmarks:
             _check(stage, benchmark, examples.get(benchmark.name), wanted.shots)
-        two_towers = is_pretraining(stage.run.objectives)
-        model = (load_pretraining if two_towers else load_language)(stage.run, checkpoint)
+        if wanted.quantization is not None:
+            check_language(stage)
+        if is_pretraining(stage.run.objectives):
+            model = load_pretraining(stage.run, checkpoint)
+        else:
+            model = load_language(stage.run, checkpoint, quantization=wanted.quantization)
         tokenizer = Tokenizer(stage.run.data.tokenizer)
         for benchmark in benchmarks:
             one = _Evaluation(stage, checkpoint, benchmark, wanted, model, tokenizer)
@@ -126,7 +133,9 @@ class _Evaluation:
         self.step = 0 if checkpoint is None else read_state(checkpoint)["step"]
         self.checkpoint = str(checkpoint)
         shots = f"-{wanted.shots}-shot" if wanted.shots else ""
-        self.folder = self.run.run_folder / FOLDER / stage.name / f"{benchmark.name}{shots}"
+        kind = f"-{wanted.quantization}" if wanted.quantization else ""
+        name = f"{benchmark.name}{shots}{kind}"
+        self.folder = self.run.run_folder / FOLDER / stage.name / name
 
     def evaluate(self, examples: Sequence[Item]) -> None:
         """Collective; the first rank writes."""
@@ -157,6 +166,7 @@ class _Evaluation:
             "step": self.step,
             "seed": self.run.seed,
             "shots": self.wanted.shots,
+            "quantization": self.wanted.quantization,
             "caption_prompt": evaluation.caption_prompt,
             "question_prompt": evaluation.question_prompt,
             "max_new_tokens": MAX_ANSWER_TOKENS,
@@ -191,6 +201,8 @@ class _Evaluation:
         title = f"{name}, stage {self.stage}, step {self.step}"
         if self.wanted.shots:
             title += f", {counted(self.wanted.shots, 'shot')}"
+        if self.wanted.quantization:
+            title += f", {self.wanted.quantization}"
         write_sheet(self.folder / SHEET_FILE, title, scores, predictions)
         results = {
             "benchmark": name,
@@ -198,6 +210,7 @@ class _Evaluation:
             "step": self.step,
             "checkpoint": self.checkpoint,
             "shots": self.wanted.shots,
+            "quantization": self.wanted.quantization,
             "limit": self.wanted.limit,
             "items": len(predictions),
             "left_out": left_out,

@@ -17,6 +17,7 @@ from PIL import Image
 
 if TYPE_CHECKING:
     from megavlm.infer.prompts import Request
+    from megavlm.infer.quantize import Quantization
 
 DEFAULT_NEW_TOKENS = 256  # where a task does not say
 
@@ -33,11 +34,14 @@ class Megavlm(lmms):
         self,
         pretrained: str,
         stage: str | None = None,
+        quantization: "Quantization | None" = None,
         batch_size: int | str = 16,
         device: str | None = None,
         max_batch_size: int | None = None,
     ) -> None:
         """pretrained: a run file. stage: whose newest checkpoint, if not the run's.
+
+        quantization: int8 or int4.
 
         batch_size: answers that are written at the same time. device and max_batch_size are given
         by lmms-eval, and of no use: a rank has its device, and rows join and leave a batch.
@@ -62,7 +66,7 @@ class Megavlm(lmms):
         atexit.register(ranks.close)
         of_stage, checkpoint = newest_of(plan, stage)
         check_language(of_stage)
-        self._model = load_language(of_stage.run, checkpoint)
+        self._model = load_language(of_stage.run, checkpoint, quantization=quantization)
         self._tokenizer = Tokenizer(of_stage.run.data.tokenizer)
         self._side = of_stage.run.model.encoder.image_pixels
         self._batch_size = int(batch_size)

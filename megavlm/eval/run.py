@@ -16,7 +16,7 @@ from megavlm.config.run import RunSettings
 from megavlm.data.tokenizer import Tokenizer
 from megavlm.dist import groups
 from megavlm.errors import CheckpointError, ConfigError
-from megavlm.eval.answers import Prediction, answered, find_prompts, score
+from megavlm.eval.answers import Asked, Prediction, answered, find_prompts, score
 from megavlm.eval.probe import TRAINING_SAMPLES, linear_probe
 from megavlm.eval.retrieval import retrieval
 from megavlm.eval.samples import Split, progress, tell
@@ -30,6 +30,7 @@ from megavlm.infer.load import (
     newest,
     untrained_pretraining,
 )
+from megavlm.model.vlm import VisionLanguageModel
 from megavlm.train.start import last_checkpoint
 
 EVALUATION_FILE = "evaluation.json"
@@ -93,8 +94,21 @@ def read_predictions(run_folder: Path, stage: str) -> list[Row]:
     return read_lines(path) if path.is_file() else []
 
 
-def _predictions_file(run_folder: Path, stage: str) -> Path:
-    return run_folder / f"predictions-{stage}.jsonl"
+def write_evaluation(
+    folder: Path, stage: str, step: int, scores: Sequence[Score], rows: Sequence[Row], title: str
+) -> None:
+    """Write and print what has come out for a stage."""
+    folder.mkdir(exist_ok=True)
+    write_lines(_predictions_file(folder, stage), rows)
+    found = read_evaluation(folder)
+    found[stage] = {"step": step, "scores": [asdict(row) for row in scores]}
+    # Last: it says that the stage is done.
+    write_atomically(folder / EVALUATION_FILE, json.dumps(found, indent=1))
+    print_scores(title, scores)
+
+
+def _predictions_file(folder: Path, stage: str) -> Path:
+    return folder / f"predictions-{stage}.jsonl"
 
 
 def _evaluate(stage: Stage, checkpoint: Folder | None, *, show_progress: bool) -> None:
@@ -103,15 +117,15 @@ def _evaluate(stage: Stage, checkpoint: Folder | None, *, show_progress: bool) -
     if is_pretraining(run.objectives):
         scores, rows = _pretraining(run, checkpoint, measures)
     else:
-        scores, rows = _language(run, checkpoint, measures, show_progress=show_progress)
+        model, tokenizer = load_language(run, checkpoint), Tokenizer(run.data.tokenizer)
+        asked = asked_of(run, measures)
+        scores, rows = language_scores(
+            model, tokenizer, run, measures, asked, show_progress=show_progress
+        )
     if groups.rank() == 0:
-        write_lines(_predictions_file(run.run_folder, stage.name), rows)
         step = 0 if checkpoint is None else read_state(checkpoint)["step"]
-        found = read_evaluation(run.run_folder)
-        found[stage.name] = {"step": step, "scores": [asdict(row) for row in scores]}
-        # Last: it says that the stage is done.
-        write_atomically(run.run_folder / EVALUATION_FILE, json.dumps(found, indent=1))
-        print_scores(f"stage {stage.name}, step {step}", scores)
+        title = f"stage {stage.name}, step {step}"
+        write_evaluation(run.run_folder, stage.name, step, scores, rows, title)
 
 
 def _pretraining(
@@ -135,25 +149,33 @@ def _pretraining(
     return scores, rows
 
 
-def _language(
+def asked_of(run: RunSettings, measures: Sequence[Measure]) -> list[Asked]:
+    """What a language model is asked about the held-out samples; collective."""
+    tasks = [_TASKS[measure] for measure in measures]
+    sources = {"heldout": run.data.heldout, "heldout_questions": run.data.heldout_questions}
+    splits = [
+        Split(name, _all_tasks([source]), run, run.evaluation.samples)
+        for name, source in sources.items()
+        if source is not None
+    ]
+    return [Asked(split, find_prompts(split, tasks)) for split in splits]
+
+
+def language_scores(
+    model: VisionLanguageModel,
+    tokenizer: Tokenizer,
     run: RunSettings,
-    checkpoint: Folder | None,
     measures: Sequence[Measure],
+    asked: Sequence[Asked],
     *,
     show_progress: bool,
 ) -> tuple[list[Score], list[Row]]:
-    model, tokenizer = load_language(run, checkpoint), Tokenizer(run.data.tokenizer)
-    tasks = [_TASKS[measure] for measure in measures]
+    """Scores of a model's answers, and the answers; collective."""
     predictions: list[Prediction] = []
-    splits = {"heldout": run.data.heldout, "heldout_questions": run.data.heldout_questions}
-    for name, source in splits.items():
-        if source is None:
-            continue
-        split = Split(name, _all_tasks([source]), run, run.evaluation.samples)
-        prompts = find_prompts(split, tasks)
+    for split, prompts in asked:
         # Two answers to each prompt. During training, which has a bar of its own, none is shown.
         answers = 2 * len(prompts[groups.rank() :: groups.world_size()])
-        with progress(f"evaluating {name}", answers, show=show_progress) as advance:
+        with progress(f"evaluating {split.name}", answers, show=show_progress) as advance:
             predictions += answered(model, tokenizer, split, prompts, run.seed, advance)
     majority: Mapping[str, str] = {}
     if "vqa" in measures:

@@ -10,7 +10,9 @@ from rich.text import Text
 
 from megavlm.terminal import printable
 
-Baseline = Literal["wrong picture", "majority answer", "chance", "untrained", "pixels"]
+Baseline = Literal[
+    "wrong picture", "majority answer", "chance", "untrained", "pixels", "unquantised"
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +26,8 @@ class Score:
     """Prompts, pictures or pairs that it is a mean over."""
     model: float
     baselines: dict[Baseline, float] = field(default_factory=lambda: {})
-    """The same measure of what has not learned, or does not look; only where that makes sense."""
+    """The same measure of what has not learned, or does not look, or is not quantised; only
+    where that makes sense."""
 
 
 def baselines_of(scores: Sequence[Score]) -> list[Baseline]:

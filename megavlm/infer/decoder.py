@@ -52,6 +52,7 @@ class Caches:
     ) -> None:
         """tokens, image_tokens: how many of each a place holds."""
         self.places, self.tokens, self.image_tokens = places, tokens, image_tokens
+        self.device = decoder.device
         like: dict[str, Any] = {"dtype": decoder.dtype, "device": decoder.device}
         self.rotation = decoder.rotation(tokens)
         """(c, d) cosines and sines."""
@@ -130,7 +131,7 @@ class CachedDecoder(nn.Module):
         return [layer.image_keys_values(states_vw) for layer in self.cross_layers]
 
     def read(self, tokens_bt: Tensor, last_b: Tensor, step: Step, caches: Caches) -> Tensor:
-        """Logits (b, vocabulary) fp32 after the token `last_b` of rows that begin.
+        """Logits (b, vocabulary) fp32 after the token `last_b` of rows that begin, or (n, b, v).
 
         The caches take all tokens. What follows a row's last one is padding, whose places in the
         cache the row's next tokens take.

@@ -10,6 +10,7 @@ import torch
 
 from megavlm.data.tokenizer import END, PADDING
 from megavlm.errors import RequestError
+from megavlm.infer.beginnings import beginnings
 from megavlm.infer.decoder import CachedDecoder, Caches, Step
 from megavlm.infer.encoder import Encoder
 from megavlm.infer.pictures import Pictures
@@ -185,25 +186,9 @@ class Engine:
         for place, row in zip(places, rows, strict=True):
             self._caches.put_images(place, [next(pictures) for _ in row.asked.pixels])
             row.tokens = len(row.asked.prompt.tokens)
-        longest = max(row.tokens for row in rows)
-        shape = len(rows), longest
-        tokens_bt = np.full(shape, PADDING, np.int64)
-        sees_2bt = np.zeros((2, *shape), np.int32)
-        for number, (place, row) in enumerate(zip(places, rows, strict=True)):
-            tokens_bt[number, : row.tokens] = row.asked.prompt.tokens
-            seen_t2 = np.array(row.asked.prompt.seen) * self._picture_tokens
-            sees_2bt[:, number, : row.tokens] = seen_t2.T + place * self._caches.image_tokens
-        device = self.decoder.device
-        step = Step(
-            places_b=torch.tensor(places, device=device),
-            positions_bt=torch.arange(longest, device=device).repeat(len(rows), 1),
-            low_bt=torch.as_tensor(sees_2bt[0], device=device),
-            high_bt=torch.as_tensor(sees_2bt[1], device=device),
-            sees_images=any(row.asked.pixels for row in rows),
-            visible_bc=None,
-        )
-        last_b = torch.tensor([row.tokens - 1 for row in rows], device=device)
-        tokens_bt = torch.as_tensor(tokens_bt, device=device)
+        prompts = [row.asked.prompt for row in rows]
+        tokens_bt, step = beginnings(prompts, places, self._caches, self._picture_tokens)
+        last_b = torch.tensor([row.tokens - 1 for row in rows], device=self.decoder.device)
         return self._next(rows, self._read(tokens_bt, last_b, step, self._caches))
 
     def _decode(self, rows: Sequence[_Row]) -> list[Event]:

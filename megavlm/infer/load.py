@@ -19,6 +19,7 @@ from megavlm.data.tokenizer import Tokenizer
 from megavlm.dist import groups
 from megavlm.errors import CheckpointError
 from megavlm.files.folder import Folder
+from megavlm.infer.quantize import Quantization, check_quantization, quantize
 from megavlm.model.initial import materialise
 from megavlm.model.params import parameters_of
 from megavlm.model.pretraining import PretrainingModel
@@ -27,20 +28,22 @@ from megavlm.stages.start import objective_of
 
 
 @contextmanager
-def trained(plan: Plan) -> Iterator[tuple[VisionLanguageModel, Tokenizer]]:
+def trained(
+    plan: Plan, quantization: Quantization | None = None
+) -> Iterator[tuple[VisionLanguageModel, Tokenizer]]:
     """The vision-language model of a run's newest checkpoint, and its tokenizer, in process groups.
 
     Ranks that a launcher has started hold it together, by tensor parallelism. Before the first
     checkpoint, it is the model that the run starts from, if that is a whole one. Raises
     CheckpointError when there is no model or it does not fit the run file, and ConfigError when it
-    does not divide among the ranks.
+    does not divide among the ranks or cannot be quantised.
     """
     parallel = MegatronSettings(tensor_parallel=groups.world_size())
     parallel.check_model(plan.first.model, plan.first.data.row_tokens)
     with groups.process_groups(plan.first.seed, parallel):
         stage, checkpoint = newest(plan)
         check_language(stage)
-        model = load_language(stage.run, checkpoint, parallel)
+        model = load_language(stage.run, checkpoint, parallel, quantization)
         yield model, Tokenizer(plan.first.data.tokenizer)
 
 
@@ -62,17 +65,28 @@ def check_language(stage: Stage) -> None:
 
 
 def load_language(
-    run: RunSettings, checkpoint: Folder | None, parallel: MegatronSettings = UNDIVIDED
+    run: RunSettings,
+    checkpoint: Folder | None,
+    parallel: MegatronSettings = UNDIVIDED,
+    quantization: Quantization | None = None,
 ) -> VisionLanguageModel:
-    """The vision-language model of a stage's checkpoint, in evaluation mode."""
-    model = _loaded(run, checkpoint, parallel)
+    """The vision-language model of a stage's checkpoint, in evaluation mode.
+
+    quantization: see `quantize`. Raises ConfigError where it is not possible.
+    """
+    if quantization is not None:
+        check_quantization(quantization, run.model, parallel.tensor_parallel)
+    dtype = torch.bfloat16 if quantization == "int4" else _dtype()
+    model = _loaded(run, checkpoint, parallel, dtype)
     assert isinstance(model, VisionLanguageModel)
+    if quantization is not None:
+        quantize(model, quantization)
     return model
 
 
 def load_pretraining(run: RunSettings, checkpoint: Folder | None) -> PretrainingModel:
     """The encoder of a stage's checkpoint, with its heads, in evaluation mode."""
-    model = _loaded(run, checkpoint)
+    model = _loaded(run, checkpoint, UNDIVIDED, _dtype())
     assert isinstance(model, PretrainingModel)
     return model
 
@@ -86,7 +100,7 @@ def untrained_pretraining(run: RunSettings) -> PretrainingModel:
 
 
 def _loaded(
-    run: RunSettings, checkpoint: Folder | None, parallel: MegatronSettings = UNDIVIDED
+    run: RunSettings, checkpoint: Folder | None, parallel: MegatronSettings, dtype: torch.dtype
 ) -> nn.Module:
     """A stage's model with the weights of a checkpoint: their moving average, where there is one.
 
@@ -105,7 +119,7 @@ def _loaded(
             f"{checkpoint_root(run)} holds no checkpoint{start}; train first with `megavlm train`"
         )
     with groups.device():
-        model = objective_of(run).build(dtype=_dtype(), recompute="none", parallel=parallel)
+        model = objective_of(run).build(dtype=dtype, recompute="none", parallel=parallel)
     ledger = model.ledger()
     part = parallel.tensor_parallel, parallel_state.get_tensor_model_parallel_rank()
     held = {

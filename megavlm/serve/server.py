@@ -24,6 +24,7 @@ from megavlm.config.plan import Plan
 from megavlm.dist.groups import world_size
 from megavlm.errors import ConfigError, LaunchError
 from megavlm.infer.load import trained
+from megavlm.infer.quantize import Quantization
 from megavlm.serve.app import Service
 from megavlm.serve.engine_thread import EngineThread, Loaded
 from megavlm.serve.limits import ServeLimits
@@ -42,14 +43,22 @@ BACKLOG = 1_024
 KEY_VARIABLE = "MEGAVLM_API_KEY"
 
 
-def serve_run(plan: Plan, limits: ServeLimits, *, host: str, port: int, **names: Any) -> None:
+def serve_run(
+    plan: Plan,
+    limits: ServeLimits,
+    *,
+    quantization: Quantization | None = None,
+    host: str,
+    port: int,
+    **names: Any,
+) -> None:
     """Serve the newest checkpoint of a run; see `serve`."""
     if world_size() > 1:
         raise LaunchError(
             f"megavlm serve is one process, not one of {world_size()} ranks; start it without a "
             "launcher"
         )
-    serve(partial(trained, plan), limits, bound(host, port), **names)
+    serve(partial(trained, plan, quantization), limits, bound(host, port), **names)
 
 
 def serve(

@@ -20,6 +20,7 @@ from megavlm.eval.benchmark_run import Wanted, evaluate_benchmarks
 from megavlm.eval.benchmarks import read_benchmark
 from megavlm.eval.shards import read_lines
 from megavlm.infer.load import untrained_pretraining
+from megavlm.infer.quantize import quantize
 from megavlm.model.initial import materialise
 from megavlm.stages.start import objective_of
 from tests.eval import published
@@ -27,10 +28,12 @@ from tests.ranks import run_on_ranks
 from tests.runs import plan_of
 
 
-def untrained_language(run, checkpoint):
+def untrained_language(run, checkpoint, quantization=None):
     with torch.device("meta"):
         model = objective_of(run).build(dtype=torch.float32, recompute="none")
     materialise(model, run.seed, groups.device())
+    if quantization is not None:
+        quantize(model, quantization)
     return model.eval()
 
 
@@ -66,9 +69,10 @@ def evaluate(plan, ranks=1, **wanted):
     return found(plan, **wanted)
 
 
-def found(plan, folders, stage="instruction", shots=0, **_):
+def found(plan, folders, stage="instruction", shots=0, quantization=None, **_):
     root = plan.first.run_folder / "benchmarks" / stage
-    places = [root / (name + (f"-{shots}-shot" if shots else "")) for name in folders]
+    how = (f"-{shots}-shot" if shots else "") + (f"-{quantization}" if quantization else "")
+    places = [root / (name + how) for name in folders]
     assert not [part for place in places for part in place.glob("part-*")]
     return [
         (json.loads((place / "results.json").read_text()), read_lines(place / "predictions.jsonl"))
@@ -119,6 +123,24 @@ def test_answers_are_the_same_on_any_number_of_ranks_and_after_a_kill(
     assert first["piece"] == 0 and len(first["rows"]) == 4
     assert evaluate(plan, 3, **wanted) == [(results, predictions)]
     assert "of 4 pieces of 4 are done already" in capfd.readouterr().err
+
+
+def test_quantized_results_lie_apart(plan, tmp_path, capfd):
+    pytest.importorskip("torchao", reason="the extra `quantization`")
+    published.write_vqa(tmp_path / "vqa", 4)
+    wanted = {"folders": {"vqav2": tmp_path / "vqa"}}
+    plain = evaluate(plan, **wanted)
+    [(results, _)] = evaluate(plan, quantization="int8", **wanted)
+    assert results["quantization"] == "int8" and plain[0][0]["quantization"] is None
+    assert found(plan, **wanted) == plain
+    assert "vqav2, stage instruction, step 0, int8" in capfd.readouterr().out
+    root = plan.first.run_folder / "benchmarks" / "instruction"
+    settings = [(root / n / "settings.json").read_text() for n in ("vqav2", "vqav2-int8")]
+    assert settings[0] != settings[1]
+    with pytest.raises(AssertionError, match=r"stage contrastive of .* trains no language model"):
+        published.write_coco(tmp_path / "coco", 3)
+        coco = {"coco_captions": tmp_path / "coco"}
+        evaluate(plan, folders=coco, stage="contrastive", quantization="int8")
 
 
 def test_captions_and_their_sheet(plan, tmp_path):

@@ -99,6 +99,17 @@ def test_answers_are_those_of_generate(run_file, tiny_run):
     run_on_ranks(1, on_rank, groups=False)
 
 
+def test_a_quantized_model_answers(run_file):
+    pytest.importorskip("torchao", reason="the extra `quantization`")
+
+    def on_rank(_):
+        model = Megavlm.create_from_arg_string(f"pretrained={run_file},quantization=int8", {})
+        layer = model._model.language.decoder.layers[0]
+        return type(next(p for p in layer.parameters() if p.ndim == 2)).__name__
+
+    assert run_on_ranks(1, on_rank, groups=False) == ["Int8Tensor"]
+
+
 def test_settings_of_tasks():
     assert _sampling({}, "t", 1).temperature == 0
     assert _sampling({"temperature": 0.5, "do_sample": False}, "t", 1).temperature == 0

@@ -163,9 +163,11 @@ def test_a_run_from_training_to_report(capsys, tiny_run, tiny_run_file):
             main(["report", str(tiny_run_file)]),
             main(["generate", str(tiny_run_file), "--picture", str(picture)]),
             main(["generate", str(tiny_run_file), "--picture", str(picture), "--together"]),
+            main(["generate", str(tiny_run_file), "--quantization", "int8"]),
+            main(["generate", str(tiny_run_file), "--quantization", "int4"]),
         ]
 
-    assert run_on_ranks(1, evaluate_and_report, groups=False) == [[0, 0, 0, 0]]
+    assert run_on_ranks(1, evaluate_and_report, groups=False) == [[0, 0, 0, 0, 0, 2]]
     evaluation = json.loads((tiny_run.run_folder / "evaluation.json").read_text())
     measures = {row["measure"] for row in evaluation["training"]["scores"]}
     assert measures == {"caption, en, exact match", "caption, en, CIDEr"}

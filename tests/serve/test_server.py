@@ -419,12 +419,19 @@ def test_mistakes_of_the_command(capsys, tiny_run_file, tmp_path, monkeypatch):
     assert "one process, not one of 2 ranks" in capsys.readouterr().err
 
 
-def test_a_run_without_a_model_is_told(tiny_run_file, tmp_path):
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ([], "holds no checkpoint; train first"),
+        (["--quantization", "int4"], "int4 takes 16 outputs and groups of 32 inputs"),
+    ],
+)
+def test_a_run_without_a_model_is_told(tiny_run_file, tmp_path, options, says):
     told = tmp_path / "told"
 
     def serve(_):
         sys.stderr = told.open("w", buffering=1)
-        return main(["serve", str(tiny_run_file), "--port", "0"])
+        return main(["serve", str(tiny_run_file), "--port", "0", *options])
 
     assert run_on_ranks(1, serve, groups=False) == [2]
-    assert "holds no checkpoint; train first" in told.read_text()
+    assert says in told.read_text()
