@@ -15,8 +15,10 @@ from functools import partial
 from typing import NamedTuple
 
 from megavlm.data.tokenizer import Tokenizer
-from megavlm.errors import RequestError
+from megavlm.dist.groups import world_size
+from megavlm.errors import RanksError, RequestError
 from megavlm.infer.engine import Engine, Event, Finish, Limits
+from megavlm.infer.following import leading
 from megavlm.infer.prompts import Request
 from megavlm.infer.texts import GrowingText
 from megavlm.model.vlm import VisionLanguageModel
@@ -130,7 +132,9 @@ class EngineThread:
 
     @property
     def is_over(self) -> bool:
-        """Whether it has ended, with `failure` or as it was told."""
+        """Whether it has ended, with `failure` or as it was told, or never will."""
+        if isinstance(self.failure, RanksError):
+            return True
         return self._loop is not None and not self._thread.is_alive()
 
     def ask(self, request: Request, asked_at: float) -> Answer:
@@ -149,15 +153,15 @@ class EngineThread:
         """Whatever is not over by then ends, on the clock `time.monotonic`."""
         self._drained_at = until
 
-    def stop(self, patience_seconds: float) -> None:
-        """End the thread, and wait for it so long."""
+    def stop(self, patience_seconds: float) -> bool:
+        """End the thread, and wait for it so long; whether it has ended.
 
-        def stop() -> None:
-            self._is_stopping = True
-
-        if self._loop is not None:
-            self._inbox.put(stop)
+        While it loads the model there is nothing to wait for.
+        """
+        self._inbox.put(self._stop)
+        if self.loaded:
             self._thread.join(patience_seconds)
+        return not self._thread.is_alive()
 
     # What follows runs in the thread.
 
@@ -170,24 +174,44 @@ class EngineThread:
         self.loaded = None
         self._refuse_all(Refusal(503, SHUTTING_DOWN, code="shutting_down"))
 
+    def _stop(self) -> None:
+        self._is_stopping = True
+
+    def _lose(self, error: RanksError) -> None:
+        """In a thread of its own: this one may wait for the lost rank for good."""
+        self.failure = error
+        self._inbox.put(self._stop)
+
     def _answer_all(self, loaded: Loaded) -> None:
         model, self._tokenizer = loaded
-        limits = Limits(
-            rows=self._limits.rows, tokens=self._limits.tokens, pictures=self._limits.pictures
-        )
+        if world_size() > 1:
+            self._answer_together(loaded)
         while not self._is_stopping:
-            self._engine = Engine(model, limits)
+            self._engine = Engine(model, engine_limits(self._limits))
             self.loaded = loaded
             try:
                 self._step_on()
             except Exception as error:
-                # Without the error's own words: they might quote what was asked.
-                places = "".join(traceback.format_tb(error.__traceback__))
-                log.error(
-                    "the engine failed (%s) and starts anew:\n%s", type(error).__name__, places
-                )
-                self._refuse_all(Refusal(500, "the engine failed; ask again", code="engine_failed"))
+                self._refuse_failed(error, "starts anew")
                 del self._engine  # its caches go before there are new ones
+
+    def _answer_together(self, loaded: Loaded) -> None:
+        """As one of several ranks; raises RanksError."""
+        engine = Engine(loaded[0], engine_limits(self._limits))
+        try:
+            with leading(engine, self._lose) as self._engine:
+                self.loaded = loaded
+                self._step_on()
+        except RanksError as error:
+            self._refuse_failed(error.__cause__, "ends")
+            raise
+
+    def _refuse_failed(self, error: BaseException | None, then: str) -> None:
+        if error:
+            # Without the error's own words: they might quote what was asked.
+            places = "".join(traceback.format_tb(error.__traceback__))
+            log.error("the engine failed (%s) and %s:\n%s", type(error).__name__, then, places)
+        self._refuse_all(Refusal(500, "the engine failed; ask again", code="engine_failed"))
 
     def _step_on(self) -> None:
         while not self._is_stopping:
@@ -279,3 +303,8 @@ class EngineThread:
         assert self._loop is not None
         with contextlib.suppress(RuntimeError):  # the loop is closed
             self._loop.call_soon_threadsafe(take)
+
+
+def engine_limits(limits: ServeLimits) -> Limits:
+    """Of the engine of a server."""
+    return Limits(rows=limits.rows, tokens=limits.tokens, pictures=limits.pictures)

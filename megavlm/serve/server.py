@@ -21,11 +21,13 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from megavlm.config.plan import Plan
-from megavlm.dist.groups import world_size
-from megavlm.errors import ConfigError, LaunchError
+from megavlm.dist.groups import rank
+from megavlm.errors import ConfigError, LaunchError, RanksError
+from megavlm.infer.engine import Engine
+from megavlm.infer.following import follow
 from megavlm.infer.load import trained
 from megavlm.serve.app import Service
-from megavlm.serve.engine_thread import EngineThread, Loaded
+from megavlm.serve.engine_thread import EngineThread, Loaded, engine_limits
 from megavlm.serve.limits import ServeLimits
 from megavlm.serve.metrics import Metrics
 from megavlm.serve.refusals import Refusal
@@ -43,12 +45,14 @@ KEY_VARIABLE = "MEGAVLM_API_KEY"
 
 
 def serve_run(plan: Plan, limits: ServeLimits, *, host: str, port: int, **names: Any) -> None:
-    """Serve the newest checkpoint of a run; see `serve`."""
-    if world_size() > 1:
-        raise LaunchError(
-            f"megavlm serve is one process, not one of {world_size()} ranks; start it without a "
-            "launcher"
-        )
+    """Serve the newest checkpoint of a run; see `serve`.
+
+    Of several ranks, which hold the model together, the first serves.
+    """
+    if rank() > 0:
+        with trained(plan) as (model, _):
+            follow(Engine(model, engine_limits(limits)))
+        return
     serve(partial(trained, plan), limits, bound(host, port), **names)
 
 
@@ -60,7 +64,10 @@ def serve(
     model_name: str,
     api_key: str | None,
 ) -> None:
-    """Serve a model until SIGTERM or SIGINT; raises what stops its engine before."""
+    """Serve a model until SIGTERM or SIGINT; raises what stops its engine before.
+
+    The process ends here if the engine's thread cannot: while it loads, or waits for a lost rank.
+    """
     metrics = Metrics()
     engine = EngineThread(load, limits, metrics)
     service = Service(engine, metrics, limits, model_name=model_name, api_key=api_key)
@@ -87,8 +94,13 @@ def serve(
     try:
         server.run(sockets=[listener])
     finally:
-        engine.stop(CLOSING_SECONDS)
+        has_ended = engine.stop(CLOSING_SECONDS)
         service.close()
+    if isinstance(engine.failure, RanksError):
+        _say(f"error: {engine.failure}")
+        os._exit(1)  # other ranks may hold up an orderly end, and miss this one when it is gone
+    if not has_ended:
+        os._exit(0)
     if engine.failure:
         raise engine.failure
 
