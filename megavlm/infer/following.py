@@ -267,13 +267,16 @@ class _Watch:
 
     @contextmanager
     def _losing(self, other: int) -> Iterator[None]:
+        began = time.monotonic()
         try:
             yield
-        except Exception as error:
+        except Exception:
+            seconds = SILENCE.total_seconds()
+            is_silent = time.monotonic() - began >= seconds
+            how = f"has said nothing for {seconds:.0f} seconds" if is_silent else "has ended"
             self.lost = RanksError(
-                f"rank {other} has ended, or has said nothing for {SILENCE.seconds} seconds, and "
-                "the others cannot go on without it; see what it printed, and start all of them "
-                f"again ({str(error).splitlines()[0]})"
+                f"rank {other} {how}, and the others cannot go on without it; see whether it "
+                "printed why, and start all of them again (torchrun --max-restarts does)"
             )
             if not self._is_over:
                 self._lose(self.lost)

