@@ -111,7 +111,7 @@ def leading(engine: Engine, lost: Callable[[RanksError], None]) -> Iterator[Lead
         if lost_rank is None:
             raise RanksError(
                 f"the engine failed on rank 0 ({type(error).__name__}), from which ranks do not "
-                "start anew together; start all of them again (torchrun --max-restarts does)"
+                "start anew together; start all of them again"
             ) from error
         raise lost_rank from None
     if watch.lost:
@@ -124,6 +124,7 @@ def follow(engine: Engine) -> None:
     From when all ranks have met, SIGTERM and SIGINT are for the first to obey. The process ends,
     with code 1, if an error comes up, or if the first rank has ended.
     """
+    watch = None
     try:
         dist.barrier()
         # Before the groups are made, so that no follower ends while the first rank serves.
@@ -142,7 +143,8 @@ def follow(engine: Engine) -> None:
             events = engine.step()
         watch.end()
     except Exception as error:
-        time.sleep(3 * BEAT_SECONDS)  # if it is the end of rank 0, the watch ends this one first
+        if watch:
+            watch.last_look()  # which ends this process, if it is the end of rank 0
         # Without the error's own words: they might quote what was asked.
         places = "".join(traceback.format_tb(error.__traceback__))
         says = f"the engine failed ({type(error).__name__}):\n{places}"
@@ -276,7 +278,7 @@ class _Watch:
             how = f"has said nothing for {seconds:.0f} seconds" if is_silent else "has ended"
             self.lost = RanksError(
                 f"rank {other} {how}, and the others cannot go on without it; see whether it "
-                "printed why, and start all of them again (torchrun --max-restarts does)"
+                "printed why, and start all of them again"
             )
             if not self._is_over:
                 self._lose(self.lost)

@@ -156,10 +156,10 @@ class EngineThread:
     def stop(self, patience_seconds: float) -> bool:
         """End the thread, and wait for it so long; whether it has ended.
 
-        While it loads the model there is nothing to wait for.
+        While it loads the model, or may wait for a lost rank, there is nothing to wait for.
         """
         self._inbox.put(self._stop)
-        if self.loaded:
+        if self.loaded and not self.failure:
             self._thread.join(patience_seconds)
         return not self._thread.is_alive()
 

@@ -1,6 +1,7 @@
 import os
 import signal
 import time
+from datetime import timedelta
 from unittest.mock import patch
 
 import pytest
@@ -129,3 +130,23 @@ def test_a_failure_of_the_first_ends_all(whole):
 
     says, _ = run_on_ranks(2, on_rank, parallel=TP2)
     assert "the engine failed on rank 0 (MemoryError)" in says
+
+
+def test_one_that_says_nothing_is_lost(whole, monkeypatch):
+    monkeypatch.setattr(following, "SILENCE", timedelta(seconds=0.5))
+
+    def on_rank(rank):
+        engine = engine_of_rank(whole)
+        if rank:
+            with patch.object(following._Watch, "_beat_other"):
+                follow(engine)
+            return None
+        told = []
+        with pytest.raises(RanksError, match="rank 1 has said nothing for"):
+            with leading(engine, told.append) as leader:
+                while not told:
+                    time.sleep(0.02)
+                leader.stop()
+        return len(told)
+
+    assert run_on_ranks(2, on_rank, parallel=TP2) == [1, None]

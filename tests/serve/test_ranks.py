@@ -113,21 +113,56 @@ def test_two_ranks_under_torchrun_serve_as_one_does(run_file, tmp_path):
         assert log.count("Traceback") == 1, "torchrun's own"
 
 
-@pytest.mark.parametrize("killed", [0, 1])
-def test_a_rank_that_is_killed_ends_the_others(run_file, tmp_path, killed):
+FAILING = """
+import os, sys
+from megavlm.__main__ import main
+from megavlm.infer.engine import Engine
+
+step = Engine.step
+
+def failing(engine):
+    asked = [row.asked.max_new_tokens for row in engine._waiting]
+    if 10 + int(os.environ["RANK"]) in asked:
+        raise RuntimeError(f"words of {engine}")
+    return step(engine)
+
+Engine.step = failing
+sys.argv[0] = "megavlm"
+sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_ends_or_fails_ends_all(run_file, tmp_path, rank):
     """Without a launcher that would do so."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
-    command = [sys.executable, *serve_words(run_file)]
-    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    ranked = {"RANK": "{rank}", "LOCAL_RANK": "{rank}"}
-    with started([command] * 2, tmp_path, **meeting, **ranked) as (served, processes):
-        processes[1].send_signal(signal.SIGTERM)  # which it leaves to rank 0
-        assert served.post(chat("a", max_tokens=3)).status_code == 200
-        time.sleep(2.5)  # some beats
-        assert [process.poll() for process in processes] == [None, None]
-        processes[killed].kill()
-        assert processes[not killed].wait(30) == 1
-        log = served.log.read_text()
-        assert ("error: rank 1 has ended" in log) == (killed == 1)
-        assert "Traceback" not in log
+    for how in ("ends", "fails"):
+        command = [sys.executable, "-c", FAILING, *serve_words(run_file)[2:]]
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            port = listener.getsockname()[1]
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+        ranked = {"RANK": "{rank}", "LOCAL_RANK": "{rank}"}
+        with started([command] * 2, tmp_path, **meeting, **ranked) as (served, processes):
+            processes[1].send_signal(signal.SIGTERM)  # which it leaves to rank 0
+            assert served.post(chat("a", max_tokens=3)).status_code == 200
+            time.sleep(2.5)  # some beats
+            assert [process.poll() for process in processes] == [None, None]
+            if how == "ends":
+                processes[rank].kill()
+            else:
+                failed = served.post(chat("a", max_tokens=10 + rank))
+                assert (failed.status_code, failed.json()["error"]["code"]) == (
+                    500,
+                    "engine_failed",
+                )
+            ends = [process.wait(30) for process in processes]
+            assert ends == [-signal.SIGKILL if (how, n) == ("ends", rank) else 1 for n in range(2)]
+            log = served.log.read_text()
+            assert "Traceback" not in log
+            assert "words" not in log.replace("words of {engine}", "")
+            assert ("error: rank 1 has ended" in log) == (rank == 1)
+            assert ("the engine failed on rank 0 (RuntimeError)" in log) == (
+                (how, rank) == ("fails", 0)
+            )
+            assert ("rank 1: the engine failed (RuntimeError)" in log) == (
+                (how, rank) == ("fails", 1)
+            )
