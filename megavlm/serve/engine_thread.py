@@ -178,9 +178,10 @@ class EngineThread:
         self._is_stopping = True
 
     def _lose(self, error: RanksError) -> None:
-        """In a thread of its own: this one may wait for the lost rank for good."""
+        """In the watch's thread: this one may wait for the lost rank for good."""
         self.failure = error
         self._inbox.put(self._stop)
+        self._refuse_all(_engine_failed())
 
     def _answer_all(self, loaded: Loaded) -> None:
         model, self._tokenizer = loaded
@@ -211,7 +212,7 @@ class EngineThread:
             # Without the error's own words: they might quote what was asked.
             places = "".join(traceback.format_tb(error.__traceback__))
             log.error("the engine failed (%s) and %s:\n%s", type(error).__name__, then, places)
-        self._refuse_all(Refusal(500, "the engine failed; ask again", code="engine_failed"))
+        self._refuse_all(_engine_failed())
 
     def _step_on(self) -> None:
         while not self._is_stopping:
@@ -292,7 +293,8 @@ class EngineThread:
             self._tell([(asked.answer, update)])
 
     def _refuse_all(self, refusal: Refusal) -> None:
-        self._tell([(asked.answer, Update(refusal=refusal)) for asked in self._asked.values()])
+        all_asked = [*self._asked.values()]
+        self._tell([(asked.answer, Update(refusal=refusal)) for asked in all_asked])
         self._asked.clear()
 
     def _tell(self, updates: list[tuple[Answer, Update]]) -> None:
@@ -308,3 +310,7 @@ class EngineThread:
 def engine_limits(limits: ServeLimits) -> Limits:
     """Of the engine of a server."""
     return Limits(rows=limits.rows, tokens=limits.tokens, pictures=limits.pictures)
+
+
+def _engine_failed() -> Refusal:
+    return Refusal(500, "the engine failed; ask again", code="engine_failed")
