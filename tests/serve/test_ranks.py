@@ -28,7 +28,7 @@ from tests.serve.test_server import CHATS, streaming, text_and_finish
 
 ROOT = Path(__file__).parents[2]
 SECONDS = 120
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 @pytest.fixture
