@@ -45,3 +45,7 @@ class StorageError(CheckpointError, DataError):
 
 class RequestError(MegavlmError):
     """What a model is asked is not as it must be."""
+
+
+class RanksError(MegavlmError):
+    """Ranks that hold a model together cannot go on."""

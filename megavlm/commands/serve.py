@@ -5,7 +5,7 @@ import importlib.util
 from dataclasses import fields
 from pathlib import Path
 
-from megavlm.commands.options import Commands, add_quantization, add_run_command, positive
+from megavlm.commands.options import Commands, add_execution, add_run_command, positive
 from megavlm.config.plan import Plan
 from megavlm.errors import ConfigError
 from megavlm.serve.limits import ServeLimits
@@ -24,7 +24,7 @@ def add_command(commands: "Commands[argparse.ArgumentParser]") -> None:
         type=Path,
         help="file with the key that requests must show (else MEGAVLM_API_KEY, else none)",
     )
-    add_quantization(serve)
+    add_execution(serve)
     limits = serve.add_argument_group("limits")
     for field in fields(ServeLimits):
         limits.add_argument(
@@ -48,6 +48,7 @@ def _serve(plan: Plan, options: argparse.Namespace) -> None:
         plan,
         limits,
         quantization=options.quantization,
+        compiled=options.compile,
         host=options.host,
         port=options.port,
         model_name=options.model_name or plan.first.run_folder.resolve().name,

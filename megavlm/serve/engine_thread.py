@@ -15,8 +15,10 @@ from functools import partial
 from typing import NamedTuple
 
 from megavlm.data.tokenizer import Tokenizer
-from megavlm.errors import RequestError
+from megavlm.dist.groups import world_size
+from megavlm.errors import RanksError, RequestError
 from megavlm.infer.engine import Engine, Event, Finish, Limits
+from megavlm.infer.following import leading
 from megavlm.infer.prompts import Request
 from megavlm.infer.texts import GrowingText
 from megavlm.model.vlm import VisionLanguageModel
@@ -108,8 +110,11 @@ class EngineThread:
         load: Callable[[], AbstractContextManager[Loaded]],
         limits: ServeLimits,
         metrics: Metrics,
+        *,
+        compiled: bool = False,
     ) -> None:
         """load: the model, within its process groups; it is called in the thread."""
+        self._started = partial(started, limits=limits, compiled=compiled)
         self.loaded: Loaded | None = None
         """When the server may be asked."""
         self.failure: BaseException | None = None
@@ -130,7 +135,9 @@ class EngineThread:
 
     @property
     def is_over(self) -> bool:
-        """Whether it has ended, with `failure` or as it was told."""
+        """Whether it has ended, with `failure` or as it was told, or never will."""
+        if isinstance(self.failure, RanksError):
+            return True
         return self._loop is not None and not self._thread.is_alive()
 
     def ask(self, request: Request, asked_at: float) -> Answer:
@@ -149,15 +156,15 @@ class EngineThread:
         """Whatever is not over by then ends, on the clock `time.monotonic`."""
         self._drained_at = until
 
-    def stop(self, patience_seconds: float) -> None:
-        """End the thread, and wait for it so long."""
+    def stop(self, patience_seconds: float) -> bool:
+        """End the thread, and wait for it so long; whether it has ended.
 
-        def stop() -> None:
-            self._is_stopping = True
-
-        if self._loop is not None:
-            self._inbox.put(stop)
+        While it loads the model, or may wait for a lost rank, there is nothing to wait for.
+        """
+        self._inbox.put(self._stop)
+        if self.loaded and not self.failure:
             self._thread.join(patience_seconds)
+        return not self._thread.is_alive()
 
     # What follows runs in the thread.
 
@@ -170,24 +177,45 @@ class EngineThread:
         self.loaded = None
         self._refuse_all(Refusal(503, SHUTTING_DOWN, code="shutting_down"))
 
+    def _stop(self) -> None:
+        self._is_stopping = True
+
+    def _lose(self, error: RanksError) -> None:
+        """In the watch's thread: this one may wait for the lost rank for good."""
+        self.failure = error
+        self._inbox.put(self._stop)
+        self._refuse_all(_engine_failed())
+
     def _answer_all(self, loaded: Loaded) -> None:
         model, self._tokenizer = loaded
-        limits = Limits(
-            rows=self._limits.rows, tokens=self._limits.tokens, pictures=self._limits.pictures
-        )
+        if world_size() > 1:
+            self._answer_together(loaded)
         while not self._is_stopping:
-            self._engine = Engine(model, limits)
+            self._engine = self._started(model)
             self.loaded = loaded
             try:
                 self._step_on()
             except Exception as error:
-                # Without the error's own words: they might quote what was asked.
-                places = "".join(traceback.format_tb(error.__traceback__))
-                log.error(
-                    "the engine failed (%s) and starts anew:\n%s", type(error).__name__, places
-                )
-                self._refuse_all(Refusal(500, "the engine failed; ask again", code="engine_failed"))
+                self._refuse_failed(error, "starts anew")
                 del self._engine  # its caches go before there are new ones
+
+    def _answer_together(self, loaded: Loaded) -> None:
+        """As one of several ranks; raises RanksError."""
+        engine = self._started(loaded[0])
+        try:
+            with leading(engine, self._lose) as self._engine:
+                self.loaded = loaded
+                self._step_on()
+        except RanksError as error:
+            self._refuse_failed(error.__cause__, "ends")
+            raise
+
+    def _refuse_failed(self, error: BaseException | None, then: str) -> None:
+        if error:
+            # Without the error's own words: they might quote what was asked.
+            places = "".join(traceback.format_tb(error.__traceback__))
+            log.error("the engine failed (%s) and %s:\n%s", type(error).__name__, then, places)
+        self._refuse_all(_engine_failed())
 
     def _step_on(self) -> None:
         while not self._is_stopping:
@@ -268,7 +296,8 @@ class EngineThread:
             self._tell([(asked.answer, update)])
 
     def _refuse_all(self, refusal: Refusal) -> None:
-        self._tell([(asked.answer, Update(refusal=refusal)) for asked in self._asked.values()])
+        all_asked = [*self._asked.values()]
+        self._tell([(asked.answer, Update(refusal=refusal)) for asked in all_asked])
         self._asked.clear()
 
     def _tell(self, updates: list[tuple[Answer, Update]]) -> None:
@@ -279,3 +308,16 @@ class EngineThread:
         assert self._loop is not None
         with contextlib.suppress(RuntimeError):  # the loop is closed
             self._loop.call_soon_threadsafe(take)
+
+
+def started(model: VisionLanguageModel, limits: ServeLimits, *, compiled: bool) -> Engine:
+    """The engine of a server, which every rank that holds the model makes alike."""
+    room = Limits(rows=limits.rows, tokens=limits.tokens, pictures=limits.pictures)
+    engine = Engine(model, room, compiled=compiled)
+    if compiled:
+        engine.warm_up()
+    return engine
+
+
+def _engine_failed() -> Refusal:
+    return Refusal(500, "the engine failed; ask again", code="engine_failed")

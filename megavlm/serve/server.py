@@ -21,12 +21,13 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from megavlm.config.plan import Plan
-from megavlm.dist.groups import world_size
-from megavlm.errors import ConfigError, LaunchError
+from megavlm.dist.groups import rank
+from megavlm.errors import ConfigError, LaunchError, RanksError
+from megavlm.infer.following import follow
 from megavlm.infer.load import trained
 from megavlm.infer.quantize import Quantization
 from megavlm.serve.app import Service
-from megavlm.serve.engine_thread import EngineThread, Loaded
+from megavlm.serve.engine_thread import EngineThread, Loaded, started
 from megavlm.serve.limits import ServeLimits
 from megavlm.serve.metrics import Metrics
 from megavlm.serve.refusals import Refusal
@@ -48,17 +49,21 @@ def serve_run(
     limits: ServeLimits,
     *,
     quantization: Quantization | None = None,
+    compiled: bool = False,
     host: str,
     port: int,
     **names: Any,
 ) -> None:
-    """Serve the newest checkpoint of a run; see `serve`."""
-    if world_size() > 1:
-        raise LaunchError(
-            f"megavlm serve is one process, not one of {world_size()} ranks; start it without a "
-            "launcher"
-        )
-    serve(partial(trained, plan, quantization), limits, bound(host, port), **names)
+    """Serve the newest checkpoint of a run; see `serve`.
+
+    Of several ranks, which hold the model together, the first serves.
+    """
+    load = partial(trained, plan, quantization)
+    if rank() > 0:
+        with load() as (model, _):
+            follow(started(model, limits, compiled=compiled))
+        return
+    serve(load, limits, bound(host, port), compiled=compiled, **names)
 
 
 def serve(
@@ -66,12 +71,16 @@ def serve(
     limits: ServeLimits,
     listener: socket.socket,
     *,
+    compiled: bool = False,
     model_name: str,
     api_key: str | None,
 ) -> None:
-    """Serve a model until SIGTERM or SIGINT; raises what stops its engine before."""
+    """Serve a model until SIGTERM or SIGINT; raises what stops its engine before.
+
+    The process ends here if the engine's thread cannot: while it loads, or waits for a lost rank.
+    """
     metrics = Metrics()
-    engine = EngineThread(load, limits, metrics)
+    engine = EngineThread(load, limits, metrics, compiled=compiled)
     service = Service(engine, metrics, limits, model_name=model_name, api_key=api_key)
     config = uvicorn.Config(
         service.app,
@@ -96,8 +105,13 @@ def serve(
     try:
         server.run(sockets=[listener])
     finally:
-        engine.stop(CLOSING_SECONDS)
+        has_ended = engine.stop(CLOSING_SECONDS)
         service.close()
+    if isinstance(engine.failure, RanksError):
+        _say(f"error: {engine.failure}")
+        os._exit(1)  # other ranks may hold up an orderly end, and miss this one when it is gone
+    if not has_ended:
+        os._exit(0)
     if engine.failure:
         raise engine.failure
 

@@ -352,7 +352,7 @@ def test_the_end_waits_for_answers(tokenizer, tmp_path, patience, tokens):
 
 
 def test_while_the_model_is_loaded(tokenizer, tmp_path):
-    with serving(tokenizer, tmp_path, load_seconds=0.5, host="0.0.0.0") as served:
+    with serving(tokenizer, tmp_path, load_seconds=60, host="0.0.0.0") as served:
         refused = served.post(chat("a"))
         assert (refused.status_code, refused.headers["retry-after"]) == (503, "2")
         assert refused.json()["error"]["code"] == "loading"
@@ -413,10 +413,6 @@ def test_mistakes_of_the_command(capsys, tiny_run_file, tmp_path, monkeypatch):
     monkeypatch.setenv(server.KEY_VARIABLE, "\u00e9")
     assert main(["serve", str(tiny_run_file)]) == 2
     assert "MEGAVLM_API_KEY must hold one key" in capsys.readouterr().err
-    monkeypatch.setenv(server.KEY_VARIABLE, KEY)
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert main(["serve", str(tiny_run_file)]) == 2
-    assert "one process, not one of 2 ranks" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
