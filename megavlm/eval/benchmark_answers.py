@@ -97,8 +97,8 @@ class Writes:
         examples, bad = self.examples_of(number)
         shown = [*examples, (item, own_pixels)]
         turns = [
-            Turn(prompt=self._prompt(item), answer=commonest(item.truths), pictures=(place,))
-            for place, (item, _) in enumerate(shown)
+            Turn(prompt=self._prompt(each), answer=commonest(each.truths), pictures=(place,))
+            for place, (each, _) in enumerate(shown)
         ]
         request = Request(
             prompt=prompt_of(self._tokenizer, turns),
