@@ -43,10 +43,15 @@ def add_commands(commands: "Commands[argparse.ArgumentParser]") -> None:
         default=[],
         dest="benchmarks",
         metavar="NAME=FOLDER",
-        help="coco_captions, flickr30k, vqav2, okvqa, textvqa or imagenet; repeatable",
+        help="coco_captions, flickr30k, vqav2, okvqa, textvqa, imagenet, or coco_captions_test, "
+        "vqav2_test_dev, vqav2_test, textvqa_test, whose answers are only written; repeatable",
     )
     evaluate.add_argument("--shots", type=positive, help="examples before each question")
-    evaluate.add_argument("--limit", type=positive, help="at most so many items of a benchmark")
+    evaluate.add_argument("--limit", type=positive, help="at most so many items, evenly spaced")
+    evaluate.add_argument("--batch-size", type=positive, help="answers at the same time (64)")
+    evaluate.add_argument(
+        "--tensor-parallel", type=positive, help="ranks that hold a model together (1)"
+    )
     evaluate.add_argument(
         "--skip-bad", action="store_true", help="leave out entries that cannot be used"
     )
@@ -100,9 +105,10 @@ def _eval(plan: Plan, options: argparse.Namespace) -> None:
     if len(folders) < len(options.benchmarks):
         raise ConfigError("a benchmark is named twice; evaluate its folders one after the other")
     if not folders:
-        if options.shots or options.limit or options.skip_bad:
+        only = ("shots", "limit", "skip_bad", "batch_size", "tensor_parallel")
+        if given := [f"--{name.replace('_', '-')}" for name in only if getattr(options, name)]:
             raise ConfigError(
-                "--shots, --limit and --skip-bad are for benchmarks; name one with --benchmark"
+                f"{', '.join(given)}: only for benchmarks; name one with --benchmark, or leave out"
             )
         if options.quantization is not None:
             from megavlm.eval.quantized import evaluate_quantized
@@ -114,6 +120,7 @@ def _eval(plan: Plan, options: argparse.Namespace) -> None:
         evaluate(plan, options.stage)
         return
     from megavlm.eval.benchmark_run import Wanted, evaluate_benchmarks
+    from megavlm.eval.samples import BATCH_SIZE
 
     wanted = Wanted(
         folders=folders,
@@ -122,6 +129,8 @@ def _eval(plan: Plan, options: argparse.Namespace) -> None:
         skip_bad=options.skip_bad,
         stage=options.stage,
         quantization=options.quantization,
+        batch_size=options.batch_size or BATCH_SIZE,
+        tensor_parallel=options.tensor_parallel or 1,
     )
     evaluate_benchmarks(plan, wanted)
 

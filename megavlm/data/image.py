@@ -3,6 +3,7 @@
 import base64
 import io
 import math
+import re
 from collections.abc import Generator
 from contextlib import contextmanager
 
@@ -10,7 +11,7 @@ import numpy as np
 import simplejpeg  # pyright: ignore[reportMissingTypeStubs]
 import torch
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.nn.functional import interpolate
 
@@ -25,6 +26,10 @@ Pixels = NDArray[np.uint8]
 FORMATS = ("PNG", "JPEG", "WEBP")
 MAX_PICTURE_PIXELS = 64 * 10**6
 """Larger pictures are refused before they are decoded."""
+MAX_JPEG_SCANS = 100
+"""Programs write a dozen. Each scan is a pass over all of the picture, for a few bytes of file."""
+_JPEG_MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd7\xff])")  # of those with a segment
+_SCAN, _END = b"\xda", b"\xd9"
 
 THUMBNAIL_PIXELS = 160
 """The longer side of a small copy in a report."""
@@ -42,7 +47,7 @@ def decode_picture(encoded: bytes, name: str, pixels: int) -> Image.Image:
     """
     with _opened(encoded, name) as image:
         image.draft("RGB", (pixels, pixels))
-        return _to_rgb(ImageOps.exif_transpose(image))
+        return to_rgb(ImageOps.exif_transpose(image))
 
 
 def decode_for_crop(encoded: bytes, name: str, pixels: int) -> Pixels:
@@ -50,15 +55,15 @@ def decode_for_crop(encoded: bytes, name: str, pixels: int) -> Pixels:
 
     pixels: a JPEG is reduced to no less than the area of a square of this side.
     """
-    reduced = _reduced_jpeg(encoded, pixels)
+    head, scans = _head_and_scans(encoded)
+    reduced = _reduced_jpeg(encoded, pixels) if 0 < scans <= MAX_JPEG_SCANS else None
     # What turns a picture is in its Exif or its XMP; most have neither, and need no second look.
-    head = _before_scan(encoded)
     if reduced is not None and b"Exif" not in head and b"Orientation" not in head:
         return reduced
     with _opened(encoded, name) as image:
         if reduced is None:
             image.draft("RGB", _covering(image.width, image.height, pixels))
-            return np.asarray(_to_rgb(ImageOps.exif_transpose(image)))
+            return np.asarray(to_rgb(ImageOps.exif_transpose(image)))
         if image.getexif().get(ExifTags.Base.Orientation, 1) == 1:
             return reduced
         lying = Image.fromarray(reduced)
@@ -68,8 +73,6 @@ def decode_for_crop(encoded: bytes, name: str, pixels: int) -> Pixels:
 
 def _reduced_jpeg(encoded: bytes, pixels: int) -> Pixels | None:
     """As libjpeg scales it while decoding; None if it is for Pillow to decode or to refuse."""
-    if not encoded.startswith(b"\xff\xd8"):
-        return None
     try:
         *size, colours, _ = simplejpeg.decode_jpeg_header(encoded)
         height, width = map(int, size)
@@ -86,13 +89,28 @@ def _reduced_jpeg(encoded: bytes, pixels: int) -> Pixels | None:
         return None
 
 
-def _before_scan(jpeg: bytes) -> bytes:
-    """Its segments up to the first scan, which is nearly all of a JPEG."""
-    at = 2
-    while jpeg[at : at + 1] == b"\xff" and jpeg[at + 1 : at + 2] != b"\xda":
-        is_filled = jpeg[at + 1 : at + 2] == b"\xff"  # any number of these may come before
-        at += 1 if is_filled else 2 + int.from_bytes(jpeg[at + 2 : at + 4])
-    return jpeg[:at]
+def _head_and_scans(encoded: bytes) -> tuple[bytes, int]:
+    """A JPEG's segments up to the first scan, which is nearly all of it, and how many scans it has.
+
+    They are counted as far as `MAX_JPEG_SCANS` + 1; 0 for other files.
+    """
+    if not encoded.startswith(b"\xff\xd8"):
+        return b"", 0
+    head, scans, at, sequential_colours = encoded, 0, 2, b""
+    while scans <= MAX_JPEG_SCANS and (marker := _JPEG_MARKER.search(encoded, at)):
+        kind, at = marker[1], marker.end()
+        if kind == _END:
+            break
+        if kind in (b"\xc0", b"\xc1"):
+            sequential_colours = encoded[at + 7 : at + 8]
+        elif kind == _SCAN:
+            scans += 1
+            if scans == 1:
+                head = encoded[: marker.start()]
+                if encoded[at + 2 : at + 3] == sequential_colours:
+                    break  # all is in this one, and decoders take no other
+        at += int.from_bytes(encoded[at : at + 2])
+    return head, scans
 
 
 def _covering(width: int, height: int, pixels: int) -> tuple[int, int]:
@@ -111,13 +129,19 @@ def _opened(encoded: bytes, name: str) -> Generator[Image.Image]:
                     f"{image.width} x {image.height} is over the limit of {MAX_PICTURE_PIXELS} "
                     "pixels; shrink it"
                 )
+            if _head_and_scans(encoded)[1] > MAX_JPEG_SCANS:
+                raise ValueError(f"it has over {MAX_JPEG_SCANS} scans; save it anew")
             yield image
+    except UnidentifiedImageError as error:  # Pillow names an address in memory
+        formats = "no PNG, JPEG or WebP file, or its beginning is broken"
+        raise BadSampleError(f"picture of {name} cannot be used: it is {formats}") from error
     # Pillow's decoders raise whatever they stumble over in a broken file: struct.error, TypeError.
     except Exception as error:
         raise BadSampleError(f"picture of {name} cannot be used: {error}") from error
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any picture in RGB: transparency on white, and of 16 bits the upper 8."""
     if image.mode == "I;16":  # convert() would clip 16-bit grey to its lowest 256 levels
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.has_transparency_data:

@@ -20,14 +20,13 @@ from megavlm.eval.samples import progress, tell
 from megavlm.eval.scores import Score
 from megavlm.eval.shards import Row
 from megavlm.eval.zero_shot import (
-    RECALLS,
+    PUBLISHED_RECALLS,
     class_accuracies,
     class_features,
-    image_features,
     ranked,
     recalls,
-    text_features,
 )
+from megavlm.infer.features import image_features, text_features
 from megavlm.model.pretraining import PretrainingModel
 
 BEST_CLASSES = 5
@@ -165,7 +164,7 @@ class Retrieves(_Towers):
             self._benchmark.score(name, len(each), float(np.mean(each)))
             for name, each in hits.items()
         ]
-        first = hits[f"picture to text, recall@{RECALLS[0]}"]
+        first = hits[f"picture to text, recall@{PUBLISHED_RECALLS[0]}"]
         found_by = iter(pictures_mk.tolist())
         predictions = [
             prediction(

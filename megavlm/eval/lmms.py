@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from megavlm.infer.quantize import Quantization
 
 DEFAULT_NEW_TOKENS = 256  # where a task does not say
+DEFAULT_BATCH_SIZE = 16
 
 
 def manifest() -> ModelManifest:
@@ -35,7 +36,7 @@ class Megavlm(lmms):
         pretrained: str,
         stage: str | None = None,
         quantization: "Quantization | None" = None,
-        batch_size: int | str = 16,
+        batch_size: int | str = DEFAULT_BATCH_SIZE,
         device: str | None = None,
         max_batch_size: int | None = None,
     ) -> None:
@@ -43,10 +44,12 @@ class Megavlm(lmms):
 
         quantization: int8 or int4.
 
-        batch_size: answers that are written at the same time. device and max_batch_size are given
-        by lmms-eval, and of no use: a rank has its device, and rows join and leave a batch.
+        batch_size: answers that are written at the same time; of `auto` the default. device and
+        max_batch_size are given by lmms-eval, and of no use: a rank has its device, and rows join
+        and leave a batch.
         """
         super().__init__()
+        self._batch_size = _rows(batch_size)
         from torch import distributed
 
         from megavlm.config.engines import UNDIVIDED
@@ -69,7 +72,6 @@ class Megavlm(lmms):
         self._model = load_language(of_stage.run, checkpoint, quantization=quantization)
         self._tokenizer = Tokenizer(of_stage.run.data.tokenizer)
         self._side = of_stage.run.model.encoder.image_pixels
-        self._batch_size = int(batch_size)
         self._rank, self._world_size = groups.rank(), groups.world_size()
         self._device = groups.device()
 
@@ -115,7 +117,7 @@ class Megavlm(lmms):
         *,
         seed: int,
     ) -> "Request":
-        from megavlm.data.image import fit_square, to_uint8_tensor
+        from megavlm.data.image import fit_square, to_rgb, to_uint8_tensor
         from megavlm.errors import RequestError
         from megavlm.infer.prompts import Request, question
 
@@ -125,9 +127,7 @@ class Megavlm(lmms):
                 raise RequestError(
                     f"task {task} shows a {type(visual).__name__}; only pictures can be shown"
                 )
-        pixels = [
-            to_uint8_tensor(fit_square(visual.convert("RGB"), self._side)) for visual in visuals
-        ]
+        pixels = [to_uint8_tensor(fit_square(to_rgb(visual), self._side)) for visual in visuals]
         stop = settings.get("until") or ()
         return Request(
             prompt=question(self._tokenizer, context, pictures=len(pixels)),
@@ -148,6 +148,17 @@ class Megavlm(lmms):
         raise NotImplementedError(
             "megavlm answers tasks of the type generate_until; this one has several rounds"
         )
+
+
+def _rows(batch_size: int | str) -> int:
+    from megavlm.errors import ConfigError
+
+    words = str(batch_size)
+    if words.partition(":")[0] == "auto":
+        return DEFAULT_BATCH_SIZE
+    if not words.isdecimal() or int(words) < 1:
+        raise ConfigError(f"batch_size={batch_size} is not auto or a whole number of at least 1")
+    return int(words)
 
 
 def _sampling(settings: Mapping[str, Any], task: str, seed: int) -> Any:

@@ -3,64 +3,15 @@
 Letters in shapes: n pictures or texts, d feature width, c classes, p prompts of a class.
 """
 
-from collections.abc import Sequence
-
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from megavlm.config.run import RunSettings
-from megavlm.data.collate import Drawn, pairs
-from megavlm.data.samples import CAPTION_TASK, text
-from megavlm.data.tokenizer import Tokenizer
-from megavlm.dist import groups
 from megavlm.eval.retrieval import best
-from megavlm.eval.samples import BATCH_SIZE
-from megavlm.model.pretraining import PretrainingModel
 
-RECALLS = (1, 5, 10)
-TEXTS_AT_ONCE = 4 * BATCH_SIZE
-
-
-@torch.no_grad()
-def image_features(model: PretrainingModel, pixels: Sequence[Tensor]) -> Tensor:
-    """Of uint8 (3, side, side) pictures: fp32 (n, d) on the CPU, of any norm."""
-    assert model.contrastive_head is not None, "the stage is checked for it"
-    features: list[Tensor] = []
-    for start in range(0, len(pixels), BATCH_SIZE):
-        batch = torch.stack([*pixels[start : start + BATCH_SIZE]]).to(groups.device())
-        pooled_nw = model.pooled(model.encoder(batch))
-        features.append(model.contrastive_head.image(pooled_nw).float().cpu())
-    return torch.cat(features)
-
-
-@torch.no_grad()
-def text_features(
-    model: PretrainingModel, texts: Sequence[str], tokenizer: Tokenizer, run: RunSettings
-) -> tuple[Tensor, int]:
-    """Of texts: fp32 (n, d) on the CPU, of any norm, and how many were cut to the row length.
-
-    Texts share rows as in training, so that a feature depends on what else is encoded with it, but
-    by rounding alone.
-    """
-    assert model.contrastive_head is not None and model.text_tower is not None
-    side = run.model.encoder.image_pixels
-    blank = torch.zeros((3, side, side), dtype=torch.uint8)  # a pair has a picture; it is not read
-    features: list[Tensor] = []
-    cut = 0
-    for start in range(0, len(texts), TEXTS_AT_ONCE):
-        drawn = [
-            Drawn("", (blank,), (text("", each, CAPTION_TASK),), np.random.default_rng(0))
-            for each in texts[start : start + TEXTS_AT_ONCE]
-        ]
-        batch = pairs(drawn, tokenizer, run, len(drawn))
-        cut += batch.truncated_texts
-        batch = batch.to(groups.device())
-        states_nw = model.text_tower(batch.tokens_bt, batch.text_numbers_bt, batch.ends_n)
-        features.append(model.contrastive_head.text(states_nw).float().cpu())
-    return torch.cat(features), cut
+PUBLISHED_RECALLS = (1, 5, 10)
+"""Those of papers; held-out samples, which are fewer, have `retrieval.RECALLS`."""
 
 
 def class_features(prompts_cpd: Tensor) -> Tensor:
@@ -88,7 +39,7 @@ def class_accuracies(best_nk: NDArray[np.int64], truths_n: NDArray[np.int64]) ->
 
 def ranked(image_nd: Tensor, text_md: Tensor) -> tuple[Tensor, Tensor]:
     """The ten best texts of each picture, and the ten best pictures of each text, int64."""
-    most = max(RECALLS)
+    most = max(PUBLISHED_RECALLS)
     return best(most, image_nd, text_md), best(most, text_md, image_nd)
 
 
@@ -105,5 +56,5 @@ def recalls(
     return {
         f"{direction}, recall@{k}": hits[:, :k].any(1).tolist()
         for direction, hits in (("text to picture", own_mk), ("picture to text", own_nk))
-        for k in RECALLS
+        for k in PUBLISHED_RECALLS
     }

@@ -99,6 +99,13 @@ def untrained_pretraining(run: RunSettings) -> PretrainingModel:
     return model.eval()
 
 
+def weights_of(run: RunSettings, checkpoint: Folder | None) -> list[Folder]:
+    """What is loaded: a checkpoint, or without one what the run starts from."""
+    if checkpoint is not None:
+        return [checkpoint]
+    return [Folder(place) for place in run.checkpoint.start_from]
+
+
 def _loaded(
     run: RunSettings, checkpoint: Folder | None, parallel: MegatronSettings, dtype: torch.dtype
 ) -> nn.Module:
@@ -106,9 +113,8 @@ def _loaded(
 
     Without a checkpoint, with those that the run starts from.
     """
-    folders = [checkpoint] if checkpoint is not None else []
+    folders = weights_of(run, checkpoint)
     if checkpoint is None:
-        folders = [Folder(place) for place in run.checkpoint.start_from]
         for folder in folders:
             check_weights(folder, run.model, Tokenizer(run.data.tokenizer))
     saved = {name for folder in folders for name in read_state(folder)["tensors"]}

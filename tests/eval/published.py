@@ -34,6 +34,16 @@ def captions_of(number):
     return [form.format(colour) for form in forms]
 
 
+def write_coco_test(folder, count):
+    """image_info_test2014.json and its pictures, without captions."""
+    images = []
+    for number in range(count):
+        name = f"COCO_test2014_{number:012d}.jpg"
+        write_jpeg(folder / "test2014" / name, number)
+        images.append({"id": number, "file_name": name, "height": 30, "width": 40 + number})
+    write_json(folder / "image_info_test2014.json", {"info": {}, "images": images})
+
+
 def write_coco(folder, count, subset="val2017"):
     """captions_val2017.json and its pictures."""
     images, annotations = [], []
@@ -108,11 +118,23 @@ def write_vqa(folder, count, subset="val2014", prefix="v2_"):
     )
 
 
+def write_vqa_test(folder, count, subset="test-dev2015"):
+    """Questions of a part of VQAv2's test set, which have no annotations."""
+    questions = []
+    for number in range(count):
+        write_jpeg(folder / "test2015" / f"COCO_test2015_{number:012d}.jpg", number)
+        question = {"image_id": number, "question": "Why?", "question_id": 10 * number}
+        questions.append(question)
+    content = {"data_subtype": subset, "questions": questions}
+    write_json(folder / f"v2_OpenEnded_mscoco_{subset}_questions.json", content)
+
+
 def write_textvqa(folder, count, split="val"):
     data = []
     for number in range(count):
         image = f"{number:016x}"
-        write_jpeg(folder / "train_images" / f"{image}.jpg", number)
+        images = "test_images" if split == "test" else "train_images"
+        write_jpeg(folder / images / f"{image}.jpg", number)
         colour = colour_of(number)
         data.append(
             {
@@ -127,6 +149,8 @@ def write_textvqa(folder, count, split="val"):
                 "set_name": split,
             }
         )
+        if split == "test":
+            del data[-1]["answers"]
     content = {"dataset_type": split, "dataset_name": "textvqa", "data": data}
     write_json(folder / f"TextVQA_0.5.1_{split}.json", content)
 
@@ -140,3 +164,17 @@ def write_imagenet(folder, classes, pictures):
         for n in range(pictures + number):
             write_jpeg(folder / "val" / wnid / f"ILSVRC2012_val_{n:08d}.JPEG", number)
     (folder / "LOC_synset_mapping.txt").write_text("".join(lines))
+
+
+def write_flat_imagenet(folder, classes, pictures):
+    """Kaggle's form: validation pictures in one folder, and a table of their classes and boxes."""
+    lines = ["ImageId,PredictionString"]
+    for number in range(classes * pictures):
+        name = f"ILSVRC2012_val_{number + 1:08d}"
+        write_jpeg(folder / "ILSVRC" / "Data" / "CLS-LOC" / "val" / f"{name}.JPEG", number)
+        wnid = f"n0{1440764 + 10 * (number % classes)}"
+        lines.append(f"{name},{wnid} 1 2 30 40 {wnid} 5 6 7 8 ")
+    lines[1:] = reversed(lines[1:])
+    (folder / "LOC_val_solution.csv").write_text("\n".join(lines))
+    names = [f"n0{1440764 + 10 * n} {colour_of(n)} square, Squarus" for n in range(classes)]
+    (folder / "LOC_synset_mapping.txt").write_text("\n".join(names))

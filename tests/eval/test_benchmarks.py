@@ -1,6 +1,7 @@
 """Readers of published files: what they find, and what they say of files that are wrong."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -74,7 +75,7 @@ def test_imagenet_with_names_of_its_own(tmp_path):
         read_benchmark("imagenet", tmp_path)
     found = read_benchmark("imagenet", tmp_path, skip_bad=True)
     assert found.templates == ("a photo of a {}.", "the {}")
-    assert found.classes == ("ruby", "the sea")
+    assert found.classes == ("ruby, bright", "the sea")
     assert [item.truths for item in found.items] == [("0",)] * 2 + [("1",)] * 4
     assert found.left_out == ("n01440774 has no class name",)
 
@@ -96,6 +97,52 @@ def test_imagenets_1000_classes_have_clips_names(tmp_path):
     (tmp_path / "n99999999").mkdir()
     found = read_benchmark("imagenet", tmp_path)
     assert found.classes == CLASSES and found.items[0].truths == ("517",)
+    # Kaggle's names are for subsets, whose measure is no published one; a user's own always win.
+    lines = [f"n{number:08d} kaggle{number}, synonym" for number in [*range(999), 99999999]]
+    (tmp_path / "LOC_synset_mapping.txt").write_text("\n".join(lines))
+    assert read_benchmark("imagenet", tmp_path).classes == CLASSES
+    (tmp_path / "classnames.txt").write_text("\n".join(lines))
+    assert read_benchmark("imagenet", tmp_path).classes[517] == "kaggle517, synonym"
+
+
+def test_imagenet_of_kaggle_in_one_folder(tmp_path):
+    published.write_flat_imagenet(tmp_path, 3, 2)
+    found = read_benchmark("imagenet", tmp_path)
+    assert found.classes == ("red square", "green square", "blue square")
+    truths = {item.key[-1]: item.truths for item in found.items}
+    assert truths == {str(n + 1): (str(n % 3),) for n in range(6)}
+    pictures = tmp_path / "ILSVRC" / "Data" / "CLS-LOC" / "val"
+    assert {item.picture.parent for item in found.items} == {pictures}
+    (pictures / "ILSVRC2012_val_00000002.JPEG").rename(pictures / "other.JPEG")
+    found = read_benchmark("imagenet", tmp_path, skip_bad=True)
+    assert len(found.items) == 5
+    assert [bad.partition(" ")[2].partition(str(tmp_path))[0] for bad in found.left_out] == [
+        "is not in ",
+        "has no picture ",
+    ]
+    solution = tmp_path / "LOC_val_solution.csv"
+    solution.write_text(solution.read_text() + "\nx,dog\n")
+    with pytest.raises(DataError, match=r"LOC_val_solution\.csv: each line after the first must"):
+        read_benchmark("imagenet", tmp_path)
+
+
+def test_what_else_lies_among_imagenets_folders(tmp_path):
+    published.write_imagenet(tmp_path, 2, 1)
+    (tmp_path / "val" / "n01440764" / ".DS_Store").write_bytes(b"")
+    assert len(read_benchmark("imagenet", tmp_path).items) == 3
+    (tmp_path / "val" / "n99999999").write_bytes(b"")
+    with pytest.raises(DataError, match=r"1 entry cannot be used: .*n99999999 is a file, not"):
+        read_benchmark("imagenet", tmp_path)
+
+
+def test_a_name_that_is_not_utf8_is_a_bad_entry(tmp_path):
+    published.write_imagenet(tmp_path, 2, 1)
+    inner = os.fsencode(tmp_path / "val" / "n01440764")
+    os.rename(inner + b"/ILSVRC2012_val_00000000.JPEG", inner + b"/caf\xe9.JPEG")
+    with pytest.raises(DataError, match=r"caf\\udce9 has a picture whose name is not UTF-8"):
+        read_benchmark("imagenet", tmp_path)
+    found = read_benchmark("imagenet", tmp_path, skip_bad=True)
+    assert len(found.items) == 2 and len(found.left_out) == 1
 
 
 def change(path, **changed):
@@ -143,6 +190,55 @@ def test_questions_and_annotations_must_fit(tmp_path):
     annotations.unlink()
     with pytest.raises(DataError, match=r"holds no v2_mscoco_val2014_annotations\.json; download"):
         read_benchmark("vqav2", tmp_path)
+
+
+def test_ids_that_are_there_twice_are_bad_entries(tmp_path):
+    published.write_vqa(tmp_path / "vqa", 4)
+    for name in ("OpenEnded_mscoco_val2014_questions", "mscoco_val2014_annotations"):
+        path = tmp_path / "vqa" / f"v2_{name}.json"
+        kind = name.rpartition("_")[2]
+        entries = json.loads(path.read_text())[kind]
+        change(path, **{kind: [*entries, entries[1] | {"question": "other", "answers": []}]})
+    with pytest.raises(DataError, match=r"annotation 421 is there twice, of which the first co"):
+        read_benchmark("vqav2", tmp_path / "vqa")
+    found = read_benchmark("vqav2", tmp_path / "vqa", skip_bad=True)
+    assert len(found.left_out) == 2 and "question 421 is there twice" in found.left_out[1]
+    assert found.items[1].question != "other" and len(found.items[1].truths) == 10
+    published.write_coco(tmp_path, 3)
+    path = tmp_path / "annotations" / "captions_val2017.json"
+    images = json.loads(path.read_text())["images"]
+    change(path, images=[*images, images[1] | {"id": 1000}])
+    published.write_textvqa(tmp_path, 3)
+    path = tmp_path / "TextVQA_0.5.1_val.json"
+    data = json.loads(path.read_text())["data"]
+    change(path, data=[*data, data[0]])
+    for name, told in (("coco_captions", "image 1000"), ("textvqa", "34602")):
+        found = read_benchmark(name, tmp_path, skip_bad=True)
+        assert found.left_out == (f"{told} is there twice, of which the first counts",)
+        assert len(found.items) == 3
+        assert found.items[0].picture.name in ("000000001000.jpg", "0000000000000000.jpg")
+
+
+def test_what_has_no_published_truths(tmp_path):
+    published.write_vqa_test(tmp_path, 2)
+    published.write_vqa_test(tmp_path, 3, "test2015")
+    published.write_textvqa(tmp_path, 2, "test")
+    published.write_coco_test(tmp_path, 2)
+    published.write_vqa(tmp_path, 4, subset="train2014")
+    published.write_textvqa(tmp_path, 3, "train")
+    published.write_coco(tmp_path, 3, "train2014")
+    for name, items, folder, examples in (
+        ("vqav2_test_dev", 2, "test2015", 4),
+        ("vqav2_test", 3, "test2015", 4),
+        ("textvqa_test", 2, "test_images", 3),
+        ("coco_captions_test", 2, "test2014", 3),
+    ):
+        found = read_benchmark(name, tmp_path)
+        assert found.name == name and not found.has_truths and len(found.items) == items
+        assert {item.truths for item in found.items} == {()}
+        assert {item.picture.parent.name for item in found.items} == {folder}
+        shown = read_benchmark(name, tmp_path, "examples")
+        assert shown.has_truths and len(shown.items) == examples
 
 
 @pytest.mark.parametrize(

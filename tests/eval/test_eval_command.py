@@ -35,6 +35,7 @@ def test_every_benchmark_of_a_trained_run(tiny_run, tmp_path, capfd):
         "flickr30k": lambda folder: published.write_karpathy(folder, "flickr30k", 9),
         "vqav2": lambda folder: published.write_vqa(folder, 5),
         "okvqa": lambda folder: published.write_vqa(folder, 5, prefix=""),
+        "vqav2_test_dev": lambda folder: published.write_vqa_test(folder, 5),
         "textvqa": lambda folder: published.write_textvqa(folder, 5),
         "imagenet": lambda folder: published.write_imagenet(folder, 6, 1),
     }
@@ -46,7 +47,7 @@ def test_every_benchmark_of_a_trained_run(tiny_run, tmp_path, capfd):
     assert command(2, "eval", run_file, *written) == [0, 0]
     found = [word for name in ("flickr30k", "imagenet") for word in named[name]]
     assert command(2, "eval", run_file, *found, "--stage", "towers", "--limit", 3) == [0, 0]
-    results = tmp_path.glob("run/benchmarks/*/*/results.json")
+    results = tmp_path.glob("run/benchmarks/*/step-*/*/results.json")
     shown = [json.loads(path.read_text()) for path in results]
     assert {(each["stage"], each["benchmark"], each["step"]) for each in shown} == {
         *(("chats", name, 4) for name in writes if name != "imagenet"),
@@ -54,6 +55,12 @@ def test_every_benchmark_of_a_trained_run(tiny_run, tmp_path, capfd):
     }
     assert all(0 <= row["model"] <= 10 for each in shown for row in each["scores"])
     assert "towers, step 2" in capfd.readouterr().out
+    together = ("--tensor-parallel", 2, "--limit", 3, "--batch-size", 2)
+    assert command(2, "eval", run_file, *named["okvqa"], *together) == [0, 0]
+    [path] = tmp_path.glob("run/benchmarks/chats/step-00000004/okvqa-limit-3/submission.json")
+    assert len(json.loads(path.read_text())) == 3
+    assert command(2, "eval", run_file, *found, "--stage", "towers", *together) == [2, 2]
+    assert "--tensor-parallel=2 divides language models, and stage towers" in capfd.readouterr().err
     assert command(1, "eval", run_file, *named["imagenet"]) == [2]
     assert "imagenet needs a stage of contrastive, and stage chats" in capfd.readouterr().err
     assert command(1, "eval", run_file, "--stage", "chat") == [2]

@@ -1,14 +1,16 @@
 """The model class for lmms-eval, against its own classes, where it is installed."""
 
+import io
 from dataclasses import replace
 from importlib.metadata import EntryPoint
 
 import pytest
+import torch
 import yaml
 from PIL import Image
 
 from megavlm.config.load import run_as_tree
-from megavlm.errors import CheckpointError, RequestError
+from megavlm.errors import CheckpointError, ConfigError, RequestError
 from tests.eval import published
 from tests.ranks import run_on_ranks
 
@@ -17,9 +19,9 @@ lmms_eval = pytest.importorskip("lmms_eval", reason="install it without its depe
 from lmms_eval.api.instance import Instance  # noqa: E402
 from lmms_eval.models import MODEL_REGISTRY_V2  # noqa: E402
 
-from megavlm.data.image import fit_square, to_uint8_tensor  # noqa: E402
+from megavlm.data.image import fit_square, read_square, to_uint8_tensor  # noqa: E402
 from megavlm.eval import run as evaluation  # noqa: E402
-from megavlm.eval.lmms import Megavlm, _sampling, manifest  # noqa: E402
+from megavlm.eval.lmms import DEFAULT_BATCH_SIZE, Megavlm, _rows, _sampling, manifest  # noqa: E402
 from megavlm.infer import load  # noqa: E402
 from megavlm.infer.generate import generate  # noqa: E402
 from megavlm.infer.prompts import Request, question  # noqa: E402
@@ -90,6 +92,15 @@ def test_answers_are_those_of_generate(run_file, tiny_run):
             model.generate_until([ask_again[1]])
         with pytest.raises(NotImplementedError, match="compares likelihoods"):
             model.loglikelihood([])
+        # Transparency and 16 bits are as in training.
+        for mode, colour in (("RGBA", (0, 0, 0, 0)), ("I;16", 30_000)):
+            shown = Image.new(mode, (40, 30), colour)
+            file = io.BytesIO()
+            shown.save(file, "PNG")
+            documents, asked_once = instance(6, [shown])
+            model.task_dict["vqa"]["val"] |= documents["vqa"]["val"]
+            [pixels] = model._request(*asked_once.args, seed=0).pixels
+            assert torch.equal(pixels, read_square(file.getvalue(), "", side))
         # A repeated instance is drawn anew; the same call draws the same.
         _, drawn = instance(0, [pictures[0]], max_new_tokens=8, temperature=5.0)
         several = model.generate_until([drawn, drawn])
@@ -117,6 +128,12 @@ def test_settings_of_tasks():
     assert (drawn.temperature, drawn.top_p, drawn.seed) == (0.5, 0.9, 3)
     with pytest.raises(RequestError, match="task t wants num_beams=4"):
         _sampling({"num_beams": 4}, "t", 1)
+
+
+def test_sizes_of_batches():
+    assert (_rows("auto"), _rows("auto:4"), _rows("3")) == (DEFAULT_BATCH_SIZE,) * 2 + (3,)
+    with pytest.raises(ConfigError, match="batch_size=many is not auto or a whole number"):
+        _rows("many")
 
 
 def test_a_stage_that_writes_nothing_is_refused(tiny_run, tmp_path, monkeypatch):

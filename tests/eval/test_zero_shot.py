@@ -7,19 +7,12 @@ import pytest
 import torch
 
 from megavlm.config.run import RunSettings
-from megavlm.data.collate import Drawn
+from megavlm.data.collate import Drawn, pairs
 from megavlm.data.samples import text
 from megavlm.data.tokenizer import Tokenizer
-from megavlm.eval import zero_shot
-from megavlm.eval.zero_shot import (
-    class_accuracies,
-    class_features,
-    image_features,
-    ranked,
-    recalls,
-    text_features,
-)
-from megavlm.infer.features import encode
+from megavlm.eval.zero_shot import class_accuracies, class_features, ranked, recalls
+from megavlm.infer import features
+from megavlm.infer.features import encode, image_features, text_features
 from megavlm.infer.load import untrained_pretraining
 from tests.ranks import alone
 
@@ -77,20 +70,26 @@ def test_towers_alone_see_what_they_see_together(monkeypatch, tiny_run: RunSetti
     side = run.model.encoder.image_pixels
     pixels = (255 * random(5, 3, side, side).sigmoid()).to(torch.uint8)
     texts = ["a red square", "a green square", "blue", "a white square " * 9, "black"]
-    monkeypatch.setattr(zero_shot, "BATCH_SIZE", 2)
-    monkeypatch.setattr(zero_shot, "TEXTS_AT_ONCE", 3)
+    monkeypatch.setattr(features, "PICTURES_AT_ONCE", 2)
+    monkeypatch.setattr(features, "TEXTS_AT_ONCE", 3)
     with alone():
         model = untrained_pretraining(run)
         drawn = [
             Drawn("", (picture,), (text("", caption, "caption"),), np.random.default_rng(1))
             for picture, caption in zip(pixels, texts, strict=True)
         ]
-        together = encode((model,), drawn, tokenizer, run)
+        encoded = encode((model,), drawn, tokenizer, run)
+        batch = pairs(drawn, tokenizer, run, len(drawn))
+        with torch.no_grad():  # as in training
+            expected_images, expected_texts, *_ = model(
+                batch.pixels, None, batch.tokens_bt, batch.text_numbers_bt, batch.ends_n
+            )
         images_nd = image_features(model, list(pixels))
         texts_nd, cut = text_features(model, texts, tokenizer, run)
-    [(expected_images, expected_texts)] = together.features
+    [(encoded_images, encoded_texts)] = encoded.features
+    assert torch.equal(encoded_images, images_nd) and torch.equal(encoded_texts, texts_nd)
     # Worst seen, of values up to 3.2 from batches of other sizes: 2.4e-7 and 4.8e-7.
     torch.testing.assert_close(images_nd, expected_images, rtol=0, atol=3e-6)
     torch.testing.assert_close(texts_nd, expected_texts, rtol=0, atol=3e-6)
-    assert cut == together.truncated_texts == 1
+    assert cut == encoded.truncated_texts == batch.truncated_texts == 1
     assert images_nd.std() > 0 and texts_nd.std() > 0
