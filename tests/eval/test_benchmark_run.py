@@ -141,9 +141,6 @@ def test_quantized_results_lie_apart(plan, tmp_path, capfd):
     assert results["quantization"] == "int8" and plain[0][0]["quantization"] is None
     assert found(plan, **wanted) == plain
     assert "vqav2, stage instruction, step 0, int8" in capfd.readouterr().out
-    root = plan.first.run_folder / "benchmarks" / "instruction"
-    settings = [(root / n / "settings.json").read_text() for n in ("vqav2", "vqav2-int8")]
-    assert settings[0] != settings[1]
     with pytest.raises(AssertionError, match=r"stage contrastive of .* trains no language model"):
         published.write_coco(tmp_path / "coco", 3)
         coco = {"coco_captions": tmp_path / "coco"}

@@ -143,7 +143,7 @@ RED = picture("red")
         (chat("a", temperature=float("nan")), "temperature=nan must lie between"),
         (chat("a", temperature="hot"), "temperature: Input should be a valid number"),
         (chat("a", top_p=0), "top_p=0.0 must lie above 0"),
-        (chat("a", top_k=0), "top_k=0 must be at least 1"),
+        (chat("a", top_k=0), "top_k=0 must lie between 1 and"),
         (chat("a", seed=2**63), "seed=.* must lie between"),
         (chat("a", seed=True), "seed: Input should be a valid integer"),
         (chat("a", stop=["x"] * 5), "stop: List should have at most 4 items"),
