@@ -58,6 +58,7 @@ def figures(evaluation):
     }
 
 
+@pytest.mark.slow
 def test_every_stage_is_evaluated_once_by_any_number_of_ranks(monkeypatch, curriculum, capfd):
     run_on_ranks(2, lambda _: train(curriculum, evaluate_stage), groups=False)
     evaluation, predictions = evaluated(curriculum)

@@ -51,6 +51,7 @@ def test_the_same_goes_as_by_comparing_all_pairs(reason, monkeypatch):
     assert gone_among(reason, hashes) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reason", BANDS)
 def test_the_same_goes_at_sizes_at_which_buckets_are_crowds(reason):
     """Pictures near 32 earlier ones, all of which go for others, stay."""

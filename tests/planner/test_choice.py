@@ -46,6 +46,7 @@ def test_overrides_of_the_file_give_the_chosen_settings(path, gpu):
     assert overrides(plan.last, plan.last, stage) == []
 
 
+@pytest.mark.slow
 def test_of_alike_layouts_the_first_is_shown():
     ranked = recipe.searched().ranked
     shown = best_of_each_layout(ranked)
