@@ -15,6 +15,9 @@ from tests.states import whole_tensors
 LAYOUT = {layout.name: layout for layout in LAYOUTS}
 FAST = ("ZeRO-3 x2",)
 SLOW = (
+    *("FSDP2 x2", "FSDP2 hybrid 2x2", "ZeRO-3 hpZ 2x2"),
+    *("TP2", "PP2 interleaved", "TP2 x PP2", "TP2 x DP2"),
+)
     "FSDP2 x2",
     "TP2",
     "PP2 interleaved",
