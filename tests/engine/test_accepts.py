@@ -18,14 +18,6 @@ SLOW = (
     *("FSDP2 x2", "FSDP2 hybrid 2x2", "ZeRO-3 hpZ 2x2"),
     *("TP2", "PP2 interleaved", "TP2 x PP2", "TP2 x DP2"),
 )
-    "FSDP2 x2",
-    "TP2",
-    "PP2 interleaved",
-    "TP2 x PP2",
-    "TP2 x DP2",
-    "ZeRO-3 hpZ 2x2",
-    "FSDP2 hybrid 2x2",
-)
 LEARNING_RATE = 1e-2
 
 
