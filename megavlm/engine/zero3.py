@@ -151,6 +151,8 @@ class Zero3Engine:
         held = self.held()
         self._engine.destroy()
         free(held)
+        # It must be gone before another engine makes its own, which DeepSpeed leaves to us.
+        deepspeed.utils.groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
 
     def _ask_before_updates(self) -> None:
         """Have DeepSpeed leave out what is not accepted, as it does at overflows in fp16."""
