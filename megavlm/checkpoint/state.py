@@ -221,15 +221,20 @@ def checkpoint_state(
     step: int,
     training: Sources,
     optimizer_steps: Mapping[Part, int],
+    guard: Mapping[str, Any],
+    left_out: Sequence[tuple[int, int]],
 ) -> dict[str, Any]:
     """The plain data that a checkpoint of a run's step carries beside its tensors.
 
-    optimizer_steps: steps that the optimiser has taken of each part.
+    optimizer_steps: steps that the optimiser has taken of each part. guard: what tells bad steps
+    from good ones. left_out: positions of samples that rollbacks have left out.
     """
     return {
         "stage": stage.name,
         "stage_first_step": stage.first_step,
         "optimizer_steps": dict(optimizer_steps),
+        "guard": dict(guard),
+        "left_out": [[*positions] for positions in left_out],
         "stage_first_sample": stage.first_sample,
         "samples_seen": stage.sample_at(step),
         "training_samples": len(training),

@@ -10,6 +10,7 @@ from pydantic.dataclasses import dataclass
 from megavlm.config.data import DataSettings
 from megavlm.config.engines import UNDIVIDED, Fsdp2Settings, MegatronSettings, Zero3Settings
 from megavlm.config.evaluation import EvaluationSettings, Measure
+from megavlm.config.guard import GuardSettings
 from megavlm.config.objectives import (
     ContrastiveSettings,
     MimSettings,
@@ -165,6 +166,7 @@ class RunSettings:
     optimizer: OptimizerSettings
     train: TrainSettings
     checkpoint: CheckpointSettings
+    guard: GuardSettings = field(default_factory=GuardSettings)
     engine: Literal["zero3", "fsdp2", "megatron"] = "zero3"
     """zero3: DeepSpeed ZeRO-3. fsdp2: PyTorch fully_shard. megatron: Megatron-core."""
     zero3: Zero3Settings = field(default_factory=Zero3Settings)

@@ -4,7 +4,7 @@ The whole data state of a run is one global sample position.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -97,6 +97,16 @@ def passed_over(positions: Numbers, skipped: Sequence[tuple[int, int]]) -> Numbe
     for first, stop in skipped:
         positions = np.where(positions >= first, positions + (stop - first), positions)
     return positions
+
+
+def joined_ranges(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The same positions as ranges that ascend and are apart."""
+    joined: list[tuple[int, int]] = []
+    for first, stop in sorted(ranges):
+        if joined and first <= joined[-1][1]:
+            first, stop = joined[-1][0], max(stop, joined.pop()[1])
+        joined.append((first, stop))
+    return joined
 
 
 def key_of(*parts: int | str) -> np.uint64:

@@ -10,7 +10,7 @@ import numpy as np
 
 from megavlm.config.data import SourceSettings
 from megavlm.config.run import RunSettings
-from megavlm.data.cursor import Numbers, Shuffle, passed_over, sources_at
+from megavlm.data.cursor import Numbers, Shuffle, joined_ranges, passed_over, sources_at
 from megavlm.data.samples import Sample, Text
 from megavlm.data.shards import SampleSizes, ShardFolder
 from megavlm.data.texts import evenly_spaced
@@ -40,13 +40,16 @@ def places_of(ids_n: Numbers) -> tuple[Numbers, Numbers]:
     return ids_n >> NUMBER_BITS, ids_n & (1 << NUMBER_BITS) - 1
 
 
-def training_sources(run: RunSettings) -> "Sources":
-    """What a stage trains on; raises DataError when one cannot be read."""
+def training_sources(run: RunSettings, left_out: Sequence[tuple[int, int]] = ()) -> "Sources":
+    """What a stage trains on; raises DataError when one cannot be read.
+
+    left_out: positions that rollbacks have left out, beside those of the settings.
+    """
     return Sources(
         run.data.train,
         run.seed,
         group_shards=run.data.shuffle_shards,
-        skip_samples=run.data.skip_samples,
+        skip_samples=joined_ranges([*run.data.skip_samples, *left_out]),
     )
 
 

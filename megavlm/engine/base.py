@@ -32,6 +32,15 @@ class StepResult:
     """What the losses are means over: learned tokens or pictures."""
 
 
+Accepts = Callable[[StepResult], bool]
+"""Whether the weights are to follow a step's gradients; the same on every rank."""
+
+
+def always(_: StepResult) -> bool:
+    """Accept every step."""
+    return True
+
+
 def step_result(
     objective: Objective, sums: Sequence[float], items: float, gradient_norm: float
 ) -> StepResult:
@@ -90,8 +99,13 @@ def free(held: Mapping[Kind, Iterable[Tensor]]) -> None:
 class Engine(Protocol):
     """Runs one model over all ranks. Every method is collective."""
 
-    def step(self, micro_batches: Sequence[Any], learning_rate: float) -> StepResult:
-        """Accumulate this rank's micro-batches, then update the weights once."""
+    def step(
+        self, micro_batches: Sequence[Any], learning_rate: float, accepts: Accepts = always
+    ) -> StepResult:
+        """Accumulate this rank's micro-batches, then update the weights once.
+
+        Where the result is not accepted, weights and the optimiser's states stay as they are.
+        """
         ...
 
     def evaluate(self, batches: Iterable[Any]) -> dict[str, float]:

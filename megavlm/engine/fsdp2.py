@@ -25,8 +25,10 @@ from megavlm.config.run import RunSettings
 from megavlm.dist import groups
 from megavlm.engine.base import (
     DTYPES,
+    Accepts,
     Kind,
     StepResult,
+    always,
     evaluate_on_each_rank,
     free,
     losses_of,
@@ -57,7 +59,9 @@ class Fsdp2Engine:
         self._optimizer = adamw(self._own_shards.items(), self._model.ledger(), run)
         self._create_optimizer_states()
 
-    def step(self, micro_batches: Sequence[Any], learning_rate: float) -> StepResult:
+    def step(
+        self, micro_batches: Sequence[Any], learning_rate: float, accepts: Accepts = always
+    ) -> StepResult:
         objective = self._objective
         self._model.train()
         items = sum(objective.items(batch) for batch in micro_batches)
@@ -74,15 +78,17 @@ class Fsdp2Engine:
         # The gradients are of the summed loss; we want those of the mean over the items.
         divisor = max(1.0, items_of_all)
         gradient_norm = math.sqrt(squared) / divisor
-        scale = self._clip_factor(gradient_norm) / divisor
-        torch._foreach_mul_(gradients, scale)  # pyright: ignore[reportPrivateImportUsage]
-        for shard, gradient in zip(self._own_shards.values(), gradients, strict=True):
-            shard.grad = gradient
-        set_learning_rate(self._optimizer, learning_rate)
-        self._optimizer.step()
-        self._optimizer.zero_grad()
+        result = step_result(objective, sums, items_of_all, gradient_norm)
+        if accepts(result):
+            scale = self._clip_factor(gradient_norm) / divisor
+            torch._foreach_mul_(gradients, scale)  # pyright: ignore[reportPrivateImportUsage]
+            for shard, gradient in zip(self._own_shards.values(), gradients, strict=True):
+                shard.grad = gradient
+            set_learning_rate(self._optimizer, learning_rate)
+            self._optimizer.step()
+            self._optimizer.zero_grad()
         self._model.zero_grad()
-        return step_result(objective, sums, items_of_all, gradient_norm)
+        return result
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Any]) -> dict[str, float]:

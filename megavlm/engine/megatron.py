@@ -17,6 +17,7 @@ from megatron.core.distributed import (
     finalize_model_grads,
 )
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
 from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -26,7 +27,16 @@ from megavlm.checkpoint.shards import MOMENTS, Shards, State, shards_of_range
 from megavlm.config.objectives import Part
 from megavlm.config.run import RunSettings
 from megavlm.dist import groups
-from megavlm.engine.base import DTYPES, Kind, StepResult, free, means, step_result
+from megavlm.engine.base import (
+    DTYPES,
+    Accepts,
+    Kind,
+    StepResult,
+    always,
+    free,
+    means,
+    step_result,
+)
 from megavlm.engine.optim import group_of, set_learning_rate
 from megavlm.model.initial import materialise
 from megavlm.model.params import Parameter
@@ -61,7 +71,9 @@ class MegatronEngine:
         self._optimizer: Any = self._build_optimizer()
         self._create_optimizer_states()
 
-    def step(self, micro_batches: Sequence[Any], learning_rate: float) -> StepResult:
+    def step(
+        self, micro_batches: Sequence[Any], learning_rate: float, accepts: Accepts = always
+    ) -> StepResult:
         for chunk in self._chunks:
             chunk.train()
             chunk.zero_grad_buffer()
@@ -70,8 +82,17 @@ class MegatronEngine:
         for group in self._optimizer.param_groups:
             group["weight_decay"] = self._run.optimizer.weight_decay * group["wd_mult"]
         sums, items = self._run_schedule(micro_batches, forward_only=False)
-        _, gradient_norm, _ = self._optimizer.step()
-        return step_result(self._objective, sums.tolist(), items, float(gradient_norm))
+        # What the optimiser's own `step` does, with a question in its middle.
+        self._optimizer.prepare_grads()
+        gradient_norm = float(self._optimizer.get_grad_norm())
+        result = step_result(self._objective, sums.tolist(), items, gradient_norm)
+        if accepts(result):
+            for optimizer in self._optimizers():
+                clip_grad_by_total_norm_fp32(
+                    optimizer.get_parameters(), optimizer.config.clip_grad, gradient_norm
+                )
+            self._optimizer.step_with_ready_grads()
+        return result
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Any]) -> dict[str, float]:

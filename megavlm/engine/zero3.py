@@ -8,6 +8,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.ops.adam import DeepSpeedCPUAdam
+from deepspeed.runtime.utils import combine_grad_norm_groups
 from deepspeed.runtime.zero import parameter_offload
 from deepspeed.runtime.zero.partition_parameters import (
     DeepSpeedTensorOverride,
@@ -29,8 +30,10 @@ from megavlm.config.run import RunSettings
 from megavlm.dist import cpu, groups
 from megavlm.engine.base import (
     DTYPES,
+    Accepts,
     Kind,
     StepResult,
+    always,
     evaluate_on_each_rank,
     free,
     losses_of,
@@ -73,12 +76,16 @@ class Zero3Engine:
         self._engine: Any = deepspeed.initialize(
             model=model, optimizer=_optimizer(model, run), config=config, dist_init_required=False
         )[0]
+        self._accepts_norm: Callable[[float], bool] = lambda norm: True
+        self._ask_before_updates()
         self._create_optimizer_states({})
         if run.zero3.quantized_weights:
             for parameter in model.parameters():
                 _quantize_only_matrices(parameter)
 
-    def step(self, micro_batches: Sequence[Any], learning_rate: float) -> StepResult:
+    def step(
+        self, micro_batches: Sequence[Any], learning_rate: float, accepts: Accepts = always
+    ) -> StepResult:
         objective = self._objective
         [items] = groups.sum_over_ranks(sum(objective.items(batch) for batch in micro_batches))
         # DeepSpeed averages over micro-batches and ranks; we want the mean over the items.
@@ -88,6 +95,14 @@ class Zero3Engine:
         set_learning_rate(self._engine.optimizer, learning_rate)
         self._engine.train()
         reported = torch.zeros(len(objective.names), device=self._device)
+        results: list[StepResult] = []
+
+        def asked(gradient_norm: float) -> bool:
+            sums = groups.sum_over_ranks(*reported)
+            results.append(step_result(objective, sums, items, gradient_norm))
+            return accepts(results[0])
+
+        self._accepts_norm = asked
         for losses in losses_of(objective, self._engine, micro_batches, self._device):
             reported += losses.reported
             self._engine.backward(losses.backward * scale)
@@ -95,9 +110,7 @@ class Zero3Engine:
         # Recomputation stops inside of a module when it has all that it needs; DeepSpeed's hook
         # that would take the module off again does not run.
         parameter_offload.FWD_MODULE_STACK.clear()
-        sums = groups.sum_over_ranks(*reported)
-        gradient_norm = float(self._engine.get_global_grad_norm())
-        return step_result(objective, sums, items, gradient_norm)
+        return results[0]
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Any]) -> dict[str, float]:
@@ -138,6 +151,27 @@ class Zero3Engine:
         held = self.held()
         self._engine.destroy()
         free(held)
+        # It must be gone before another engine makes its own, which DeepSpeed leaves to us.
+        deepspeed.utils.groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
+
+    def _ask_before_updates(self) -> None:
+        """Have DeepSpeed leave out what is not accepted, as it does at overflows in fp16."""
+        zero = self._engine.optimizer
+        norms_of_groups = zero._get_norm_groups
+        skip_at_overflow = zero._loss_scale_update_and_overflow_cleanup
+        norms: list[Any] = []
+
+        def get_norm_groups() -> list[Any]:
+            norms[:] = norms_of_groups()
+            return norms
+
+        def skip_unless_accepted() -> bool:
+            norm = float(combine_grad_norm_groups(norms)) / zero.loss_scale
+            zero.overflow = not self._accepts_norm(norm)
+            return skip_at_overflow()
+
+        zero._get_norm_groups = get_norm_groups
+        zero._loss_scale_update_and_overflow_cleanup = skip_unless_accepted
 
     def _parameters(self) -> Iterator[tuple[str, Any]]:
         return self._engine.module.named_parameters()

@@ -45,7 +45,7 @@ def write_report(plan: Plan, run_file: Path) -> Path:
     """
     run_folder = plan.first.run_folder
     metrics = read_metrics(run_folder)
-    steps = [m for m in metrics if "loss" in m]
+    steps = [m for m in metrics if "loss" in m and not m.get("skipped_step")]
     evaluation = read_evaluation(run_folder)
     predictions = {stage.name: read_predictions(run_folder, stage.name) for stage in plan.stages}
     environment = jinja2.Environment(autoescape=True)
@@ -85,7 +85,7 @@ def _stage(
     """What the page shows of one stage."""
     run = stage.run
     mine = [m for m in metrics if m.get("stage") == stage.name]
-    steps = [m for m in mine if "loss" in m]
+    steps = [m for m in mine if "loss" in m and not m.get("skipped_step")]
     heldout = [m for m in mine if "heldout_loss" in m]
     scores = [Score(**row) for row in evaluation.get("scores", [])]
     return {

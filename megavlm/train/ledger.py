@@ -11,10 +11,13 @@ from typing import IO
 import numpy as np
 from numpy.typing import NDArray
 
+from megavlm.checkpoint.state import checkpoint_root
+from megavlm.checkpoint.store import latest_checkpoint
 from megavlm.config.plan import Plan
 from megavlm.config.run import RunSettings
 from megavlm.data.sources import id_of, places_of, training_sources
 from megavlm.errors import DataError
+from megavlm.train.start import left_out_before
 
 FILE = "samples.ledger"
 HEADER = struct.Struct("<QII")
@@ -89,7 +92,8 @@ def check_ledger(plan: Plan) -> list[str]:
         raise DataError(
             f"run {plan.first.run_folder} has no {FILE}; train with data.ledger=true to keep one"
         )
-    sources_of = {stage.name: training_sources(stage.run) for stage in plan.stages}
+    left_out = left_out_before(latest_checkpoint(checkpoint_root(plan.first)))
+    sources_of = {stage.name: training_sources(stage.run, left_out) for stage in plan.stages}
     fingerprints = {name: sources.fingerprint for name, sources in sources_of.items()}
     taken: dict[str, list[NDArray[np.uint32]]] = {
         fingerprints[name]: [np.zeros(len(folder), np.uint32) for folder in sources.folders]

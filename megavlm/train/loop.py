@@ -3,7 +3,6 @@
 import fcntl
 import gc
 import itertools
-import math
 import os
 import socket
 import sys
@@ -11,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,6 +22,7 @@ from megavlm.config.objectives import Part
 from megavlm.config.plan import Plan, Stage
 from megavlm.config.run import RunSettings
 from megavlm.config.schedule import scheduled
+from megavlm.data.cursor import joined_ranges
 from megavlm.data.loader import MicroBatches, Share, load
 from megavlm.data.sources import Sources, training_sources
 from megavlm.data.tokenizer import Tokenizer
@@ -31,14 +31,23 @@ from megavlm.dist.launch import check_hosts
 from megavlm.engine.base import DTYPES, Engine, StepResult
 from megavlm.engine.ema import Ema
 from megavlm.engine.start import start_engine
-from megavlm.errors import BadSampleError, DataError, DivergenceError, LaunchError
+from megavlm.errors import BadSampleError, DataError, LaunchError
 from megavlm.ops import library
 from megavlm.stages.base import Objective, weighted
 from megavlm.stages.start import objective_of
+from megavlm.train.guard import Guard
 from megavlm.train.ledger import Ledger
 from megavlm.train.metrics import MetricsLog
 from megavlm.train.preflight import check_plan
-from megavlm.train.start import Start, find_start, load_average, start_of, trained_names
+from megavlm.train.start import (
+    Start,
+    find_start,
+    guard_of,
+    left_out_before,
+    load_average,
+    start_of,
+    trained_names,
+)
 
 
 def train(
@@ -80,16 +89,28 @@ def _train_stage(plan: Plan, stage: Stage, start: Start, log: MetricsLog) -> Sta
     """Train what is left of a stage; returns where the next one starts."""
     run = stage.run
     engine = start_engine(run, groups.device())
-    fill, optimizer_steps = start_of(plan, stage, start)
-    engine.load_state(fill, optimizer_steps)
-    ema = (
-        Ema(engine.state(), trained_names(run), run.train.ema_decay)
-        if run.train.ema_decay
-        else None
-    )
-    if ema is not None and start.steps_done > stage.first_step:
-        load_average(start, ema)
-    _run_steps(plan, stage, engine, ema, start.steps_done, optimizer_steps, log)
+    left_out, rollbacks = left_out_before(start.checkpoint), 0
+    while True:
+        fill, optimizer_steps = start_of(plan, stage, start)
+        engine.load_state(fill, optimizer_steps)
+        ema = (
+            Ema(engine.state(), trained_names(run), run.train.ema_decay)
+            if run.train.ema_decay
+            else None
+        )
+        if ema is not None and start.steps_done > stage.first_step:
+            load_average(start, ema)
+        sources = training_sources(run, left_out)
+        stretch = _Stretch(plan, stage, start.steps_done, sources, left_out, rollbacks)
+        bad_step = _run_steps(stretch, engine, ema, guard_of(start), optimizer_steps, log)
+        if bad_step is None:
+            break
+        before, start = start.steps_done, find_start(plan)
+        rollbacks = rollbacks + 1 if start.steps_done == before else 1
+        left_out = _left_out(stretch, start.steps_done, bad_step)
+        log.go_back(start.steps_done)
+        first, stop = left_out[-1]
+        _say(f"back to step {start.steps_done}; samples {first:,} to {stop:,} are left out")
     engine.close()
     del engine, ema
     gc.collect()  # models are full of cycles
@@ -97,21 +118,42 @@ def _train_stage(plan: Plan, stage: Stage, start: Start, log: MetricsLog) -> Sta
     return Start(stage, stage.end_step, checkpoint_root(run) / folder_name(stage.end_step))
 
 
+class _Stretch(NamedTuple):
+    """Steps of a stage that are done without going back."""
+
+    plan: Plan
+    stage: Stage
+    first_step: int
+    sources: Sources
+    left_out: Sequence[tuple[int, int]]
+    """Positions that rollbacks have left out of the sources."""
+    rollbacks: int
+    """To this first step, one after the other."""
+
+
+def _left_out(stretch: _Stretch, step: int, bad_step: int) -> list[tuple[int, int]]:
+    """With the samples of all steps from one to a bad one."""
+    samples = stretch.stage.sample_at(step), stretch.stage.sample_at(bad_step + 1) - 1
+    first, last = stretch.sources.position(np.array(samples)).tolist()
+    return joined_ranges([*stretch.left_out, (first, last + 1)])
+
+
 def _run_steps(
-    plan: Plan,
-    stage: Stage,
+    stretch: _Stretch,
     engine: Engine,
     ema: Ema | None,
-    first_step: int,
+    guard: Guard,
     optimizer_steps: Mapping[Part, int],
     log: MetricsLog,
-) -> None:
+) -> int | None:
+    """Train until the stage ends; returns the step because of which the run must go back."""
+    plan, stage, first_step, sources, left_out, rollbacks = stretch
     run, per_step = stage.run, stage.run.train.micro_batches
+    taken: dict[Part, int] = {**optimizer_steps}
     tokenizer = Tokenizer(run.data.tokenizer)
     share = Share(groups.data_rank(), groups.data_ranks())
     objective = objective_of(run)
     collate = objective.collate
-    sources = training_sources(run)
     training = MicroBatches(
         *(sources, tokenizer, run, share, collate),
         training=True,
@@ -144,10 +186,16 @@ def _run_steps(
                 ids = [i for batch in micro_batches for i in batch.sample_ids]
                 ledger.write(step, groups.joined_copies(np.array(ids, np.int64)))
             learning_rate = scheduled(plan, stage, step)
-            result = engine.step(micro_batches, learning_rate)
-            _check_result(step, result)
-            if ema is not None:
-                ema.update()
+            result = engine.step(micro_batches, learning_rate, guard.accepts)
+            _check_items(step, result)
+            if guard.fault is None:
+                taken = {part: steps + 1 for part, steps in taken.items()}
+                if ema is not None:
+                    ema.update()
+            else:
+                log.say(f"step {step + 1}  {guard.told(result)}")
+                if guard.goes_back(step, result, rollbacks):
+                    return step
             step_seconds = time.perf_counter() - started
             log.step(
                 {
@@ -156,6 +204,7 @@ def _run_steps(
                     "loss": result.loss,
                     **_by_objective("loss", result.losses),
                     "gradient_norm": result.gradient_norm,
+                    "skipped_step": int(guard.fault is not None),
                     "learning_rate": learning_rate,
                     "first_sample": int(sources.position(np.array(stage.sample_at(step)))),
                     "items": result.items,
@@ -174,12 +223,12 @@ def _run_steps(
                 started = time.perf_counter()
                 if ledger is not None:
                     ledger.sync()
-                taken: dict[Part, int] = {
-                    part: n + done - first_step for part, n in optimizer_steps.items()
-                }
-                state = checkpoint_state(stage, tokenizer, done, sources, taken)
+                state = checkpoint_state(
+                    *(stage, tokenizer, done, sources, taken, guard.state(), left_out)
+                )
                 tensors = {**engine.state(), **(ema.state() if ema is not None else {})}
                 saver.save(done, tensors, state)
+                rollbacks = 0
                 seconds = time.perf_counter() - started
                 log.record({"step": step, "stage": stage.name, "checkpoint_seconds": seconds})
 
@@ -190,18 +239,12 @@ def _by_objective(name: str, losses: Mapping[str, float]) -> dict[str, float]:
     return {f"{name}_{objective}": loss for objective, loss in losses.items() if several}
 
 
-def _check_result(step: int, result: StepResult) -> None:
-    """Stop before weights that are no numbers, or that nothing has taught, are saved."""
+def _check_items(step: int, result: StepResult) -> None:
+    """Stop before weights that nothing has taught are saved."""
     if result.items == 0:
         raise DataError(
             f"step {step}: nothing is to be learned from any of its samples; do they have texts of "
             "the tasks that data.train names, and does data.row_tokens leave room for an answer?"
-        )
-    if not (math.isfinite(result.loss) and math.isfinite(result.gradient_norm)):
-        raise DivergenceError(
-            f"step {step}: loss {result.loss}, gradient norm {result.gradient_norm}; nothing of it "
-            "is saved. Run again to go on from the last checkpoint, with a lower "
-            "optimizer.learning_rate or a longer optimizer.warmup_fraction"
         )
 
 

@@ -1,6 +1,7 @@
 """What happened in each step: one JSON line, one TensorBoard point, a progress bar."""
 
 import json
+import math
 import time
 from pathlib import Path
 from types import TracebackType
@@ -22,7 +23,7 @@ METRICS_FILE = "metrics.jsonl"
 class MetricsLog:
     """Writes the metrics of a run on the rank where it is enabled, and is silent on the others.
 
-    After a resume, lines from steps that will be done again are dropped.
+    After a resume or a rollback, lines from steps that will be done again are dropped.
     """
 
     def __init__(self, folder: Path, first_step: int, steps: int, *, enabled: bool) -> None:
@@ -30,13 +31,8 @@ class MetricsLog:
         if not enabled:
             return
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / METRICS_FILE
-        kept = [line for line in read_metrics(folder) if _stays(line, first_step)]
-        rewritten = path.with_suffix(".partial")
-        rewritten.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        rewritten.rename(path)
-        self._file = path.open("a", buffering=1)
-        self._tensorboard = SummaryWriter(folder / "tensorboard", purge_step=first_step)
+        self._folder = folder
+        self._open(first_step)
         self._console = Console(stderr=True)
         self._progress = Progress(
             TextColumn("training"),
@@ -63,8 +59,27 @@ class MetricsLog:
         if not self._enabled:
             return
         self._progress.stop()
+        self._close()
+
+    def _open(self, first_step: int) -> None:
+        path = self._folder / METRICS_FILE
+        kept = [line for line in read_metrics(self._folder) if _stays(line, first_step)]
+        rewritten = path.with_suffix(".partial")
+        rewritten.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        rewritten.rename(path)
+        self._file = path.open("a", buffering=1)
+        self._tensorboard = SummaryWriter(self._folder / "tensorboard", purge_step=first_step)
+
+    def _close(self) -> None:
         self._file.close()
         self._tensorboard.close()
+
+    def go_back(self, step: int) -> None:
+        """Steps from this one on will be done again."""
+        if self._enabled:
+            self._close()
+            self._open(step)
+            self._progress.update(self._task, completed=step)
 
     def step(self, values: dict[str, Any], *, say: bool) -> None:
         """Record a finished training step, and print it if told to."""
@@ -85,6 +100,8 @@ class MetricsLog:
         """Record figures of a step."""
         if not self._enabled:
             return
+        # JSON has no NaN.
+        values = {name: None if _is_nonfinite(value) else value for name, value in values.items()}
         self._file.write(json.dumps({**values, "unix_seconds": time.time()}) + "\n")
         for name, value in values.items():
             if isinstance(value, int | float) and name not in ("step", "last"):
@@ -94,6 +111,10 @@ class MetricsLog:
         """Print a line without disturbing the progress bar."""
         if self._enabled:
             self._console.print(message, highlight=False, soft_wrap=True)
+
+
+def _is_nonfinite(value: object) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
 
 
 def _stays(line: dict[str, Any], first_step: int) -> bool:

@@ -15,6 +15,7 @@ from megavlm.dist import groups
 from megavlm.engine.ema import Ema
 from megavlm.files.folder import Folder
 from megavlm.model.params import carried_parts, parameters_of, trained_parameters
+from megavlm.train.guard import Guard
 
 
 class Start(NamedTuple):
@@ -26,6 +27,20 @@ class Start(NamedTuple):
     """Of that step; None before the first one."""
     told: tuple[str, ...] = ()
     """What the user is told of it."""
+
+
+def left_out_before(checkpoint: Folder | None) -> list[tuple[int, int]]:
+    """Positions of samples that rollbacks had left out when a checkpoint was written."""
+    saved = read_state(checkpoint).get("left_out", []) if checkpoint else []
+    return [(first, stop) for first, stop in saved]
+
+
+def guard_of(start: Start) -> Guard:
+    """What looks at the steps of a stage that starts, or goes on."""
+    run = start.stage.run
+    if start.checkpoint is None or start.steps_done == start.stage.first_step:
+        return Guard(run.guard)
+    return Guard(run.guard, read_state(start.checkpoint).get("guard"))
 
 
 def find_start(plan: Plan) -> Start:
