@@ -221,8 +221,8 @@ def checkpoint_state(
     step: int,
     training: Sources,
     optimizer_steps: Mapping[Part, int],
-    guard: Mapping[str, Any],
-    left_out: Sequence[tuple[int, int]],
+    guard: Mapping[str, Any] | None = None,
+    left_out: Sequence[tuple[int, int]] = (),
 ) -> dict[str, Any]:
     """The plain data that a checkpoint of a run's step carries beside its tensors.
 
@@ -233,7 +233,7 @@ def checkpoint_state(
         "stage": stage.name,
         "stage_first_step": stage.first_step,
         "optimizer_steps": dict(optimizer_steps),
-        "guard": dict(guard),
+        "guard": dict(guard) if guard else None,
         "left_out": [[*positions] for positions in left_out],
         "stage_first_sample": stage.first_sample,
         "samples_seen": stage.sample_at(step),

@@ -236,8 +236,7 @@ def _state(stage: Stage, step: int) -> dict[str, Any]:
     run = stage.run
     taken: dict[Part, int] = dict.fromkeys(run.trained_parts, step - stage.first_step)
     training = training_sources(run)
-    guard: dict[str, Any] = {}
-    return checkpoint_state(stage, Tokenizer(run.data.tokenizer), step, training, taken, guard, ())
+    return checkpoint_state(stage, Tokenizer(run.data.tokenizer), step, training, taken)
 
 
 def _of_keys(tensors: Tensors, sizes: Sizes, state: dict[str, Any]) -> Model:
