@@ -22,7 +22,7 @@ import statistics
 import sys
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -56,7 +56,7 @@ class Report:
     """429, after which the client asked again."""
     tokens: int = 0
     first_piece_seconds: list[float] = field(default_factory=list)
-    """Of streamed answers: median and 95th percentile."""
+    """Of streamed answers: median and 95th percentile; empty: there was none."""
     hostile: dict[str, int] = field(default_factory=dict)
     """How often each misdeed ended in each way."""
     memory_mib: list[float] = field(default_factory=list)
@@ -74,18 +74,23 @@ class Report:
 
     def lines(self) -> list[str]:
         """In words."""
-        memory = self.memory_mib
-        warm = memory[min(WARM_SECONDS, len(memory) // 2)]
+        pieces, memory = self.first_piece_seconds, self.memory_mib
+        first_piece = memory_mib = "none"
+        if pieces:
+            first_piece = f"{pieces[0]:.2f} s (median), {pieces[1]:.2f} s (95th percentile)"
+        if memory:
+            warm = memory[min(WARM_SECONDS, len(memory) // 2)]
+            memory_mib = (
+                f"{memory[0]:.0f} at the start, {warm:.0f} when warm, {max(memory):.0f} at most, "
+                f"{memory[-1]:.0f} at the end"
+            )
         return [
             f"{self.clients} clients for {self.seconds:.0f} s: {self.answers} answers, "
             f"{self.streamed} of them streamed; {self.lost} lost, {self.different} other than "
             f"alone, {self.refused} times 429",
             f"{self.answers / self.seconds:.1f} answers/s, {self.tokens / self.seconds:.0f} "
-            "tokens/s; first piece after "
-            f"{self.first_piece_seconds[0]:.2f} s (median), {self.first_piece_seconds[1]:.2f} s "
-            "(95th percentile)",
-            f"memory of the server in MiB: {memory[0]:.0f} at the start, {warm:.0f} when warm, "
-            f"{max(memory):.0f} at most, {memory[-1]:.0f} at the end",
+            f"tokens/s; first piece after {first_piece}",
+            f"memory of the server in MiB: {memory_mib}",
             f"hostile: {', '.join(f'{what} {n}' for what, n in sorted(self.hostile.items()))}",
             f"afterwards: {'idle' if self.is_idle else 'NOT IDLE'}, "
             f"{'answers as before' if self.answers_as_before else 'ANSWERS OTHERWISE'}",
@@ -149,14 +154,14 @@ class Load:
         del watching
         self.report.seconds = time.monotonic() - began
         pieces = sorted(self._first_pieces)
-        self.report.first_piece_seconds = [
-            statistics.median(pieces),
-            pieces[int(len(pieces) * 0.95)],
-        ]
+        if pieces:
+            p95 = pieces[int(len(pieces) * 0.95)]
+            self.report.first_piece_seconds = [statistics.median(pieces), p95]
         self.report.hostile = dict(self._hostile)
-        self.report.is_idle = await self._becomes_idle()
-        again = [await self._whole(request) for request in self._requests]
-        self.report.answers_as_before = again == self._expected
+        with _told("afterwards"):
+            self.report.is_idle = await self._becomes_idle()
+            again = [await self._whole(request) for request in self._requests]
+            self.report.answers_as_before = again == self._expected
 
     async def _whole(self, request: dict[str, Any]) -> str:
         response = await self.http.post("/v1/chat/completions", json=request)
@@ -220,7 +225,8 @@ class Load:
 
     async def _watch(self) -> None:
         while time.monotonic() < self.until:
-            self.report.memory_mib.append((await self._metric(MEMORY)) / 2**20)
+            with _told("memory"):
+                self.report.memory_mib.append((await self._metric(MEMORY)) / 2**20)
             await asyncio.sleep(1)
 
     async def _becomes_idle(self) -> bool:
@@ -235,8 +241,10 @@ class Load:
 
     async def _metric(self, name: str) -> float:
         lines = (await self.http.get("/metrics")).text.splitlines()
-        [value] = [line.split()[1] for line in lines if line.startswith(f"{name} ")]
-        return float(value)
+        for line in lines:
+            if line.startswith(f"{name} "):
+                return float(line.split()[1])
+        raise LostError(f"there is no {name}")
 
     @contextlib.asynccontextmanager
     async def _raw(self):
@@ -295,7 +303,7 @@ class Load:
     async def huge_body(self) -> str:
         async with self._raw() as (reader, writer):
             writer.write(self._head(b"content-length: 10000000000\r\n") + b" " * 100_000)
-            return (await reader.readline()).split()[1].decode()
+            return _status(await reader.readline())
 
     async def endless_body(self) -> str:
         async with self._raw() as (reader, writer):
@@ -306,7 +314,7 @@ class Load:
                 await writer.drain()
                 await asyncio.sleep(0.02)
             await asyncio.sleep(5)
-            return (await answered).split()[1].decode()
+            return _status(await answered)
 
     async def never_reading(self) -> str:
         async with self._raw() as (_, writer):
@@ -332,7 +340,7 @@ class Load:
         if not ended.done():
             ended.cancel()
             return "not cut off yet"
-        return (ended.result().split()[1:2] or [b"cut off"])[0].decode()
+        return _status(ended.result())
 
 
 Misdeed = Callable[[Load], Awaitable[str]]
@@ -354,17 +362,34 @@ class LostError(Exception):
     """There was no answer."""
 
 
-class RefusedError(Exception):
+class RefusedError(LostError):
     """Too many ask at once."""
+
+
+@contextlib.contextmanager
+def _told(what: str) -> Iterator[None]:
+    """So that a bad server does not end the report of how bad it is."""
+    try:
+        yield
+    except (httpx.HTTPError, LostError) as error:
+        print(f"{what}: {type(error).__name__}: {error}", file=sys.stderr)
 
 
 def _checked(status: int, content: bytes) -> dict[str, Any]:
     if status == 429:
         raise RefusedError
-    parsed = json.loads(content)
+    try:
+        parsed = json.loads(content)
+    except ValueError:
+        parsed = {"error": "no JSON"}
     if status != 200 or "error" in parsed:
         raise LostError(f"{status} {parsed}")
     return parsed
+
+
+def _status(head: bytes) -> str:
+    """Of the beginning of a response."""
+    return (head.split()[1:2] or [b"cut off"])[0].decode()
 
 
 async def load(url: str, clients: int, seconds: float, key: str | None) -> Report:

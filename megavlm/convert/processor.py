@@ -19,7 +19,7 @@ MARK = "\ufdd0"
 """Written after each `<` of a chat's texts, so that they spell no control symbol, and taken away by
 the tokenizer before it looks for pieces. A noncharacter, which Unicode keeps for such use."""
 
-# The order is that of `Tokenizer.turn` and `packing.tokenize`.
+# The order is that of `Tokenizer.turn` and `packing.tokenize`; texts are joined as in `serve.chat`.
 CHAT_TEMPLATE = r"""
 {#- Pictures come first in their turn, in the first one before the begin symbol. -#}
 {#- "<" is marked in texts, so that they spell no control symbol; the tokenizer unmarks it. -#}
@@ -28,14 +28,17 @@ CHAT_TEMPLATE = r"""
     {{- content | replace("<", "<\ufdd0") -}}
   {%- else -%}
     {%- for part in content if part["type"] == "text" -%}
+      {{- "" if loop.first else "\n" -}}
       {{- part["text"] | replace("<", "<\ufdd0") -}}
     {%- endfor -%}
   {%- endif -%}
 {%- endmacro -%}
+{%- set at = namespace(turn=0, instructions="") -%}
 {%- for message in messages -%}
-  {%- if message["role"] != ["user", "assistant"][loop.index0 % 2] -%}
-    {{- raise_exception("messages must alternate: user, assistant, user, ...; not "
-        ~ message["role"] ~ " as number " ~ loop.index) -}}
+  {%- set is_instruction = at.turn == 0 and message["role"] in ["system", "developer"] -%}
+  {%- if not is_instruction and message["role"] != ["user", "assistant"][at.turn % 2] -%}
+    {{- raise_exception("messages must alternate: user, assistant, user, ..., after any of the "
+        ~ "system; not " ~ message["role"] ~ " as number " ~ loop.index) -}}
   {%- endif -%}
   {%- if message["content"] is not string -%}
     {%- for part in message["content"] if part["type"] != "text" -%}
@@ -45,14 +48,23 @@ CHAT_TEMPLATE = r"""
       {{- "<|image|>" -}}
     {%- endfor -%}
   {%- endif -%}
-  {%- if loop.first -%}
-    {{- bos_token -}}
-  {%- endif -%}
-  {{- "<|" ~ message["role"] ~ "|>" ~ texts(message["content"]) -}}
-  {%- if message["role"] == "assistant" -%}
-    {{- eos_token -}}
+  {%- if is_instruction -%}
+    {%- set at.instructions = at.instructions ~ texts(message["content"]) ~ "\n\n" -%}
+  {%- else -%}
+    {%- if at.turn == 0 -%}
+      {{- bos_token -}}
+    {%- endif -%}
+    {{- "<|" ~ message["role"] ~ "|>" ~ ("" if at.turn else at.instructions) -}}
+    {{- texts(message["content"]) -}}
+    {%- if message["role"] == "assistant" -%}
+      {{- eos_token -}}
+    {%- endif -%}
+    {%- set at.turn = at.turn + 1 -%}
   {%- endif -%}
 {%- endfor -%}
+{%- if at.turn == 0 or (add_generation_prompt and at.turn % 2 == 0) -%}
+  {{- raise_exception("messages must end with one of the user") -}}
+{%- endif -%}
 {%- if add_generation_prompt -%}
   {{- "<|assistant|>" -}}
 {%- endif -%}

@@ -10,8 +10,9 @@ import re
 import time
 import traceback
 from collections.abc import AsyncIterator, Awaitable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, asynccontextmanager, contextmanager
+from dataclasses import replace
+from functools import partial
 from typing import TypeVar
 
 from fastapi import APIRouter, Depends, FastAPI, Request
@@ -21,16 +22,17 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from megavlm.serve.answers import Completion
-from megavlm.serve.chat import Asked, Reader
+from megavlm.serve.chat import Asked, Reader, no_model
 from megavlm.serve.engine_thread import EngineThread
 from megavlm.serve.limits import MIB, ServeLimits
 from megavlm.serve.metrics import Metrics
-from megavlm.serve.refusals import GONE, SHUTTING_DOWN, Refusal
+from megavlm.serve.refusals import GONE, SHUTTING_DOWN, Refusal, out_of_time
+from megavlm.serve.threads import Threads
 
 log = logging.getLogger("megavlm.serve")
 
 DECODERS = 2
-"""Threads that decode pictures; each may hold some hundred MiB of one."""
+"""Threads that decode pictures; each may hold some hundred MiB of one, for seconds."""
 CHAT = "/v1/chat/completions"
 PATHS = ("/", "/health", "/metrics", "/v1/models", CHAT)
 
@@ -58,20 +60,27 @@ class Service:
         self._api_key = api_key
         self._is_draining = False
         self._held_bytes = 0
-        """Of bodies that are being read."""
+        """Of bodies that are being read, or whose pictures wait to be."""
+        self._reading: set[asyncio.Timeout] = set()
+        """How long each chat may be read."""
         self._started_at = int(time.time())
-        self._decoders = ThreadPoolExecutor(DECODERS, "decoder")
+        # Parsing holds the interpreter's lock, so that more than one would gain nothing.
+        self._parser, self._decoders = Threads(1, "parser"), Threads(DECODERS, "decoder")
         self._reader: Reader | None = None
         self.app: ASGIApp = _Outermost(self._routes(), metrics)
 
     def drain(self) -> None:
         """Take nothing new; what runs has `drain_seconds` left."""
         self._is_draining = True
-        self.engine.drain(time.monotonic() + self._limits.drain_seconds)
+        until = time.monotonic() + self._limits.drain_seconds
+        self.engine.drain(until)
+        for patience in self._reading:
+            if not patience.expired():
+                patience.reschedule(min(until, patience.when() or until))
 
-    def close(self) -> None:
-        """End its threads, but for the engine's."""
-        self._decoders.shutdown(wait=False, cancel_futures=True)
+    def close(self) -> bool:
+        """End its threads, but for the engine's; whether they have ended."""
+        return all([self._parser.close(), self._decoders.close()])
 
     def _routes(self) -> FastAPI:
         app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
@@ -80,6 +89,7 @@ class Service:
         app.add_exception_handler(Exception, _failed)
         v1 = APIRouter(prefix="/v1", dependencies=[Depends(self._check_key)])
         v1.add_api_route("/models", self._models, response_model=None)
+        v1.add_api_route("/models/{name:path}", self._model, response_model=None)
         v1.add_api_route("/chat/completions", self._chat, methods=["POST"], response_model=None)
         app.include_router(v1)
         page = _page()
@@ -115,13 +125,20 @@ class Service:
         return Response(self._metrics.text(), media_type="text/plain; version=0.0.4")
 
     async def _models(self) -> Response:
-        model = {
+        return JSONResponse({"object": "list", "data": [self._told_of_model()]})
+
+    async def _model(self, name: str) -> Response:
+        if name != self.model_name:
+            raise no_model(name, self.model_name)
+        return JSONResponse(self._told_of_model())
+
+    def _told_of_model(self) -> dict[str, str | int]:
+        return {
             "id": self.model_name,
             "object": "model",
             "created": self._started_at,
             "owned_by": "megavlm",
         }
-        return JSONResponse({"object": "list", "data": [model]})
 
     async def _chat(self, request: Request) -> Response:
         with ExitStack() as leaving:  # when all is sent, or nobody is there any more
@@ -142,15 +159,39 @@ class Service:
         if kind != "application/json":  # which browsers do not let other sites send
             raise Refusal(415, "the content type must be application/json")
         body = bytearray()
+        size = 0
         try:
             await self._receive(request, body)
+            size = len(body)
             reader = self._check_room()
             leaving.enter_context(self._counted())
             asked_at = time.monotonic()
-            reading = asyncio.get_running_loop().run_in_executor(self._decoders, reader.read, body)
-            return await _unless_gone(request, reading), asked_at
+            async with self._in_time(asked_at):
+                return await _unless_gone(request, self._parse(reader, body)), asked_at
         finally:
-            self._held_bytes -= len(body)
+            self._held_bytes -= size or len(body)
+
+    async def _parse(self, reader: Reader, body: bytearray) -> Asked:
+        asked = await self._parser.run(partial(reader.read, body))
+        body.clear()  # what is held from here on is the pictures in it
+        pixels = [await self._decoders.run(partial(reader.decode, p)) for p in asked.pictures]
+        return replace(asked, request=replace(asked.request, pixels=tuple(pixels)), pictures=())
+
+    @asynccontextmanager
+    async def _in_time(self, asked_at: float) -> AsyncIterator[None]:
+        """As long as a request has from `asked_at`, or a server that ends; raises Refusal."""
+        seconds = self._limits.request_seconds
+        try:
+            async with asyncio.timeout_at(asked_at + seconds) as patience:
+                self._reading.add(patience)
+                try:
+                    yield
+                finally:
+                    self._reading.remove(patience)
+        except TimeoutError:
+            if self._is_draining:
+                raise Refusal(503, SHUTTING_DOWN, code="shutting_down") from None
+            raise out_of_time(seconds) from None
 
     def _check_room(self) -> Reader:
         if self._is_draining:

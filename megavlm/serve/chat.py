@@ -10,7 +10,7 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal, NamedTuple, cast
 
 from PIL import Image
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -35,7 +35,7 @@ MOST_FIELDS = 64
 """Of an object."""
 QUOTED_CHARACTERS = 200
 """Of a client's own words in a message."""
-PICTURE_KINDS = ("data:image/png;", "data:image/jpeg;", "data:image/webp;")
+PICTURE_KINDS = tuple(f"data:image/{kind};" for kind in ("png", "jpeg", "jpg", "webp"))
 
 # Fields of OpenAI's that are taken where they ask for what is done anyway.
 NEUTRAL = {
@@ -97,6 +97,7 @@ def _as_parts(content: Any) -> Any:
     return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
 
+Tokens = Annotated[int, Field(ge=1, lt=2**31)]
 Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
 
 
@@ -131,8 +132,8 @@ class Chat(_Form):
     messages: Annotated[list[Message], Field(min_length=1, max_length=MOST_MESSAGES)]
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
-    max_tokens: int | None = None
-    max_completion_tokens: int | None = None
+    max_tokens: Tokens | None = None
+    max_completion_tokens: Tokens | None = None
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int | None = None
@@ -162,11 +163,21 @@ class Chat(_Form):
         return {name: value for name, value in fields.items() if name not in ignored}
 
 
+class Shown(NamedTuple):
+    """A picture of a chat, not decoded yet."""
+
+    place: str
+    """As in `messages[0].content[1]`."""
+    url: str
+
+
 @dataclass(frozen=True)
 class Asked:
-    """A chat that is ready for the engine."""
+    """A chat."""
 
     request: Request
+    """Ready for the engine, but for the pixels of these pictures."""
+    pictures: tuple[Shown, ...]
     is_streamed: bool
     with_usage: bool
     """In a stream."""
@@ -182,15 +193,10 @@ class Reader:
     limits: ServeLimits
 
     def read(self, body: bytes | bytearray) -> Asked:
-        """Raises Refusal."""
+        """All but decode its pictures; raises Refusal."""
         chat = _parsed(body)
         if chat.model != self.model_name:
-            raise Refusal(
-                404,
-                f"there is no model {_quoted(chat.model)}; this server has {self.model_name}",
-                param="model",
-                code="model_not_found",
-            )
+            raise no_model(chat.model, self.model_name)
         turns, pictures = self._turns(chat.messages)
         try:
             prompt = prompt_of(self.tokenizer, turns)
@@ -201,24 +207,31 @@ class Reader:
                 seed=secrets.randbits(63) if chat.seed is None else chat.seed,
             )
         except (RequestError, BadSampleError) as error:
-            raise Refusal(400, str(error)) from None
+            raise Refusal(400, _quoted(str(error))) from None
         request = Request(
             prompt=prompt,
-            pixels=pictures,
+            pixels=(),
             max_new_tokens=self._answer_tokens(chat, len(prompt.tokens)),
             sampling=sampling,
             stop=tuple(chat.stop),
         )
-        return Asked(request, chat.stream, chat.stream_options.include_usage)
+        return Asked(request, pictures, chat.stream, chat.stream_options.include_usage)
 
     def _answer_tokens(self, chat: Chat, prompt_tokens: int) -> int:
+        room = self.limits.tokens - prompt_tokens
         asked = [n for n in (chat.max_completion_tokens, chat.max_tokens) if n is not None]
-        if asked:
-            return min(asked)
-        # Where a prompt leaves no room, the engine says so.
-        return max(1, min(self.limits.answer_tokens, self.limits.tokens - prompt_tokens))
+        wanted = min(asked, default=max(1, min(self.limits.answer_tokens, room)))
+        if wanted > room:
+            raise Refusal(
+                400,
+                f"the prompt's {prompt_tokens} tokens and {wanted} of the answer exceed the limit "
+                f"of {self.limits.tokens}; ask for less",
+                param="messages",
+                code="context_length_exceeded",
+            )
+        return wanted
 
-    def _turns(self, messages: Sequence[Message]) -> tuple[list[Turn], tuple[Tensor, ...]]:
+    def _turns(self, messages: Sequence[Message]) -> tuple[list[Turn], tuple[Shown, ...]]:
         """Turns of a user and an assistant, and the pictures that they show."""
         characters = sum(len(message.text) for message in messages)
         if characters > self.limits.tokens * self._longest_piece:
@@ -234,16 +247,18 @@ class Reader:
             raise Refusal(400, "messages must end with one of the user", param="messages")
         instructions = [message.text for message in messages[:first]]
         turns: list[Turn] = []
-        urls: list[tuple[str, str]] = []
+        pictures: list[Shown] = []
         for number, message in enumerate(messages):
             place = f"messages[{number}]"
             shown = [
-                (f"{place}.content[{at}]", part.image_url.url)
+                Shown(f"{place}.content[{at}]", part.image_url.url)
                 for at, part in enumerate(message.content)
                 if isinstance(part, ImagePart)
             ]
             if shown and message.role != "user":
-                raise Refusal(400, f"{shown[0][0]} is a picture; only users show any", param=place)
+                raise Refusal(
+                    400, f"{shown[0].place} is a picture; only users show any", param=place
+                )
             if number < first:
                 continue
             wanted = "assistant" if (number - first) % 2 else "user"
@@ -260,21 +275,23 @@ class Reader:
                 )
                 continue
             text = "\n\n".join([*([] if turns else instructions), message.text])
-            numbers = tuple(range(len(urls), len(urls) + len(shown)))
+            numbers = tuple(range(len(pictures), len(pictures) + len(shown)))
             turns.append(Turn(prompt=text, answer="", pictures=numbers))
-            urls += shown
+            pictures += shown
         if messages[-1].role != "user":
             raise Refusal(400, "messages must end with one of the user", param="messages")
-        if len(urls) > self.limits.pictures:
+        if len(pictures) > self.limits.pictures:
             raise Refusal(
                 400,
-                f"{len(urls)} pictures exceed the limit of {self.limits.pictures}; show fewer",
+                f"{len(pictures)} pictures exceed the limit of {self.limits.pictures}; show fewer",
                 param="messages",
                 code="too_many_images",
             )
-        return turns, tuple(self._picture(place, url) for place, url in urls)
+        return turns, tuple(pictures)
 
-    def _picture(self, place: str, url: str) -> Tensor:
+    def decode(self, picture: Shown) -> Tensor:
+        """uint8 (3, side, side), within the limits; raises Refusal."""
+        place, url = picture
         if not url[:20].lower().startswith(PICTURE_KINDS):
             raise Refusal(
                 400,
@@ -291,7 +308,7 @@ class Reader:
                 raise binascii.Error
             encoded = base64.b64decode(content, validate=True)
             is_too_large = _pixels(encoded) > self.limits.picture_megapixels * 10**6
-            picture = None if is_too_large else read_square(encoded, place, self.image_pixels)
+            pixels = None if is_too_large else read_square(encoded, place, self.image_pixels)
         # Pillow raises whatever it stumbles over in a broken file; its words name its own objects.
         except Exception:
             raise Refusal(
@@ -301,9 +318,9 @@ class Reader:
                 param=place,
                 code="invalid_image",
             ) from None
-        if picture is None:
+        if pixels is None:
             raise _too_large(place, f"{self.limits.picture_megapixels} megapixels")
-        return picture
+        return pixels
 
     @cached_property
     def _longest_piece(self) -> int:
@@ -315,6 +332,12 @@ def _pixels(encoded: bytes) -> int:
     """Of a picture, by its header."""
     with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
         return image.width * image.height
+
+
+def no_model(asked: str, name: str) -> Refusal:
+    """For one who asks another model than the one with this name."""
+    says = f"there is no model {_quoted(asked)}; this server has {name}"
+    return Refusal(404, says, param="model", code="model_not_found")
 
 
 def _too_large(place: str, limit: str) -> Refusal:

@@ -24,7 +24,7 @@ from megavlm.infer.texts import GrowingText
 from megavlm.model.vlm import VisionLanguageModel
 from megavlm.serve.limits import ServeLimits
 from megavlm.serve.metrics import Metrics
-from megavlm.serve.refusals import SHUTTING_DOWN, Refusal
+from megavlm.serve.refusals import SHUTTING_DOWN, Refusal, out_of_time
 
 log = logging.getLogger("megavlm.serve")
 
@@ -267,8 +267,7 @@ class EngineThread:
         try:
             number = self._engine.add(request)
         except RequestError as error:
-            code = "context_length_exceeded" if "tokens" in str(error) else None
-            self._tell([(answer, Update(refusal=Refusal(400, str(error), code=code)))])
+            self._tell([(answer, Update(refusal=Refusal(400, str(error))))])
             return
         text = GrowingText(self._tokenizer, request.stop)
         deadline = asked_at + self._limits.request_seconds
@@ -289,8 +288,7 @@ class EngineThread:
             if asked.told_at:
                 update = Update(asked.text.end(), finish="length")
             elif now > asked.deadline:
-                says = f"no room within {self._limits.request_seconds} seconds; ask again later"
-                update = Update(refusal=Refusal(504, says, code="timeout"))
+                update = Update(refusal=out_of_time(self._limits.request_seconds))
             else:
                 update = Update(refusal=Refusal(503, SHUTTING_DOWN, code="shutting_down"))
             self._tell([(asked.answer, update)])

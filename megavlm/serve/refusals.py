@@ -46,3 +46,8 @@ class Refusal(Exception):  # noqa: N818 - an answer of the server, not a mistake
                 return {"Connection": "close"}
             case _:
                 return {}
+
+
+def out_of_time(seconds: int) -> Refusal:
+    """For a request whose answer has not begun when it should have ended."""
+    return Refusal(504, f"no room within {seconds} seconds; ask again later", code="timeout")

@@ -77,7 +77,7 @@ def serve(
 ) -> None:
     """Serve a model until SIGTERM or SIGINT; raises what stops its engine before.
 
-    The process ends here if the engine's thread cannot: while it loads, or waits for a lost rank.
+    The process ends here if a thread cannot: one that loads, decodes, or waits for a lost rank.
     """
     metrics = Metrics()
     engine = EngineThread(load, limits, metrics, compiled=compiled)
@@ -105,15 +105,14 @@ def serve(
     try:
         server.run(sockets=[listener])
     finally:
-        has_ended = engine.stop(CLOSING_SECONDS)
-        service.close()
+        has_ended = all([engine.stop(CLOSING_SECONDS), service.close()])
     if isinstance(engine.failure, RanksError):
         _say(f"error: {engine.failure}")
         os._exit(1)  # other ranks may hold up an orderly end, and miss this one when it is gone
-    if not has_ended:
-        os._exit(0)
     if engine.failure:
         raise engine.failure
+    if not has_ended:
+        os._exit(0)
 
 
 def bound(host: str, port: int) -> socket.socket:

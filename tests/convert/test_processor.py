@@ -29,6 +29,8 @@ from megavlm.data.samples import Text, Turn
 from megavlm.data.tokenizer import CONTROL_SYMBOLS, END, SPACE, Tokenizer, train_tokenizer
 from megavlm.files.folder import Folder
 from megavlm.model.vit import normalise
+from megavlm.serve.chat import Reader
+from megavlm.serve.limits import ServeLimits
 from tests.batches import TINY
 from tests.convert.commands import certificate, command, fails
 from tests.model.test_vlm import random_model
@@ -259,7 +261,7 @@ def test_other_chats_are_refused(processor):
         rendered(("user", "a<b"), ("assistant", "c")) == f"<s><|user|>a<{MARK}b<|assistant|>c</s>"
     )
     for said in (
-        [("system", "be kind"), ("user", "a")],
+        [("user", "a"), ("system", "be kind")],
         [("user", "a"), ("user", "b")],
         [("assistant", "a")],
     ):
@@ -269,6 +271,47 @@ def test_other_chats_are_refused(processor):
         rendered(("user", [{"type": "audio"}]))
     with pytest.raises(jinja2.TemplateError, match="a turn of the assistant cannot show image"):
         rendered(("user", "a"), ("assistant", [{"type": "image"}]))
+    with pytest.raises(jinja2.TemplateError, match="a turn of the system cannot show image"):
+        rendered(("system", [{"type": "image"}]), ("user", "a"))
+    for said in ([("system", "a")], [("user", "a"), ("assistant", "b")]):
+        with pytest.raises(jinja2.TemplateError, match="must end with one of the user"):
+            processor.apply_chat_template(
+                [{"role": r, "content": c} for r, c in said], add_generation_prompt=True
+            )
+
+
+def test_prompts_are_those_of_the_server(processor, ours):
+    """Of chats with instructions, several texts in a message, and pictures anywhere."""
+    reader = Reader(ours, SIDE, "tiny", ServeLimits(tokens=100_000, pictures=99))
+    chance = random.Random(5)
+    for _ in range(100):
+        roles = [chance.choice(["system", "developer"]) for _ in range(chance.randint(0, 2))]
+        roles += ["user", "assistant"] * chance.randint(0, 2) + ["user"]
+        chat = [{"role": role, "content": random_content(chance, role)} for role in roles]
+        theirs = processor.apply_chat_template(chat, add_generation_prompt=True)
+        asked = reader.read(json.dumps({"model": "tiny", "messages": in_openais(chat)}).encode())
+        tokens = processor.tokenizer(theirs, add_special_tokens=False)["input_ids"]
+        assert tokens == asked.request.prompt.tokens
+
+
+def random_content(chance, role):
+    if chance.random() < 0.3:
+        return random_text(chance)
+    kinds = ["text", "text", "image"] if role == "user" else ["text"]
+    return [
+        {"type": kind, "text": random_text(chance)} if kind == "text" else {"type": kind}
+        for kind in chance.choices(kinds, k=chance.randint(0, 4))
+    ]
+
+
+def in_openais(chat):
+    """With pictures as OpenAI's chats have them, which are not read here."""
+    shown = {"type": "image_url", "image_url": {"url": ""}}
+    return [
+        m if isinstance(m["content"], str)
+        else {**m, "content": [shown if p["type"] == "image" else p for p in m["content"]]}
+        for m in chat
+    ]  # fmt: skip
 
 
 @torch.no_grad()

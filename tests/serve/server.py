@@ -9,11 +9,12 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import httpx
 from megavlm.data.tokenizer import Tokenizer
 from megavlm.dist.groups import process_groups
 from megavlm.infer.engine import Engine
+from megavlm.serve.chat import Asked, Reader
 from megavlm.serve.limits import ServeLimits
 from megavlm.serve.server import bound, serve
 from tests.model.test_vlm import random_model
@@ -127,6 +129,13 @@ def chat(*contents: Any, **settings: Any) -> dict[str, Any]:
     return {"model": MODEL, "messages": messages, **settings}
 
 
+def with_pixels(reader: Reader, body: bytes) -> Asked:
+    """A chat, read as a server reads it."""
+    asked = reader.read(body)
+    pixels = tuple(reader.decode(picture) for picture in asked.pictures)
+    return replace(asked, request=replace(asked.request, pixels=pixels), pictures=())
+
+
 def _is_ready(served: Served) -> bool:
     return httpx.get(f"{served.url}/health").status_code == 200
 
@@ -160,6 +169,7 @@ def _run(
 
         Engine.step = patched
         serve(load, limits, listener, model_name=MODEL, api_key=key)
+        threading._shutdown()  # as an interpreter ends
         code = 0
     except BaseException:
         traceback.print_exc()

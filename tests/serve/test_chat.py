@@ -16,7 +16,7 @@ from megavlm.serve.chat import MOST_COMMAS, MOST_FIELDS, MOST_MESSAGES, Reader
 from megavlm.serve.limits import ServeLimits
 from megavlm.serve.refusals import Refusal
 from tests.conftest import picture
-from tests.serve.server import MODEL, chat, shown, words
+from tests.serve.server import MODEL, chat, shown, with_pixels, words
 
 SIDE = 32
 
@@ -30,7 +30,8 @@ def reader(coloured_squares):
 
 
 def read(reader, body):
-    return reader.read(body if isinstance(body, bytes) else json.dumps(body).encode())
+    """A chat with its pictures."""
+    return with_pixels(reader, body if isinstance(body, bytes) else json.dumps(body).encode())
 
 
 def in_format(kind, **options):
@@ -85,9 +86,10 @@ def test_settings_of_a_request(reader):
     assert len(asked.prompt.tokens) + asked.max_new_tokens == 64
 
 
-@pytest.mark.parametrize("kind", ["png", "jpeg", "webp"])
+@pytest.mark.parametrize("kind", ["png", "jpeg", "jpg", "webp"])
 def test_pictures_of_all_formats_are_read(reader, kind):
-    [pixels] = read(reader, chat([shown(in_format(kind), kind)])).request.pixels
+    encoded = in_format("jpeg" if kind == "jpg" else kind)
+    [pixels] = read(reader, chat([shown(encoded, kind)])).request.pixels
     assert pixels.shape == (3, SIDE, SIDE)
 
 
@@ -174,6 +176,27 @@ def test_what_cannot_be_read_is_refused(reader, body, says):
     error = refused.value.body["error"]
     assert error["type"] == "invalid_request_error"
     assert len(error["message"]) < 400
+
+
+@pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens", "seed"])
+@pytest.mark.parametrize("value", [0, -1, int("9" * 4_300), 2**31 - 1])
+def test_lengths_that_are_refused_are_told_apart(reader, name, value):
+    try:
+        read(reader, chat("a", **{name: value}))
+    except Refusal as refused:
+        error = refused.body["error"]
+        is_too_long = value == 2**31 - 1
+        assert error["code"] == ("context_length_exceeded" if is_too_long else None)
+        assert len(error["message"]) < 400
+    else:
+        assert name == "seed" and value in (0, 2**31 - 1)
+
+
+def test_a_prompt_that_leaves_no_room_is_refused_before_its_pictures(reader):
+    body = json.dumps(chat([shown(b"no picture"), words("a " * 70)])).encode()
+    with pytest.raises(Refusal, match=r"tokens and 1 of the answer exceed the limit of 64") as told:
+        reader.read(body)
+    assert told.value.body["error"]["code"] == "context_length_exceeded"
 
 
 def test_a_picture_may_be_of_the_largest_size_allowed(reader):

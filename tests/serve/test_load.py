@@ -1,5 +1,6 @@
 """A real server process under load, as `tools/load_serve.py` makes it."""
 
+import asyncio
 import json
 import os
 import signal
@@ -16,6 +17,7 @@ from megavlm.config.load import load_plan
 # Imported before ranks are forked.
 from megavlm.train.loop import train
 from tests.ranks import run_on_ranks
+from tools import load_serve
 
 ROOT = Path(__file__).parents[2]
 START_SECONDS = 120
@@ -50,6 +52,34 @@ def server(tiny_run_file):
     finally:
         process.kill()
         process.wait()
+
+
+def test_a_bad_server_is_reported(monkeypatch):
+    """One that answers each request alone, and nothing afterwards."""
+    monkeypatch.setattr(load_serve, "HOSTILE_CLIENTS", 2)
+    answered = []
+
+    def answer(request):
+        if request.url.path == "/v1/models":
+            return httpx.Response(200, json={"data": [{"id": "tiny"}]})
+        if request.url.path == "/metrics" or len(answered) == load_serve.REQUESTS:
+            return httpx.Response(502, text="bad gateway")
+        answered.append(request)
+        content = {"choices": [{"message": {"content": ""}}], "usage": {"completion_tokens": 1}}
+        return httpx.Response(200, json=content)
+
+    async def load(report):
+        transport = httpx.MockTransport(answer)
+        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:1") as http:
+            await load_serve.Load(http, report).run(0.05)
+
+    report = load_serve.Report(clients=1)
+    asyncio.run(load(report))
+    assert report.lost and not (report.is_good or report.is_alive)
+    told = "\n".join(report.lines())
+    assert "first piece after none" in told
+    assert "MiB: none" in told
+    assert "NOT IDLE, ANSWERS OTHERWISE" in told
 
 
 def is_ready(url):

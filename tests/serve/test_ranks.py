@@ -23,7 +23,7 @@ from megavlm.serve.limits import ServeLimits
 # Imported before ranks are forked.
 from megavlm.train.loop import train
 from tests.ranks import run_on_ranks
-from tests.serve.server import MODEL, Served, chat
+from tests.serve.server import MODEL, Served, chat, with_pixels
 from tests.serve.test_server import CHATS, streaming, text_and_finish
 
 ROOT = Path(__file__).parents[2]
@@ -78,8 +78,8 @@ def test_two_ranks_under_torchrun_serve_as_one_does(run_file, tmp_path):
     def alone(_):
         with trained(plan) as (model, tokenizer):
             side = plan.first.model.encoder.image_pixels
-            read = Reader(tokenizer, side, MODEL, ServeLimits()).read
-            requests = [read(json.dumps(body).encode()).request for body in CHATS]
+            reader = Reader(tokenizer, side, MODEL, ServeLimits())
+            requests = [with_pixels(reader, json.dumps(body).encode()).request for body in CHATS]
             return generate(model, tokenizer, requests, batch_size=1)
 
     [expected] = run_on_ranks(1, alone, groups=False)
