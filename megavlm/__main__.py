@@ -4,6 +4,7 @@ Each command imports what it needs when it runs, so that a mistake in the settin
 """
 
 import argparse
+import logging
 import os
 import re
 import sys
@@ -25,6 +26,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # They advise TransformerEngine and newer spellings on every rank, to nobody's use.
     for module in ("megatron", "torch.distributed", "deepspeed", "ray"):
         warnings.filterwarnings("ignore", module=rf"{module}\.")
+    # torchao, which transformers imports, names kernels that are for other machines.
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         settings = load_plan(options.run_file, options.overrides) if options.run_file else None
         if options.overrides and settings is None:
@@ -63,7 +67,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         options.overrides = [w for w in words if w not in options.sources]
     for override in options.overrides:
         if override.startswith("-"):
-            parser.error(f"unknown option {override}")
+            parser.error(f"unknown option {override}; `--help` after the command lists its own")
     return options
 
 

@@ -25,9 +25,20 @@ def checkpoint_root(run: RunSettings) -> Folder:
 
 
 def check_checkpoint(checkpoint: Folder, plan: Plan, tokenizer: Tokenizer) -> Stage:
-    """The stage that a checkpoint was written in.
+    """The stage that a checkpoint was written in, which can go on from there.
 
     Raises CheckpointError unless it is one of a run with this plan, this model and this tokenizer.
+    """
+    stage = check_model(checkpoint, plan, tokenizer)
+    check_lengths(checkpoint, stage)
+    return stage
+
+
+def check_model(checkpoint: Folder, plan: Plan, tokenizer: Tokenizer) -> Stage:
+    """The stage that a checkpoint was written in, whatever the lengths of stages are now.
+
+    Raises CheckpointError unless it is one of a run with such a stage, this model and this
+    tokenizer.
     """
     state = read_state(checkpoint)
     if "samples_seen" not in state:
@@ -42,21 +53,23 @@ def check_checkpoint(checkpoint: Folder, plan: Plan, tokenizer: Tokenizer) -> St
         )
     check_sizes(checkpoint, state["settings"]["model"], plan.first.model)
     _check_tokenizer(checkpoint, state, tokenizer)
-    return _stage(checkpoint, state, plan)
-
-
-def _stage(checkpoint: Folder, state: dict[str, Any], plan: Plan) -> Stage:
     stage = plan.named(state["stage"])
     if stage is None:
         raise CheckpointError(
             f"checkpoint {checkpoint} was written in stage {state['stage']}, which the run file "
             f"has not; its stages are {', '.join(stage.name for stage in plan.stages)}"
         )
+    return stage
+
+
+def check_lengths(checkpoint: Folder, stage: Stage) -> None:
+    """Raise CheckpointError unless the stages are as long as when a checkpoint was written."""
+    state = read_state(checkpoint)
     if stage.first_step != state["stage_first_step"]:
         raise CheckpointError(
             f"checkpoint {checkpoint} was written in stage {stage.name} when it began at step "
             f"{state['stage_first_step']}, now it would at {stage.first_step}; restore the lengths "
-            "of the stages before it"
+            "of the stages before it, or give the same overrides as then"
         )
     if stage.first_sample != state["stage_first_sample"]:
         raise CheckpointError(
@@ -69,7 +82,6 @@ def _stage(checkpoint: Folder, state: dict[str, Any], plan: Plan) -> Stage:
             f"checkpoint {checkpoint} is past the end of stage {stage.name} at step "
             f"{stage.end_step}; raise its train.steps or choose another run_folder"
         )
-    return stage
 
 
 def _check_tokenizer(checkpoint: Folder, state: dict[str, Any], tokenizer: Tokenizer) -> None:

@@ -30,7 +30,7 @@ PICTURES_AT_ONCE = 256
 def add_command(commands: "Commands[argparse.ArgumentParser]") -> None:
     """Add its options."""
     generate = add_run_command(commands, "generate", _generate, "answer questions about pictures")
-    generate.add_argument("--prompt", default="Caption:")
+    generate.add_argument("--prompt", default="Caption:", help='what is asked ("Caption:")')
     generate.add_argument(
         "--picture", type=Path, action="append", default=[], dest="pictures", help="repeatable"
     )
@@ -73,6 +73,8 @@ def _generate(plan: Plan, options: argparse.Namespace) -> None:
     is_one_chat = options.together or options.chat or not paths
     read_picture = partial(_read_picture, side=plan.first.model.encoder.image_pixels)
     pixels = [read_picture(path) for path in (paths if is_one_chat else options.pictures)]
+    if options.compile:
+        _tell("compiling takes a minute or more, before the first answers", sys.stderr)
     with trained(plan, options.quantization) as (model, tokenizer):
         ask = partial(_request, options, sampling, tokenizer)
         if options.chat:

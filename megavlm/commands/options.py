@@ -30,7 +30,7 @@ def add_execution(parser: argparse.ArgumentParser) -> None:
     """The options of commands that generate alone."""
     add_quantization(parser)
     parser.add_argument(
-        "--compile", action="store_true", help="by torch.compile: starts later, answers faster"
+        "--compile", action="store_true", help="by torch.compile: faster after some minutes"
     )
 
 

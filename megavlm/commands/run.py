@@ -14,7 +14,7 @@ from megavlm.commands.options import (
     positive,
 )
 from megavlm.config.plan import Plan
-from megavlm.errors import ConfigError
+from megavlm.errors import CheckpointError, ConfigError
 
 
 def add_commands(commands: "Commands[argparse.ArgumentParser]") -> None:
@@ -136,6 +136,15 @@ def _eval(plan: Plan, options: argparse.Namespace) -> None:
 
 
 def _report(plan: Plan, options: argparse.Namespace) -> None:
+    from megavlm.checkpoint.state import check_checkpoint, checkpoint_root
+    from megavlm.checkpoint.store import latest_checkpoint
+    from megavlm.data.tokenizer import Tokenizer
     from megavlm.eval.report import write_report
 
+    run = plan.first
+    if not run.run_folder.is_dir():
+        raise CheckpointError(f"{run.run_folder} is not there; train first with `megavlm train`")
+    newest = latest_checkpoint(checkpoint_root(run))
+    if newest is not None:  # the page would show other stages
+        check_checkpoint(newest, plan, Tokenizer(run.data.tokenizer))
     print(f"report: {write_report(plan, options.run_file)}")

@@ -235,12 +235,14 @@ def _apply(tree: Tree, name: str, value: Any) -> None:
 
 
 def _with_preset(model: Any) -> Any:
+    if isinstance(model, str):
+        model = {"preset": model}
     if not isinstance(model, dict) or "preset" not in model:
         return cast(Any, model)
     changes = dict(cast(Tree, model))
     name = changes.pop("preset")
     if not isinstance(name, str) or name not in PRESETS:
-        raise ConfigError(f"model.preset={name!r} is unknown; choose from {sorted(PRESETS)}")
+        raise ConfigError(f"model.preset={name!r} is unknown; choose from {', '.join(PRESETS)}")
     return _merged(asdict(PRESETS[name]), changes)
 
 

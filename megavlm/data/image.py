@@ -214,7 +214,7 @@ def random_resized_crop(
 def _resized(picture: Pixels, width: int, height: int, mode: str) -> Pixels:
     """By torch: vectorised, antialiased as by Pillow; the same bits with AVX2 and without."""
     # Without gaps between rows, torch takes it as channels last.
-    picture_1chw = torch.as_tensor(np.ascontiguousarray(picture))[None].permute(0, 3, 1, 2)
+    picture_1chw = torch.as_tensor(np.array(picture))[None].permute(0, 3, 1, 2)
     resized_1chw = interpolate(picture_1chw, (height, width), mode=mode, antialias=True)
     return resized_1chw[0].permute(1, 2, 0).numpy()
 

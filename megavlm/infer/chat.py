@@ -10,7 +10,7 @@ from torch import Tensor
 from megavlm.data.samples import Turn
 from megavlm.data.tokenizer import Tokenizer
 from megavlm.dist import groups
-from megavlm.errors import MegavlmError, RequestError
+from megavlm.errors import ConfigError, MegavlmError, RequestError
 from megavlm.infer.engine import Engine
 from megavlm.infer.generate import answer
 from megavlm.infer.prompts import Request
@@ -78,6 +78,8 @@ def chat(
                 talk = Chat()
             elif command == "/picture":
                 talk.show(read_picture(Path(rest)))
+            elif command.startswith("/"):
+                raise ConfigError(f"{command} is no command: {HELP}")
             elif line:
                 turns, shown = talk.question(line)
                 [said] = answer(engine, tokenizer, [ask(turns, shown)], on_text=tell)

@@ -8,7 +8,7 @@ from megatron.core import parallel_state
 from torch import nn
 
 from megavlm.checkpoint.shards import shards_of_range
-from megavlm.checkpoint.state import check_checkpoint, check_weights, checkpoint_root
+from megavlm.checkpoint.state import check_model, check_weights, checkpoint_root
 from megavlm.checkpoint.storage import read_state
 from megavlm.checkpoint.store import latest_checkpoint, load_present
 from megavlm.config.engines import UNDIVIDED, MegatronSettings
@@ -17,7 +17,7 @@ from megavlm.config.plan import Plan, Stage
 from megavlm.config.run import RunSettings
 from megavlm.data.tokenizer import Tokenizer
 from megavlm.dist import groups
-from megavlm.errors import CheckpointError
+from megavlm.errors import CheckpointError, ConfigError, LaunchError
 from megavlm.files.folder import Folder
 from megavlm.infer.quantize import Quantization, check_quantization, quantize
 from megavlm.model.initial import materialise
@@ -39,7 +39,11 @@ def trained(
     does not divide among the ranks or cannot be quantised.
     """
     parallel = MegatronSettings(tensor_parallel=groups.world_size())
-    parallel.check_model(plan.first.model, plan.first.data.row_tokens)
+    try:
+        parallel.check_model(plan.first.model, plan.first.data.row_tokens)
+    except ConfigError as error:
+        ranks = groups.world_size()
+        raise LaunchError(f"{ranks} ranks hold the model together, and {error}") from error
     with groups.process_groups(plan.first.seed, parallel):
         stage, checkpoint = newest(plan)
         check_language(stage)
@@ -51,8 +55,8 @@ def newest(plan: Plan) -> tuple[Stage, Folder | None]:
     """The newest checkpoint of a run, if it has one, and the stage that it is in."""
     checkpoint = latest_checkpoint(checkpoint_root(plan.first))
     if checkpoint is None:
-        return plan.stages[0], None
-    return check_checkpoint(checkpoint, plan, Tokenizer(plan.first.data.tokenizer)), checkpoint
+        return plan.stages[-1], None  # which has all that the run starts from
+    return check_model(checkpoint, plan, Tokenizer(plan.first.data.tokenizer)), checkpoint
 
 
 def check_language(stage: Stage) -> None:

@@ -99,7 +99,8 @@ def serve(
     server = _Server(config, service, limits)
     host, port, *_ = listener.getsockname()
     where = f"[{host}]" if ":" in host else host
-    _say(f"http://{where}:{port} is open; loading {model_name}")
+    compiling = ", and compiling it for some minutes" if compiled else ""
+    _say(f"http://{where}:{port} is open; loading {model_name}{compiling}")
     if api_key is None and not ipaddress.ip_address(host).is_loopback:
         _say(f"there is no API key: whoever reaches {host} may ask (--api-key-file)")
     try:

@@ -29,6 +29,12 @@ class Start(NamedTuple):
     """What the user is told of it."""
 
 
+def _length(plan: Plan) -> str:
+    """The setting that says how long the last stage is."""
+    name = plan.stages[-1].name
+    return f"stages.{name}.train.steps" if len(plan.stages) > 1 else "train.steps"
+
+
 def left_out_before(checkpoint: Folder | None) -> list[tuple[int, int]]:
     """Positions of samples that rollbacks had left out when a checkpoint was written."""
     saved = read_state(checkpoint).get("left_out", []) if checkpoint else []
@@ -62,7 +68,7 @@ def find_start(plan: Plan) -> Start:
     if state["step"] < stage.end_step:
         told += changes(checkpoint, stage.run)
     elif state["step"] == plan.steps:
-        told.append(f"all {plan.steps} steps are done; raise train.steps to go on")
+        told.append(f"all {plan.steps} steps are done; raise {_length(plan)} to go on")
     return Start(stage, state["step"], checkpoint, tuple(told))
 
 

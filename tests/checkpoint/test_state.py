@@ -8,6 +8,7 @@ from megavlm.checkpoint.state import (
     changes,
     check_checkpoint,
     check_data_position,
+    check_model,
     check_moments,
     check_weights,
     checkpoint_root,
@@ -99,6 +100,8 @@ def test_a_checkpoint_belongs_to_a_stage_of_the_plan(tiny_run):
     told = r"in stage captioning when it began at step 6, now it would at 5; restore the lengths"
     with pytest.raises(CheckpointError, match=told):
         check_checkpoint(checkpoint, two_stages(tiny_run, first=5), tokenizer)
+    # Who only uses the model need not know how long the stages were.
+    assert check_model(checkpoint, two_stages(tiny_run, first=5), tokenizer).name == "captioning"
     checkpoint = written(tiny_run, 4, plan=plan)
     told = "stage contrastive, which the run file has not; its stages are captioning"
     with pytest.raises(CheckpointError, match=told):

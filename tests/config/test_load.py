@@ -26,6 +26,10 @@ def test_overrides_reach_every_level():
     assert run.optimizer.learning_rate == 3e-5
 
 
+def test_a_model_may_be_a_preset_by_its_name_alone():
+    assert load_run(RUN, ["model=vlm-1b"]).model == PRESETS["vlm-1b"]
+
+
 def test_a_preset_may_have_its_cross_attention_elsewhere():
     changes = "model={preset: vlm-demo, decoder: {cross_every: null, cross_at: [0, 3, 4]}}"
     decoder = load_run(RUN, [changes]).model.decoder

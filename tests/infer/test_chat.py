@@ -44,7 +44,16 @@ def test_lines_are_answered_as_by_generate(coloured_squares, capsys):
         return Request(prompt=prompt, pixels=tuple(pixels), max_new_tokens=8)
 
     engine = Engine(model, Limits(rows=1, tokens=200, pictures=2))
-    lines = ["a red one", "/picture two", "and this", "/new", "a red one", "x" * 500, "caf\xe9"]
+    lines = [
+        "a red one",
+        "/picture two",
+        "and this",
+        "/new",
+        "a red one",
+        "x" * 500,
+        "caf\xe9",
+        "/nwe",
+    ]
     typed = io.BytesIO("\n".join([*lines, "/quit", "b"]).encode("latin-1"))
     with patch.object(sys, "stdin", io.TextIOWrapper(typed, "utf-8")):
         chat(engine, tokenizer, ask, lambda _: two, [one])
@@ -60,3 +69,4 @@ def test_lines_are_answered_as_by_generate(coloured_squares, capsys):
     assert said == "".join(f"{printable_lines(text)}\n" for text in (first, second, blind))
     assert "exceed the limit of 200 tokens; ask for less; /new begins anew" in errors
     assert "lone surrogate" in errors
+    assert "/nwe is no command: /picture PATH" in errors
