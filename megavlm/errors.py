@@ -35,6 +35,10 @@ class DivergenceError(MegavlmError):
     """The loss or its gradient is no number any more."""
 
 
+class StoppedError(Exception):
+    """A signal has ended a run, which is saved: no mistake, so the code is another."""
+
+
 class CheckpointError(MegavlmError):
     """A checkpoint is missing, incomplete, or of another model."""
 

@@ -48,6 +48,7 @@ from megavlm.train.start import (
     start_of,
     trained_names,
 )
+from megavlm.train.stop import StopSignals
 
 
 def train(
@@ -166,7 +167,10 @@ def _run_steps(
     batches = load(training, numbers, run.data.workers) if groups.is_first_model_rank() else None
     ends = [stage.end_step for stage in plan.stages]
     ledger = Ledger(run, first_step, enabled=groups.rank() == 0) if run.data.ledger else None
-    with CheckpointSaver(checkpoint_root(run), run.checkpoint, keep=ends) as saver:
+    with (
+        StopSignals() as stop,
+        CheckpointSaver(checkpoint_root(run), run.checkpoint, keep=ends) as saver,
+    ):
         log.say(
             f"stage {stage.name} ({', '.join(run.objectives)}): engine {run.engine}, "
             f"{groups.describe(run.model_parallel)}"
@@ -176,6 +180,7 @@ def _run_steps(
         log.say(f"cross-attention and its norms run on {kernels}")
         if first_step == stage.first_step:
             _log_heldout_loss(engine, objective, heldout, stage, log, first_step)
+        stop.listen()
         for step in range(first_step, stage.end_step):
             started = time.perf_counter()
             mine = None if batches is None else list(itertools.islice(batches, per_step))
@@ -219,7 +224,8 @@ def _run_steps(
             done = step + 1
             if done == stage.end_step:
                 _log_heldout_loss(engine, objective, heldout, stage, log, done)
-            if done % run.checkpoint.every == 0 or done == stage.end_step:
+            stops = stop.wanted()
+            if done % run.checkpoint.every == 0 or done == stage.end_step or stops:
                 started = time.perf_counter()
                 if ledger is not None:
                     ledger.sync()
@@ -231,6 +237,9 @@ def _run_steps(
                 rollbacks = 0
                 seconds = time.perf_counter() - started
                 log.record({"step": step, "stage": stage.name, "checkpoint_seconds": seconds})
+            if stops:
+                saver.wait()
+                stop.end(done)
 
 
 def _by_objective(name: str, losses: Mapping[str, float]) -> dict[str, float]:
