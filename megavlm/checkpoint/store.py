@@ -56,12 +56,17 @@ class CheckpointSaver:
     """
 
     def __init__(
-        self, root: Folder, settings: CheckpointSettings, keep: Collection[int] = ()
+        self,
+        root: Folder,
+        settings: CheckpointSettings,
+        keep: Collection[int] = (),
+        on_progress: Callable[[], None] = lambda: None,
     ) -> None:
-        """keep: steps whose checkpoints stay in any case."""
+        """keep: steps whose checkpoints stay in any case. on_progress: called while writing."""
         self._root = root
         self._settings = settings
         self._keep = keep
+        self._on_progress = on_progress
         # Of its own: the training goes on meanwhile, over its own groups.
         self._group = dist.new_group(backend="gloo")
         self._staging = _Staging()
@@ -89,6 +94,7 @@ class CheckpointSaver:
             self._root / folder_name(step),
             {"step": step, **state},
             on_committed=lambda: delete_old(self._root, self._settings, self._keep),
+            on_progress=self._on_progress,
         )
         how: dict[str, Any] = {
             "storage_writer": writer,

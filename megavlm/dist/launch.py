@@ -162,6 +162,11 @@ def environment(run: RunSettings, cores_per_rank: str) -> list[Variable]:
             + (", too few for the optimiser, which runs on the CPU" if offload else ""),
         ),
         Variable(
+            "TORCH_FR_BUFFER_SIZE",
+            "2000",
+            "collectives that each rank remembers, for the report of a hang",
+        ),
+        Variable(
             "NCCL_SOCKET_IFNAME",
             None,
             "set if hosts reach each other over another interface than the first that NCCL finds",

@@ -49,6 +49,7 @@ from megavlm.train.start import (
     trained_names,
 )
 from megavlm.train.stop import StopSignals
+from megavlm.train.watch import Watch
 
 
 def train(
@@ -168,8 +169,9 @@ def _run_steps(
     ends = [stage.end_step for stage in plan.stages]
     ledger = Ledger(run, first_step, enabled=groups.rank() == 0) if run.data.ledger else None
     with (
+        Watch(run.run_folder / "hangs", run.guard.hang_seconds) as watch,
         StopSignals() as stop,
-        CheckpointSaver(checkpoint_root(run), run.checkpoint, keep=ends) as saver,
+        CheckpointSaver(checkpoint_root(run), run.checkpoint, ends, watch.progress) as saver,
     ):
         log.say(
             f"stage {stage.name} ({', '.join(run.objectives)}): engine {run.engine}, "
@@ -179,12 +181,14 @@ def _run_steps(
         kernels = library.description(groups.device(), DTYPES[run.train.precision], head_width)
         log.say(f"cross-attention and its norms run on {kernels}")
         if first_step == stage.first_step:
-            _log_heldout_loss(engine, objective, heldout, stage, log, first_step)
+            _log_heldout_loss(engine, objective, heldout, stage, log, first_step, watch)
         stop.listen()
         for step in range(first_step, stage.end_step):
+            watch.at(f"step {step + 1}, its samples")
             started = time.perf_counter()
             mine = None if batches is None else list(itertools.islice(batches, per_step))
             micro_batches = groups.from_first_model_rank(mine)
+            watch.at(f"step {step + 1}, the model")
             data_seconds = time.perf_counter() - started
             counts = _count_samples(micro_batches, run)
             if ledger is not None:
@@ -223,9 +227,10 @@ def _run_steps(
             saver.check()
             done = step + 1
             if done == stage.end_step:
-                _log_heldout_loss(engine, objective, heldout, stage, log, done)
+                _log_heldout_loss(engine, objective, heldout, stage, log, done, watch)
             stops = stop.wanted()
             if done % run.checkpoint.every == 0 or done == stage.end_step or stops:
+                watch.at(f"step {done}, its checkpoint")
                 started = time.perf_counter()
                 if ledger is not None:
                     ledger.sync()
@@ -296,6 +301,7 @@ def _log_heldout_loss(
     stage: Stage,
     log: MetricsLog,
     step: int,
+    watch: Watch,
 ) -> None:
     """Log the mean loss over the held-out samples."""
     run = stage.run
@@ -306,6 +312,7 @@ def _log_heldout_loss(
         loads = groups.is_first_model_rank()
         loaded = load(heldout, numbers, run.data.workers) if loads else itertools.repeat(None)
         for _, mine in zip(numbers, loaded, strict=False):
+            watch.at(f"step {step}, the held-out loss")
             batch = groups.from_first_model_rank(mine)
             _name_skipped(batch)
             yield batch
