@@ -37,6 +37,7 @@ from megavlm.stages.base import Objective, weighted
 from megavlm.stages.start import objective_of
 from megavlm.train.guard import Guard
 from megavlm.train.ledger import Ledger
+from megavlm.train.memory import memory_told
 from megavlm.train.metrics import MetricsLog
 from megavlm.train.preflight import check_plan
 from megavlm.train.start import (
@@ -195,7 +196,8 @@ def _run_steps(
                 ids = [i for batch in micro_batches for i in batch.sample_ids]
                 ledger.write(step, groups.joined_copies(np.array(ids, np.int64)))
             learning_rate = scheduled(plan, stage, step)
-            result = engine.step(micro_batches, learning_rate, guard.accepts)
+            with memory_told(step, micro_batches, run):
+                result = engine.step(micro_batches, learning_rate, guard.accepts)
             _check_items(step, result)
             if guard.fault is None:
                 taken = {part: steps + 1 for part, steps in taken.items()}

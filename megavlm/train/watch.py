@@ -31,8 +31,9 @@ class Watch:
     """Of this rank, while it is in the context.
 
     Progress is what `at` and `progress` tell, and each collective, of all ranks: so one that waits
-    for a slower one is no hang. After so many seconds without any, each rank writes the stacks of its threads and its last collectives to
-    `rank-N.txt`, the lowest of them a summary of where the ranks stand, and all end with code 124.
+    for a slower one is no hang. After so many seconds without any, each rank writes the stacks of
+    its threads and its last collectives to `rank-N.txt`, the lowest of them a summary of where the
+    ranks stand, and all end with code 124.
     """
 
     def __init__(self, folder: Path, seconds: float) -> None:

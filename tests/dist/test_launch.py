@@ -204,6 +204,7 @@ def test_what_the_user_has_set_stays(monkeypatch):
     assert os.environ == {
         "CUDA_DEVICE_MAX_CONNECTIONS": "8",
         "PYTORCH_ALLOC_CONF": "expandable_segments:True",
+        "TORCH_FR_BUFFER_SIZE": "2000",
     }
 
 
