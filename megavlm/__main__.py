@@ -13,10 +13,11 @@ from collections.abc import Sequence
 
 from megavlm.commands import convert, data, generate, plan, run, serve, tokenizer
 from megavlm.config.load import load_plan
-from megavlm.errors import ConfigError, MegavlmError
+from megavlm.errors import ConfigError, MegavlmError, StoppedError
 
 USER_ERROR = 2
 INTERRUPTED = 130
+STOPPED = 75  # EX_TEMPFAIL of sysexits.h: run it again
 OVERRIDE = re.compile(r"[a-z_0-9]+(\.[a-z_0-9]+)*=")
 
 
@@ -40,6 +41,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # In one write, so that lines of several ranks do not run into each other.
         print(f"megavlm: error{where}: {error}\n", end="", file=sys.stderr, flush=True)
         return USER_ERROR
+    except StoppedError as stopped:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"megavlm: {stopped}\n", end="", file=sys.stderr, flush=True)
+        return STOPPED
     except KeyboardInterrupt:
         if os.environ.get("RANK", "0") == "0":
             print("megavlm: interrupted", file=sys.stderr, flush=True)

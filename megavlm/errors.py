@@ -35,6 +35,14 @@ class DivergenceError(MegavlmError):
     """The loss or its gradient is no number any more."""
 
 
+class OutOfMemoryError(MegavlmError):
+    """A step does not fit into the memory of a GPU or of a host."""
+
+
+class StoppedError(Exception):
+    """A signal has ended a run, which is saved: no mistake, so the code is another."""
+
+
 class CheckpointError(MegavlmError):
     """A checkpoint is missing, incomplete, or of another model."""
 

@@ -31,6 +31,7 @@ from torch.distributed.checkpoint.planner import (
     ReadItem,
     SavePlan,
     SavePlanner,
+    WriteItem,
 )
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
@@ -64,14 +65,24 @@ _SHA256 = re.compile("[0-9a-f]{64}")
 
 
 class CheckpointWriter(StorageWriter):
-    """Writes one checkpoint folder; `on_committed` is called, on one rank, when it is whole."""
+    """Writes one checkpoint folder.
+
+    `on_committed` is called, on one rank, when it is whole; `on_progress` before each box.
+    """
 
     def __init__(
-        self, folder: Folder, state: dict[str, Any], on_committed: Callable[[], None] = lambda: None
+        self,
+        folder: Folder,
+        state: dict[str, Any],
+        on_committed: Callable[[], None] = lambda: None,
+        on_progress: Callable[[], None] = lambda: None,
     ) -> None:
         self._folder = folder
         self._state = state
         self._on_committed = on_committed
+        self._on_progress = on_progress
+        self.planned_bytes = 0
+        """Of all ranks' tensors; known to the rank that plans, once it has."""
 
     def reset(self, checkpoint_id: Any = None) -> None:
         pass
@@ -92,6 +103,7 @@ class CheckpointWriter(StorageWriter):
         if names:
             self._folder.delete()  # what a crash has left
         self._folder.create()
+        self.planned_bytes = sum(_item_bytes(item) for plan in plans for item in plan.items)
         return [
             dataclasses.replace(plan, storage_data=file_name(i, len(plans)))
             for i, plan in enumerate(plans, start=1)
@@ -100,11 +112,16 @@ class CheckpointWriter(StorageWriter):
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         name: str = plan.storage_data
         tensors = {}
+
+        def read(item: WriteItem) -> Tensor:
+            self._on_progress()
+            return _on_cpu(planner.resolve_data(item))
+
         for item in plan.items:
             assert item.tensor_data is not None and item.index.offset is not None
             shape, dtype = item.tensor_data.chunk.sizes, item.tensor_data.properties.dtype
             tensors[_box_name(item.index.fqn, tuple(item.index.offset))] = LazyTensor(
-                tuple(shape), dtype, lambda item=item: _on_cpu(planner.resolve_data(item))
+                tuple(shape), dtype, partial(read, item)
             )
         with self._folder.open(name, "wb") as file:
             digest, size = write_tensors(file, tensors)
@@ -128,6 +145,12 @@ class CheckpointWriter(StorageWriter):
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
         return True
+
+
+def _item_bytes(item: WriteItem) -> int:
+    data = item.tensor_data
+    assert data is not None
+    return data.chunk.sizes.numel() * data.properties.dtype.itemsize
 
 
 def folder_name(step: int) -> str:

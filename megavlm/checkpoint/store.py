@@ -6,6 +6,7 @@ torch Distributed Checkpoint plans who writes and reads what; `storage.py` write
 import hashlib
 import json
 import re
+import shutil
 import socket
 import sys
 from collections.abc import Callable, Collection, Iterator
@@ -56,16 +57,25 @@ class CheckpointSaver:
     """
 
     def __init__(
-        self, root: Folder, settings: CheckpointSettings, keep: Collection[int] = ()
+        self,
+        root: Folder,
+        settings: CheckpointSettings,
+        keep: Collection[int] = (),
+        on_progress: Callable[[], None] = lambda: None,
     ) -> None:
-        """keep: steps whose checkpoints stay in any case."""
+        """keep: steps whose checkpoints stay in any case. on_progress: called while writing."""
         self._root = root
         self._settings = settings
         self._keep = keep
+        self._on_progress = on_progress
         # Of its own: the training goes on meanwhile, over its own groups.
         self._group = dist.new_group(backend="gloo")
         self._staging = _Staging()
         self._running: Future[Any] | None = None
+        self._writer: CheckpointWriter | None = None
+        self._step = 0
+        self._failures: list[CheckpointError] = []
+        """Of the newest saves, one after the other."""
 
     def __enter__(self) -> "CheckpointSaver":
         return self
@@ -81,42 +91,96 @@ class CheckpointSaver:
     def save(self, step: int, shards: State, state: dict[str, Any]) -> None:
         """Write the checkpoint of a step, after the one before it is written.
 
-        `state` is plain data. Raises CheckpointError, on all ranks, if this checkpoint, or the one
-        before it, cannot be written; nothing older is touched.
+        `state` is plain data. If this checkpoint, or the one before it, cannot be written, raises
+        CheckpointError on all ranks, or tells it, as `on_failure` says; nothing older is touched.
         """
-        self.wait()
-        writer = CheckpointWriter(
+        self._settle()
+        self._step = step
+        self._writer = writer = CheckpointWriter(
             self._root / folder_name(step),
             {"step": step, **state},
             on_committed=lambda: delete_old(self._root, self._settings, self._keep),
+            on_progress=self._on_progress,
         )
         how: dict[str, Any] = {
             "storage_writer": writer,
             "planner": ShardsSavePlanner(),
             "process_group": self._group,
         }
-        with _failures_told():
-            if self._settings.asynchronous:
+        if self._settings.asynchronous:
+            with _failures_told():
                 running = async_save(dict(shards), async_stager=self._staging, **how)
-                assert isinstance(running, Future)
-                self._running = running
-            else:
-                save(dict(shards), **how)
+            assert isinstance(running, Future)
+            self._running = running
+        else:
+            self._finish(lambda: save(dict(shards), **how))
+            self._go_on()
 
     def check(self) -> None:
-        """Raise the error of a save in the background, if it has failed by now, on all ranks."""
+        """Raise, or tell, that a save in the background has failed by now, on all ranks."""
         if self._running is not None:
             # A rank may see the end of it a little earlier than another.
             [done] = groups.sum_over_ranks(self._running.done())
             if done == dist.get_world_size():
-                self.wait()
+                self._settle()
 
     def wait(self) -> None:
-        """Return when everything is written; raises CheckpointError if it could not be."""
-        running, self._running = self._running, None
-        if running is not None:
+        """Return when everything is written; raises CheckpointError if the last could not be."""
+        if self._running is not None:
+            self._finish(self._running.result)
+        if self._failures:
+            raise self._failures[-1]
+
+    def _settle(self) -> None:
+        if self._running is not None:
+            self._finish(self._running.result)
+            self._go_on()
+
+    def _finish(self, written: Callable[[], object]) -> None:
+        """Count the failures, and leave nothing of the checkpoint that has failed."""
+        self._running = None
+        try:
             with _failures_told():
-                running.result()
+                written()
+        except CheckpointError as error:
+            self._failures.append(error)
+            if dist.get_rank() == 0:
+                self._failures[-1] = CheckpointError(f"{error} ({self._space()})")
+                self._failures[-1].__cause__ = error
+                self._delete_partial()
+        else:
+            self._failures.clear()
+
+    def _go_on(self) -> None:
+        if not self._failures:
+            return
+        if self._settings.on_failure == "stop":
+            raise self._failures[-1]
+        if dist.get_rank() == 0:
+            print(
+                f"warning: no checkpoint of step {self._step}, the {len(self._failures)}. failure "
+                f"in a row; training goes on to the next: {self._failures[-1]}",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    def _space(self) -> str:
+        assert self._writer is not None
+        needed = f"a checkpoint takes {self._writer.planned_bytes / 1e9:.3g} GB"
+        with suppress(OSError):
+            if self._root.local_path is not None:
+                free = shutil.disk_usage(self._root.local_path).free
+                return f"{needed}, {free / 1e9:.3g} GB are free in {self._root}"
+        return f"{needed} in {self._root}"
+
+    def _delete_partial(self) -> None:
+        """All ranks have stopped writing: they have told each other."""
+        folder = self._root / folder_name(self._step)
+        try:
+            if folder.names() and not folder.has(STATE_FILE):
+                folder.delete()
+        except CheckpointError as error:
+            print(f"warning: {error}", file=sys.stderr, flush=True)
 
 
 def load_checkpoint(folder: Folder, shards: State) -> None:

@@ -1,5 +1,6 @@
 """What is done about steps that would harm the model."""
 
+import math
 from typing import Literal
 
 from pydantic.dataclasses import dataclass
@@ -26,11 +27,16 @@ class GuardSettings:
     """So many good steps are looked back at; no step is a spike after fewer than half of them."""
     most_in_a_row: int = 5
     """Bad steps one after the other, or rollbacks to one checkpoint; the next stops the run."""
+    hang_seconds: float = 540.0
+    """Without progress of any rank the run ends, and each says where it stands; 0: never. NCCL ends
+    its process after 600 s, without saying it."""
 
     def __post_init__(self) -> None:
         if not self.spike_sigmas > 0:
             raise ConfigError(f"guard.spike_sigmas={self.spike_sigmas} must lie above 0")
         if self.spike_window < 4:
             raise ConfigError(f"guard.spike_window={self.spike_window} must be at least 4")
+        if not 0 <= self.hang_seconds < math.inf:
+            raise ConfigError(f"guard.hang_seconds={self.hang_seconds} must not be negative")
         if self.most_in_a_row < 0:
             raise ConfigError(f"guard.most_in_a_row={self.most_in_a_row} must not be negative")

@@ -138,6 +138,9 @@ class CheckpointSettings:
     """And those of steps that this divides, for good."""
     asynchronous: bool = True
     """Write in the background; a step waits only until its tensors are copied."""
+    on_failure: Literal["stop", "continue"] = "stop"
+    """Where one cannot be written (a full disk): the run ends, or tells it, and goes on to the next
+    one. What a stage or a signal ends with must be written in any case."""
     start_from: tuple[str, ...] = ()
     """Checkpoints, or converted models, whose weights a new run starts from; later ones win. What
     none of them holds starts as usual."""

@@ -1,8 +1,11 @@
 """Micro-batches by number: what a rank trains on is a pure function of seed and position."""
 
 import math
+import os
+import signal
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from threading import Thread
 from typing import NamedTuple
 
 import numpy as np
@@ -234,8 +237,25 @@ def load(
         sampler=numbers,
         num_workers=workers,
         collate_fn=_to_arrays,  # pyright: ignore[reportArgumentType] (it gets a whole batch)
+        worker_init_fn=_heed_its_rank_alone,
     )
     return map(_to_tensors, loaded)
+
+
+def _heed_its_rank_alone(_: int) -> None:
+    """Have a worker end when its rank says so.
+
+    Launchers signal all processes of a rank, which still needs its workers to finish a step.
+    """
+    signals = {signal.SIGTERM, signal.SIGUSR1}
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+
+    def watch() -> None:
+        while signal.sigwaitinfo(signals).si_pid != os.getppid():
+            pass
+        os._exit(1)
+
+    Thread(target=watch, daemon=True).start()
 
 
 def _to_arrays(batch: Batch | PairBatch) -> Batch | PairBatch:

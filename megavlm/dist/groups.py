@@ -102,11 +102,23 @@ def _from_first(value: Any, group: dist.ProcessGroup | None) -> Any:
     return box[0]
 
 
+class Hand:
+    """What any rank can raise, and all see alike: `sum_over_ranks` carries it along."""
+
+    raised = False
+    """By this rank."""
+    seen_on_ranks = 0
+    """The same on all of them."""
+
+
 def sum_over_ranks(*values: Tensor | float) -> list[float]:
     """Add up each value over all ranks, in fp64; collective."""
-    totals = torch.tensor([float(v) for v in values], dtype=torch.float64, device=device())
+    mine = [*map(float, values), float(Hand.raised)]
+    totals = torch.tensor(mine, dtype=torch.float64, device=device())
     dist.all_reduce(totals)
-    return totals.tolist()
+    *sums, hands = totals.tolist()
+    Hand.seen_on_ranks = max(Hand.seen_on_ranks, int(hands))
+    return sums
 
 
 def sum_over_copies(*counts: int) -> list[int]:

@@ -18,7 +18,8 @@ from megavlm.config.sizes import divisors
 from megavlm.errors import LaunchError
 
 PORT = 29500  # on the first host; torch's and DeepSpeed's default
-REQUEUE_SECONDS = 120  # Slurm may signal up to 60 s early, and takes some to stop a job
+STOP_SECONDS = 240  # a step, and writing its checkpoint; torchrun's own 30 s may be too few
+REQUEUE_SECONDS = STOP_SECONDS + 60  # of a job's last, in which it is saved and put back
 
 _LINE = re.compile(r"^(?P<host>\S+)\s+slots=(?P<slots>\d+)$")
 
@@ -161,6 +162,11 @@ def environment(run: RunSettings, cores_per_rank: str) -> list[Variable]:
             + (", too few for the optimiser, which runs on the CPU" if offload else ""),
         ),
         Variable(
+            "TORCH_FR_BUFFER_SIZE",
+            "2000",
+            "collectives that each rank remembers, for the report of a hang",
+        ),
+        Variable(
             "NCCL_SOCKET_IFNAME",
             None,
             "set if hosts reach each other over another interface than the first that NCCL finds",
@@ -245,7 +251,8 @@ def _torchrun(
     words = ["-m", "megavlm", "train", str(run_file), *overrides]
     return (
         f"torchrun --nnodes={hosts} --nproc-per-node={slots} --rdzv-backend=c10d "
-        f"--rdzv-endpoint={first_host}:{PORT} --rdzv-id={job} {shlex.join(words)}"
+        f"--rdzv-endpoint={first_host}:{PORT} --rdzv-id={job} --shutdown-timeout={STOP_SECONDS} "
+        f"--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 {shlex.join(words)}"
     )
 
 
@@ -280,8 +287,9 @@ def sbatch_script(
 #SBATCH --cpus-per-task={cores}
 #SBATCH --exclusive
 #SBATCH --mem=0
-# Before the time limit this script, not the ranks, is told, and puts the job back into the queue.
-# It goes on from the last checkpoint; so it does when a host fails.
+# Before the time limit this script is told, and tells the ranks, which save the step that they are
+# in; then it puts the job back into the queue. It goes on from the last checkpoint; so it does when
+# a host fails.
 #SBATCH --signal=B:USR1@{REQUEUE_SECONDS}
 #SBATCH --requeue
 set -eu
@@ -294,12 +302,20 @@ fi
 {exports}
 
 first_host=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-trap 'scontrol requeue "$SLURM_JOB_ID"' USR1
 # srun takes a task for one core unless it is told again (since Slurm 22.05). In the background, as
 # bash hears signals between commands only, and while it waits.
 srun --cpus-per-task="$SLURM_CPUS_PER_TASK" --kill-on-bad-exit=1 \\
   {torchrun} &
-wait $!
+ranks=$!
+time_is_over=
+trap 'time_is_over=1; kill -USR1 "$ranks" || true' USR1
+code=0
+wait "$ranks" || code=$?
+if [ -n "$time_is_over" ]; then
+  wait "$ranks" || true
+  scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$code"
 """
 
 

@@ -37,6 +37,7 @@ from megavlm.stages.base import Objective, weighted
 from megavlm.stages.start import objective_of
 from megavlm.train.guard import Guard
 from megavlm.train.ledger import Ledger
+from megavlm.train.memory import memory_told
 from megavlm.train.metrics import MetricsLog
 from megavlm.train.preflight import check_plan
 from megavlm.train.start import (
@@ -48,6 +49,8 @@ from megavlm.train.start import (
     start_of,
     trained_names,
 )
+from megavlm.train.stop import StopSignals
+from megavlm.train.watch import Watch
 
 
 def train(
@@ -166,7 +169,11 @@ def _run_steps(
     batches = load(training, numbers, run.data.workers) if groups.is_first_model_rank() else None
     ends = [stage.end_step for stage in plan.stages]
     ledger = Ledger(run, first_step, enabled=groups.rank() == 0) if run.data.ledger else None
-    with CheckpointSaver(checkpoint_root(run), run.checkpoint, keep=ends) as saver:
+    with (
+        Watch(run.run_folder / "hangs", run.guard.hang_seconds) as watch,
+        StopSignals() as stop,
+        CheckpointSaver(checkpoint_root(run), run.checkpoint, ends, watch.progress) as saver,
+    ):
         log.say(
             f"stage {stage.name} ({', '.join(run.objectives)}): engine {run.engine}, "
             f"{groups.describe(run.model_parallel)}"
@@ -175,18 +182,22 @@ def _run_steps(
         kernels = library.description(groups.device(), DTYPES[run.train.precision], head_width)
         log.say(f"cross-attention and its norms run on {kernels}")
         if first_step == stage.first_step:
-            _log_heldout_loss(engine, objective, heldout, stage, log, first_step)
+            _log_heldout_loss(engine, objective, heldout, stage, log, first_step, watch)
+        stop.listen()
         for step in range(first_step, stage.end_step):
+            watch.at(f"step {step + 1}, its samples")
             started = time.perf_counter()
             mine = None if batches is None else list(itertools.islice(batches, per_step))
             micro_batches = groups.from_first_model_rank(mine)
+            watch.at(f"step {step + 1}, the model")
             data_seconds = time.perf_counter() - started
             counts = _count_samples(micro_batches, run)
             if ledger is not None:
                 ids = [i for batch in micro_batches for i in batch.sample_ids]
                 ledger.write(step, groups.joined_copies(np.array(ids, np.int64)))
             learning_rate = scheduled(plan, stage, step)
-            result = engine.step(micro_batches, learning_rate, guard.accepts)
+            with memory_told(step, micro_batches, run):
+                result = engine.step(micro_batches, learning_rate, guard.accepts)
             _check_items(step, result)
             if guard.fault is None:
                 taken = {part: steps + 1 for part, steps in taken.items()}
@@ -218,8 +229,10 @@ def _run_steps(
             saver.check()
             done = step + 1
             if done == stage.end_step:
-                _log_heldout_loss(engine, objective, heldout, stage, log, done)
-            if done % run.checkpoint.every == 0 or done == stage.end_step:
+                _log_heldout_loss(engine, objective, heldout, stage, log, done, watch)
+            stops = stop.wanted()
+            if done % run.checkpoint.every == 0 or done == stage.end_step or stops:
+                watch.at(f"step {done}, its checkpoint")
                 started = time.perf_counter()
                 if ledger is not None:
                     ledger.sync()
@@ -231,6 +244,9 @@ def _run_steps(
                 rollbacks = 0
                 seconds = time.perf_counter() - started
                 log.record({"step": step, "stage": stage.name, "checkpoint_seconds": seconds})
+            if stops:
+                saver.wait()
+                stop.end(done)
 
 
 def _by_objective(name: str, losses: Mapping[str, float]) -> dict[str, float]:
@@ -287,6 +303,7 @@ def _log_heldout_loss(
     stage: Stage,
     log: MetricsLog,
     step: int,
+    watch: Watch,
 ) -> None:
     """Log the mean loss over the held-out samples."""
     run = stage.run
@@ -297,6 +314,7 @@ def _log_heldout_loss(
         loads = groups.is_first_model_rank()
         loaded = load(heldout, numbers, run.data.workers) if loads else itertools.repeat(None)
         for _, mine in zip(numbers, loaded, strict=False):
+            watch.at(f"step {step}, the held-out loss")
             batch = groups.from_first_model_rank(mine)
             _name_skipped(batch)
             yield batch

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict_loader import load
 
 from megavlm.checkpoint.shards import Shards, shards_of_range, whole
@@ -277,7 +278,40 @@ def test_a_failed_save_is_told_on_all_ranks_at_the_same_step(tmp_path):
         return None
 
     first, second = run_on_ranks(2, on_rank)
-    assert first == second and "cannot write" in first[1]
+    assert first[0] == second[0] and "cannot write" in first[1]
+    assert first[1].startswith(second[1]), "the first one knows the space needed, too"
+
+
+def test_a_run_can_go_on_without_a_checkpoint(tmp_path, capfd):
+    """Its disk is full for two of them, and then no more."""
+    settings = CheckpointSettings(every=1, keep_last=1, on_failure="continue")
+
+    def on_rank(rank):
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        saver = CheckpointSaver(Folder(tmp_path), settings)
+        seen = []
+        for step in range(1, 5):
+            full = 500 if step in (2, 3) and rank == 1 else resource.RLIM_INFINITY
+            resource.setrlimit(resource.RLIMIT_FSIZE, (full, resource.RLIM_INFINITY))
+            saver.save(step, held(rank, 2, fill=step), {})
+            while saver._running is not None:
+                saver.check()
+            seen.append(sorted(path.name for path in tmp_path.iterdir()))
+            dist.barrier()
+            if step == 3:
+                with pytest.raises(CheckpointError, match="cannot write"):
+                    saver.wait()
+        saver.wait()
+        return seen
+
+    first = [folder_name(1)]
+    assert run_on_ranks(2, on_rank)[0] == [first, first, first, [folder_name(4)]]
+    told = [line for line in capfd.readouterr().err.splitlines() if line.startswith("warning: ")]
+    for line, step, failures in zip(told, (2, 3), (1, 2), strict=True):
+        assert f"no checkpoint of step {step}, the {failures}. failure in a row; training" in line
+        assert f"GB are free in {tmp_path})" in line and "a checkpoint takes " in line
+    state = held(0, 1)
+    run_on_ranks(1, lambda _: load_checkpoint(Folder(tmp_path) / folder_name(4), state))
 
 
 def test_ranks_that_see_different_checkpoints_are_told(tmp_path):

@@ -174,7 +174,7 @@ def test_batch_script(tmp_path):
     )
     assert options["nodes"] == "16" and options["ntasks-per-node"] == "1"
     assert options["gpus-per-node"] == "8" and options["cpus-per-task"] == "32"
-    assert options["signal"] == "B:USR1@120" and {"exclusive", "requeue"} <= set(options)
+    assert options["signal"] == "B:USR1@300" and {"exclusive", "requeue"} <= set(options)
     assert "\nexport CUDA_DEVICE_MAX_CONNECTIONS=1\n" in script
     # What torchrun gets, by a shell that starts words for it instead.
     words = script.partition("  torchrun ")[2].partition(" &\n")[0]
@@ -204,6 +204,7 @@ def test_what_the_user_has_set_stays(monkeypatch):
     assert os.environ == {
         "CUDA_DEVICE_MAX_CONNECTIONS": "8",
         "PYTORCH_ALLOC_CONF": "expandable_segments:True",
+        "TORCH_FR_BUFFER_SIZE": "2000",
     }
 
 

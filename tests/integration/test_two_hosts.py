@@ -25,15 +25,17 @@ HOSTS = 2
 OVERRIDES = ["train.steps=2", "evaluation.samples=1", "checkpoint={every: 1, keep_last: 1}"]
 
 # Of Slurm: once for each node, what follows srun's own options, each task with the variables that
-# Slurm sets. As Slurm does, it stops when a task fails.
+# Slurm sets. As Slurm does, it passes signals on, and stops when a task fails.
 SRUN = """\
 #!/bin/bash
 while [[ "$1" == --* ]]; do shift; done
 for node in $(seq 0 $((SLURM_JOB_NUM_NODES - 1))); do
   SLURM_NODEID=$node SLURM_PROCID=$node SLURM_LOCALID=0 "$@" &
 done
+trap 'passed=1; kill -USR1 $(jobs -p)' USR1
 for node in $(seq $SLURM_JOB_NUM_NODES); do
-  wait -n || { code=$?; kill $(jobs -p); exit $code; }
+  passed=
+  wait -n || { code=$?; [ "$passed" ] && wait; kill $(jobs -p) 2>/dev/null; exit $code; }
 done
 """
 SCONTROL = """\
@@ -148,17 +150,18 @@ def test_slurm(run_on_one_host, slurm, tiny_run, tiny_run_file, tmp_path):
 
 
 def test_slurm_takes_a_job_back_before_its_time_is_over(slurm, tiny_run_file, tmp_path):
-    (tmp_path / "bin" / "torchrun").write_text("#!/bin/bash\necho started\nsleep 60\n")
+    told = "trap 'echo saved; exit 1' USR1; echo started; sleep 60 & wait"
+    (tmp_path / "bin" / "torchrun").write_text(f"#!/bin/bash\n{told}\n")
     (tmp_path / "bin" / "torchrun").chmod(0o755)
     process = start(batch_script(tmp_path, tiny_run_file), env=slurm)
     try:
-        assert process.stdout is not None and process.stdout.readline() == "started\n"
+        assert process.stdout is not None
+        assert [process.stdout.readline() for _ in range(HOSTS)] == ["started\n"] * HOSTS
         os.kill(process.pid, signal.SIGUSR1)
-        told = process.stdout.readline()  # of the second host, or already of the job
         assert process.wait(TIMEOUT_SECONDS) == 128 + signal.SIGUSR1
     finally:
         os.killpg(process.pid, signal.SIGKILL)
-    assert "requeued" in told + process.stdout.read()
+    assert process.stdout.read().split() == ["saved"] * HOSTS + ["requeued"]
 
 
 @pytest.mark.parametrize(("hosts", "code"), [(HOSTS, 7), (HOSTS + 1, 2)])
