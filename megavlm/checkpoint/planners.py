@@ -43,6 +43,9 @@ Holding = dict[str, tuple[Size, torch.dtype, dict[Origin, Size]]]
 class ShardsSavePlanner(SavePlanner):
     """Every box is written once, by the rank that has least to write among those that hold it."""
 
+    total_bytes = 0
+    """Of all tensors, on the rank that has planned them."""
+
     def set_up_planner(
         self, state_dict: Any, storage_meta: Any = None, is_coordinator: bool = False
     ) -> None:
@@ -63,6 +66,9 @@ class ShardsSavePlanner(SavePlanner):
             for holding in holdings
             for name, (shape, dtype, _) in holding.items()
         }
+        self.total_bytes = sum(
+            tensor.size.numel() * tensor.properties.dtype.itemsize for tensor in tensors.values()
+        )
         others = _written_by_others(holdings)
         plans = [
             replace(plan, planner_data=other) for plan, other in zip(all_plans, others, strict=True)

@@ -81,8 +81,6 @@ class CheckpointWriter(StorageWriter):
         self._state = state
         self._on_committed = on_committed
         self._on_progress = on_progress
-        self.planned_bytes = 0
-        """Of all ranks' tensors; known to the rank that plans, once it has."""
 
     def reset(self, checkpoint_id: Any = None) -> None:
         pass
@@ -103,7 +101,6 @@ class CheckpointWriter(StorageWriter):
         if names:
             self._folder.delete()  # what a crash has left
         self._folder.create()
-        self.planned_bytes = sum(_item_bytes(item) for plan in plans for item in plan.items)
         return [
             dataclasses.replace(plan, storage_data=file_name(i, len(plans)))
             for i, plan in enumerate(plans, start=1)
@@ -145,12 +142,6 @@ class CheckpointWriter(StorageWriter):
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
         return True
-
-
-def _item_bytes(item: WriteItem) -> int:
-    data = item.tensor_data
-    assert data is not None
-    return data.chunk.sizes.numel() * data.properties.dtype.itemsize
 
 
 def folder_name(step: int) -> str:

@@ -72,7 +72,7 @@ class CheckpointSaver:
         self._group = dist.new_group(backend="gloo")
         self._staging = _Staging()
         self._running: Future[Any] | None = None
-        self._writer: CheckpointWriter | None = None
+        self._planner = ShardsSavePlanner()
         self._step = 0
         self._failures: list[CheckpointError] = []
         """Of the newest saves, one after the other."""
@@ -96,7 +96,8 @@ class CheckpointSaver:
         """
         self._settle()
         self._step = step
-        self._writer = writer = CheckpointWriter(
+        self._planner = ShardsSavePlanner()
+        writer = CheckpointWriter(
             self._root / folder_name(step),
             {"step": step, **state},
             on_committed=lambda: delete_old(self._root, self._settings, self._keep),
@@ -104,7 +105,7 @@ class CheckpointSaver:
         )
         how: dict[str, Any] = {
             "storage_writer": writer,
-            "planner": ShardsSavePlanner(),
+            "planner": self._planner,
             "process_group": self._group,
         }
         if self._settings.asynchronous:
@@ -145,9 +146,9 @@ class CheckpointSaver:
         except CheckpointError as error:
             self._failures.append(error)
             if dist.get_rank() == 0:
+                self._delete_partial()
                 self._failures[-1] = CheckpointError(f"{error} ({self._space()})")
                 self._failures[-1].__cause__ = error
-                self._delete_partial()
         else:
             self._failures.clear()
 
@@ -165,8 +166,7 @@ class CheckpointSaver:
             )
 
     def _space(self) -> str:
-        assert self._writer is not None
-        needed = f"a checkpoint takes {self._writer.planned_bytes / 1e9:.3g} GB"
+        needed = f"a checkpoint takes {self._planner.total_bytes / 1e9:.3g} GB"
         with suppress(OSError):
             if self._root.local_path is not None:
                 free = shutil.disk_usage(self._root.local_path).free

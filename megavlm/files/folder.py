@@ -302,9 +302,12 @@ class _NewFile:
             with self._told():
                 self._file.close()
         else:
-            with suppress(Exception):  # closing it would make it a file; a local one is one
-                self._file.discard()
-                self._file.closed = True
+            with suppress(Exception):
+                if self._is_local:
+                    self._file.close()  # else a full disk stays full when it is deleted
+                else:  # closing it would make it a file
+                    self._file.discard()
+                    self._file.closed = True
 
     def _told(self) -> AbstractContextManager[None]:
         return _told(f"cannot write {self._where}", self._remedy)
