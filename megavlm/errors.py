@@ -1,5 +1,6 @@
 """Every exception that a user can meet. The command line prints it as one line and exits with 2."""
 
+from megavlm.redact import without_secrets
 from megavlm.terminal import printable
 
 
@@ -7,8 +8,8 @@ class MegavlmError(Exception):
     """Base of the errors that the user can mend; the message names value, rule and remedy."""
 
     def __str__(self) -> str:
-        """Harmless to a terminal, whatever the message quotes of a user's files."""
-        return "\n".join(map(printable, super().__str__().split("\n")))
+        """Harmless to a terminal, whatever the message quotes of a user's files; no credentials."""
+        return without_secrets("\n".join(map(printable, super().__str__().split("\n"))))
 
 
 class ConfigError(MegavlmError):

@@ -17,6 +17,7 @@ from megavlm.data.tokenizer import Tokenizer
 from megavlm.errors import CheckpointError, TokenizerError
 from megavlm.files.folder import Folder
 from megavlm.model.params import all_parameters, trained_parameters
+from megavlm.redact import tree_without_secrets
 
 
 def checkpoint_root(run: RunSettings) -> Folder:
@@ -204,7 +205,9 @@ def changes(checkpoint: Folder, run: RunSettings) -> list[str]:
     state = read_state(checkpoint)
     lines = [
         f"{name} has changed: {before} -> {after}"
-        for name, before, after in _differences("", state["settings"], run_as_tree(run))
+        for name, before, after in _differences(
+            "", *map(tree_without_secrets, (state["settings"], run_as_tree(run)))
+        )
         if name.split(".")[0] not in NO_MATTER
     ]
     trained = {f"exp_avg/{parameter.name}" for parameter in trained_parameters(run)}
@@ -215,7 +218,17 @@ def changes(checkpoint: Folder, run: RunSettings) -> list[str]:
     return lines
 
 
-NO_MATTER = ("run_folder", "checkpoint", "model", "engine", "zero3", "fsdp2", "megatron")
+NO_MATTER = (
+    "run_folder",
+    "checkpoint",
+    "model",
+    "engine",
+    "zero3",
+    "fsdp2",
+    "megatron",
+    "metrics",
+    "profile",
+)
 """Settings that change nothing of what is computed, or that are checked elsewhere."""
 
 
@@ -252,5 +265,5 @@ def checkpoint_state(
         "training_samples": len(training),
         "training_sha256": training.fingerprint,
         "tokenizer_sha256": tokenizer.fingerprint,
-        "settings": run_as_tree(stage.run),
+        "settings": tree_without_secrets(run_as_tree(stage.run)),
     }

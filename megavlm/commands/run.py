@@ -15,6 +15,7 @@ from megavlm.commands.options import (
 )
 from megavlm.config.plan import Plan
 from megavlm.errors import CheckpointError, ConfigError
+from megavlm.redact import without_secrets
 
 
 def add_commands(commands: "Commands[argparse.ArgumentParser]") -> None:
@@ -78,7 +79,7 @@ def _train(plan: Plan, options: argparse.Namespace) -> None:
     check_plan(plan, ranks_of(plan, options.hostfile))
     hosts = read_hostfile(options.hostfile)
     command = launch_command(options.hostfile, hosts, options.run_file, options.overrides)
-    print(shlex.join(command), flush=True)
+    print(without_secrets(shlex.join(command)), flush=True)
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     # The launcher beside this interpreter, also when its folder is not on the search path.

@@ -23,7 +23,7 @@ Settings = TypeVar("Settings")
 
 SHARED = (
     *("run_folder", "seed", "model", "checkpoint", "engine", "zero3", "fsdp2", "megatron"),
-    "data.tokenizer",
+    *("metrics", "profile", "data.tokenizer"),
 )
 """Settings that all stages of a run have in common."""
 

@@ -11,6 +11,7 @@ from megavlm.config.data import DataSettings
 from megavlm.config.engines import UNDIVIDED, Fsdp2Settings, MegatronSettings, Zero3Settings
 from megavlm.config.evaluation import EvaluationSettings, Measure
 from megavlm.config.guard import GuardSettings
+from megavlm.config.metrics import MetricsSettings, ProfileSettings
 from megavlm.config.objectives import (
     ContrastiveSettings,
     MimSettings,
@@ -167,6 +168,8 @@ class RunSettings:
     train: TrainSettings
     checkpoint: CheckpointSettings
     guard: GuardSettings = field(default_factory=GuardSettings)
+    metrics: MetricsSettings = field(default_factory=MetricsSettings)
+    profile: ProfileSettings = field(default_factory=ProfileSettings)
     engine: Literal["zero3", "fsdp2", "megatron"] = "zero3"
     """zero3: DeepSpeed ZeRO-3. fsdp2: PyTorch fully_shard. megatron: Megatron-core."""
     zero3: Zero3Settings = field(default_factory=Zero3Settings)

@@ -17,7 +17,7 @@ import torch
 
 from megavlm.checkpoint.state import checkpoint_root, checkpoint_state
 from megavlm.checkpoint.storage import folder_name
-from megavlm.checkpoint.store import CheckpointSaver, claim
+from megavlm.checkpoint.store import claim
 from megavlm.config.objectives import Part
 from megavlm.config.plan import Plan, Stage
 from megavlm.config.run import RunSettings
@@ -33,12 +33,18 @@ from megavlm.engine.ema import Ema
 from megavlm.engine.start import start_engine
 from megavlm.errors import BadSampleError, DataError, LaunchError
 from megavlm.ops import library
+from megavlm.redact import without_secrets
 from megavlm.stages.base import Objective, weighted
 from megavlm.stages.start import objective_of
+from megavlm.train.events import Events, TimedSaver
+from megavlm.train.exporters import exporters
+from megavlm.train.figures import StepFigures
 from megavlm.train.guard import Guard
 from megavlm.train.ledger import Ledger
 from megavlm.train.metrics import MetricsLog
 from megavlm.train.preflight import check_plan
+from megavlm.train.profiler import ProfileWindow
+from megavlm.train.record import write_record
 from megavlm.train.start import (
     Start,
     find_start,
@@ -65,34 +71,43 @@ def train(
         run.zero3.check_device(has_gpu=torch.cuda.is_available())
     if not torch.cuda.is_available():
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // groups.local_world_size()))
-    hold = _alone_in(run.run_folder) if groups.rank() == 0 else nullcontext()
-    with hold, groups.world_group():
+    first = groups.rank() == 0
+    hold = _alone_in(run.run_folder) if first else nullcontext()
+    events = Events(run.run_folder, enabled=first)
+    with hold, events, exporters(plan, enabled=first) as sinks, groups.world_group():
+        events.start(ranks=groups.world_size(), engine=run.engine)
         claim(checkpoint_root(run), run.run_folder)
         start = find_start(plan)
         for line in start.told:
             _say(line)
-        log = MetricsLog(run.run_folder, start.steps_done, plan.steps, enabled=groups.rank() == 0)
+        if start.checkpoint is not None:
+            events.write("resumed", step=start.steps_done, checkpoint=str(start.checkpoint))
+        write_record(plan, start, events.restarts)
+        log = MetricsLog(run.run_folder, start.steps_done, plan.steps, events, sinks, enabled=first)
         with log:
             for stage in plan.stages[plan.stages.index(start.stage) :]:
                 if start.steps_done < stage.end_step:
                     with groups.model_groups(run.seed, stage.run.model_parallel):
                         start = _train_stage(plan, stage, start, log)
-                after_stage(plan, stage)
+                with events.timed("evaluated", stage=stage.name):
+                    after_stage(plan, stage)
 
 
 def _say(line: str) -> None:
     if groups.rank() == 0:
-        print(line, flush=True)
+        print(without_secrets(line), flush=True)
 
 
 def _train_stage(plan: Plan, stage: Stage, start: Start, log: MetricsLog) -> Start:
     """Train what is left of a stage; returns where the next one starts."""
     run = stage.run
-    engine = start_engine(run, groups.device())
+    with log.events.timed("built", stage=stage.name):
+        engine = start_engine(run, groups.device())
     left_out, rollbacks = left_out_before(start.checkpoint), 0
     while True:
         fill, optimizer_steps = start_of(plan, stage, start)
-        engine.load_state(fill, optimizer_steps)
+        with log.events.timed("loaded", stage=stage.name, step=start.steps_done):
+            engine.load_state(fill, optimizer_steps)
         ema = (
             Ema(engine.state(), trained_names(run), run.train.ema_decay)
             if run.train.ema_decay
@@ -109,6 +124,9 @@ def _train_stage(plan: Plan, stage: Stage, start: Start, log: MetricsLog) -> Sta
         rollbacks = rollbacks + 1 if start.steps_done == before else 1
         left_out = _left_out(stretch, start.steps_done, bad_step)
         log.go_back(start.steps_done)
+        log.events.write(
+            "rolled_back", **{"from": bad_step, "to": start.steps_done}, left_out=left_out
+        )
         first, stop = left_out[-1]
         _say(f"back to step {start.steps_done}; samples {first:,} to {stop:,} are left out")
     engine.close()
@@ -166,7 +184,10 @@ def _run_steps(
     batches = load(training, numbers, run.data.workers) if groups.is_first_model_rank() else None
     ends = [stage.end_step for stage in plan.stages]
     ledger = Ledger(run, first_step, enabled=groups.rank() == 0) if run.data.ledger else None
-    with CheckpointSaver(checkpoint_root(run), run.checkpoint, keep=ends) as saver:
+    figures = StepFigures(run, groups.world_size())
+    window = ProfileWindow(run.profile, run.run_folder)
+    root = checkpoint_root(run)
+    with TimedSaver(log.events, root, run.checkpoint, keep=ends) as saver, window:
         log.say(
             f"stage {stage.name} ({', '.join(run.objectives)}): engine {run.engine}, "
             f"{groups.describe(run.model_parallel)}"
@@ -177,6 +198,7 @@ def _run_steps(
         if first_step == stage.first_step:
             _log_heldout_loss(engine, objective, heldout, stage, log, first_step)
         for step in range(first_step, stage.end_step):
+            window.before(step)
             started = time.perf_counter()
             mine = None if batches is None else list(itertools.islice(batches, per_step))
             micro_batches = groups.from_first_model_rank(mine)
@@ -188,15 +210,19 @@ def _run_steps(
             learning_rate = scheduled(plan, stage, step)
             result = engine.step(micro_batches, learning_rate, guard.accepts)
             _check_items(step, result)
+            step_seconds = time.perf_counter() - started
             if guard.fault is None:
+                log.events.step_done(step, step_seconds, data_seconds)
                 taken = {part: steps + 1 for part, steps in taken.items()}
                 if ema is not None:
                     ema.update()
             else:
                 log.say(f"step {step + 1}  {guard.told(result)}")
+                told = {"step": step, "fault": guard.fault, "seconds": step_seconds}
                 if guard.goes_back(step, result, rollbacks):
+                    log.events.write("bad_step", **told)
                     return step
-            step_seconds = time.perf_counter() - started
+                log.events.write("step_skipped", **told)
             log.step(
                 {
                     "step": step,
@@ -212,6 +238,7 @@ def _run_steps(
                     "step_seconds": step_seconds,
                     "data_seconds": data_seconds,
                     "samples_per_second": counts["samples"] / step_seconds,
+                    **figures.of(counts, learning_rate, step_seconds),
                 },
                 say=(step + 1) % run.train.log_every == 0,
             )
@@ -251,12 +278,13 @@ def _check_items(step: int, result: StepResult) -> None:
 def _count_samples(micro_batches: Sequence[Any], run: RunSettings) -> dict[str, float]:
     """Samples of a step over all ranks. Names the bad ones, and stops the run if it is told to."""
     skipped = [name for batch in micro_batches for name in _name_skipped(batch)]
-    samples, all_skipped, without_text, truncated, tokens, places, images, slots = (
+    samples, all_skipped, without_text, truncated, texts, tokens, places, images, slots = (
         groups.sum_over_copies(
             sum(batch.samples for batch in micro_batches),
             len(skipped),
             sum(batch.without_text for batch in micro_batches),
             sum(batch.truncated_texts for batch in micro_batches),
+            sum(int((batch.text_numbers_bt.amax(1) + 1).sum()) for batch in micro_batches),
             sum(batch.text_tokens for batch in micro_batches),
             sum(batch.tokens_bt.numel() for batch in micro_batches),
             sum(batch.images for batch in micro_batches),
@@ -273,6 +301,7 @@ def _count_samples(micro_batches: Sequence[Any], run: RunSettings) -> dict[str, 
         "skipped_samples": all_skipped,
         "samples_without_text": without_text,
         "truncated_texts": truncated,
+        "texts": texts,
         "text_tokens": tokens,
         "packing_efficiency": tokens / places,
         "images": images,
@@ -301,7 +330,8 @@ def _log_heldout_loss(
             _name_skipped(batch)
             yield batch
 
-    losses = engine.evaluate(batches())
+    with log.events.timed("held_out", step=step):
+        losses = engine.evaluate(batches())
     loss = weighted(objective, losses.values())
     by_objective = _by_objective("heldout_loss", losses)
     last = step == stage.end_step

@@ -3,6 +3,7 @@
 import json
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -17,6 +18,10 @@ from rich.progress import (
 )
 from torch.utils.tensorboard import SummaryWriter
 
+from megavlm.redact import without_secrets
+from megavlm.train.events import Events
+from megavlm.train.exporters import Sink
+
 METRICS_FILE = "metrics.jsonl"
 
 
@@ -26,7 +31,19 @@ class MetricsLog:
     After a resume or a rollback, lines from steps that will be done again are dropped.
     """
 
-    def __init__(self, folder: Path, first_step: int, steps: int, *, enabled: bool) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        first_step: int,
+        steps: int,
+        events: Events,
+        sinks: Sequence[Sink] = (),
+        *,
+        enabled: bool,
+    ) -> None:
+        """sinks: take all that is recorded, too."""
+        self.events = events
+        self._sinks = sinks
         self._enabled = enabled
         if not enabled:
             return
@@ -103,6 +120,8 @@ class MetricsLog:
         # JSON has no NaN.
         values = {name: None if _is_nonfinite(value) else value for name, value in values.items()}
         self._file.write(json.dumps({**values, "unix_seconds": time.time()}) + "\n")
+        for sink in self._sinks:
+            sink(values)
         for name, value in values.items():
             if isinstance(value, int | float) and name not in ("step", "last"):
                 self._tensorboard.add_scalar(name, value, values["step"])
@@ -110,7 +129,7 @@ class MetricsLog:
     def say(self, message: str) -> None:
         """Print a line without disturbing the progress bar."""
         if self._enabled:
-            self._console.print(message, highlight=False, soft_wrap=True)
+            self._console.print(without_secrets(message), highlight=False, soft_wrap=True)
 
 
 def _is_nonfinite(value: object) -> bool:

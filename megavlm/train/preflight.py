@@ -18,12 +18,14 @@ from megavlm.data.sources import Sources, training_sources
 from megavlm.data.tokenizer import Tokenizer
 from megavlm.errors import CheckpointError, ConfigError
 from megavlm.files.folder import Folder
+from megavlm.train.profiler import check_profile
 from megavlm.train.start import last_checkpoint, stages_before
 
 
 def check_plan(plan: Plan, ranks: int) -> None:
     """Raise the error that training on so many ranks would meet in sizes, data or checkpoint."""
     plan.check(lambda run: check_stage(run, ranks))
+    check_profile(plan, ranks)
     run = plan.first
     tokenizer = Tokenizer(run.data.tokenizer)
     checkpoint = latest_checkpoint(checkpoint_root(run))
