@@ -66,6 +66,8 @@ def _train(plan: Plan, options: argparse.Namespace) -> None:
         from megavlm.dist.launch import set_environment
 
         set_environment(plan.first)
+        # W&B, which DeepSpeed imports where it is installed, would report errors to its makers.
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         from megavlm.eval.run import evaluate_stage
         from megavlm.train.loop import train
 
@@ -141,6 +143,8 @@ def _report(plan: Plan, options: argparse.Namespace) -> None:
     from megavlm.checkpoint.store import latest_checkpoint
     from megavlm.data.tokenizer import Tokenizer
     from megavlm.eval.report import write_report
+    from megavlm.train.events import EVENTS_FILE, read_events
+    from megavlm.train.goodput import goodput
 
     run = plan.first
     if not run.run_folder.is_dir():
@@ -149,3 +153,9 @@ def _report(plan: Plan, options: argparse.Namespace) -> None:
     if newest is not None:  # the page would show other stages
         check_checkpoint(newest, plan, Tokenizer(run.data.tokenizer))
     print(f"report: {write_report(plan, options.run_file)}")
+    if found := goodput(read_events(plan.first.run_folder / EVENTS_FILE)):
+        uses = sorted(found.seconds.items(), key=lambda use: -use[1])
+        print(
+            f"goodput {found.fraction:.1%} of {found.wall_seconds:,.0f} s since the first start: "
+            + ", ".join(f"{use} {seconds:,.1f} s" for use, seconds in uses if seconds >= 0.05)
+        )

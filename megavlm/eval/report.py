@@ -5,12 +5,14 @@ import importlib.resources
 import io
 import json
 import re
+import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
 import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -25,6 +27,9 @@ from megavlm.eval.run import read_evaluation, read_predictions
 from megavlm.eval.scores import Score, baselines_of
 from megavlm.model.params import count_by_part, parameters_of
 from megavlm.planner.report import words
+from megavlm.redact import tree_without_secrets
+from megavlm.train.events import EVENTS_FILE, read_events
+from megavlm.train.goodput import goodput
 from megavlm.train.metrics import read_metrics
 
 REPORT_FILE = "report.html"
@@ -34,6 +39,18 @@ SMOOTHING = 0.9  # of the drawn curves: exponential moving average
 DRAWN_POINTS = 2_000  # of a curve; more cannot be told apart, and a page of millions cannot be read
 COLOURS = ("#1f4e8c", "#b45309", "#15803d", "#7e22ce", "#be123c", "#0e7490")
 DARK = "#1c2733"
+USE_COLOURS = {
+    "productive": "#15803d",
+    "start-up": "#7e22ce",
+    "loading": "#a78bfa",
+    "saving": "#0e7490",
+    "evaluation": "#1f4e8c",
+    "repeated steps": "#be123c",
+    "skipped steps": "#f59e0b",
+    "down": "#94a3b8",
+    "other": "#cbd5e1",
+}
+"""Of what a run's time went into."""
 
 Line = dict[str, Any]
 
@@ -45,7 +62,7 @@ def write_report(plan: Plan, run_file: Path) -> Path:
     """
     run_folder = plan.first.run_folder
     metrics = read_metrics(run_folder)
-    steps = [m for m in metrics if "loss" in m and not m.get("skipped_step")]
+    steps = _learned(metrics)
     evaluation = read_evaluation(run_folder)
     predictions = {stage.name: read_predictions(run_folder, stage.name) for stage in plan.stages}
     environment = jinja2.Environment(autoescape=True)
@@ -60,14 +77,15 @@ def write_report(plan: Plan, run_file: Path) -> Path:
             for stage in plan.stages
             if not is_pretraining(stage.run.objectives)
         ),
-        settings=json.dumps(plan_as_tree(plan), indent=2),
+        settings=json.dumps(tree_without_secrets(plan_as_tree(plan)), indent=2),
         parameters=sum(count_by_part(parameters_of(plan.last)).values()),
         steps=len(steps),
         all_steps=plan.steps,
         samples=sum(m["samples"] for m in steps),
         skipped=sum(m["skipped_samples"] for m in steps),
         colours=COLOURS,
-        overview=_overview(plan, len(steps)),
+        overview=_overview(plan, max((m["step"] + 1 for m in metrics if "loss" in m), default=0)),
+        time=_time(run_folder),
         stages=[
             _stage(stage, metrics, evaluation.get(stage.name, {}), predictions[stage.name])
             for stage in plan.stages
@@ -85,12 +103,17 @@ def _stage(
     """What the page shows of one stage."""
     run = stage.run
     mine = [m for m in metrics if m.get("stage") == stage.name]
-    steps = [m for m in mine if "loss" in m and not m.get("skipped_step")]
+    steps = _learned(mine)
+    gone_through = sum("loss" in m for m in mine)
     heldout = [m for m in mine if "heldout_loss" in m]
     scores = [Score(**row) for row in evaluation.get("scores", [])]
     return {
         "name": stage.name,
-        "state": "done" if len(steps) == run.train.steps else "under way" if steps else "to come",
+        "state": "done"
+        if gone_through == run.train.steps
+        else "under way"
+        if gone_through
+        else "to come",
         "objectives": run.objectives,
         "planned_steps": run.train.steps,
         "steps": len(steps),
@@ -100,12 +123,71 @@ def _stage(
         "optimizer": run.optimizer,
         "heldout": _heldout_losses(heldout),
         "curves": _curves(steps, heldout) if steps else "",
+        "speed": _speed(steps) if steps else None,
         "evaluated_step": evaluation.get("step"),
         "scores": scores,
         "splits": {row.split for row in scores},
         "baselines": baselines_of(scores),
         "retrieved": _retrieved(stage, predictions) if is_pretraining(run.objectives) else [],
     }
+
+
+def _learned(metrics: Sequence[Line]) -> list[Line]:
+    """The lines of steps that the weights have followed."""
+    return [m for m in metrics if "loss" in m and not m.get("skipped_step")]
+
+
+def _time(run_folder: Path) -> dict[str, Any] | None:
+    """Where the time of the run went; None for a run without events."""
+    found = goodput(read_events(run_folder / EVENTS_FILE))
+    if found is None:
+        return None
+    used = {use: seconds for use, seconds in found.seconds.items() if seconds >= 0.05}
+    return {
+        "found": found,
+        "used": used,
+        "colours": USE_COLOURS,
+        "last": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(found.last_unix_seconds)),
+    }
+
+
+def _speed(steps: Sequence[Line]) -> dict[str, Any]:
+    """A stage's throughput: the median step, which no first step or hiccup moves."""
+    names = {
+        "samples a second": "samples_per_second",
+        "pictures a second": "images_per_second",
+        "image tokens a second": "image_tokens_per_second",
+        "text tokens a second": "text_tokens_per_second",
+        "seconds a step": "step_seconds",
+    }
+    # Lines of older versions have fewer figures.
+    rows = {label: _median(steps, name) for label, name in names.items()}
+    flops, utilisation = (
+        _median(steps, f"model_flops_{name}") for name in ("per_second", "utilisation")
+    )
+    seconds = sum(m.get("step_seconds", 0.0) for m in steps)
+    waits = sum(m.get("data_seconds", 0.0) for m in steps)
+    memory = {
+        "of this process": _most(steps, "process_rss_bytes"),
+        "of its host": _most(steps, "host_used_bytes"),
+        "of its GPU": _most(steps, "gpu_peak_allocated_bytes"),
+    }
+    return {
+        "rows": {label: value for label, value in rows.items() if value is not None},
+        "teraflops": None if flops is None else flops / 1e12,
+        "utilisation": utilisation,
+        "data_wait": waits / seconds if seconds else None,
+        "memory_gib": {of: m / 2**30 for of, m in memory.items() if m is not None},
+    }
+
+
+def _median(steps: Sequence[Line], name: str) -> float | None:
+    values = [m[name] for m in steps if m.get(name) is not None]
+    return float(np.median(values)) if values else None
+
+
+def _most(steps: Sequence[Line], name: str) -> float | None:
+    return max((m[name] for m in steps if m.get(name) is not None), default=None)
 
 
 def _heldout_losses(heldout: Sequence[Line]) -> list[dict[str, Any]]:

@@ -1,6 +1,5 @@
 """Figures for other programs: an endpoint for Prometheus, and Weights & Biases."""
 
-import os
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -74,8 +73,6 @@ def _prometheus(settings: MetricsSettings) -> Iterator[Sink]:
 @contextmanager
 def _wandb(plan: Plan) -> Iterator[Sink]:
     run_folder, project = plan.first.run_folder, plan.first.metrics.wandb_project
-    # Reports of its own errors would go to its makers, with what was in memory.
-    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     try:
         import wandb
     except ImportError as error:

@@ -107,7 +107,7 @@ def goodput(events: Sequence[Event]) -> Goodput | None:
     for event in events:
         now, seconds = float(event["unix_seconds"]), float(event.get("seconds", 0.0))
         uses["saving"] += float(event.get("stalled_seconds", 0.0))
-        if event["event"] in ("first_step_done", "step_skipped", "bad_step"):
+        if event["event"] in ("first_step_done", "steps", "step_skipped", "bad_step"):
             end_start_up(now - seconds)
         match event["event"]:
             case "start":

@@ -11,6 +11,7 @@ from megavlm.eval import report
 from megavlm.eval.report import write_report
 from megavlm.eval.run import EVALUATION_FILE
 from megavlm.eval.scores import Score
+from megavlm.train.events import EVENTS_FILE
 from megavlm.train.metrics import METRICS_FILE
 from tests.runs import plan_of
 
@@ -176,3 +177,53 @@ def test_scores_and_pictures(plan):
     assert "(a green square)" in page.texts["span"]
     assert "shown in no sheet" not in content and "not of this split" not in content
     assert "<i>nothing</i>" not in content  # what a model says is never markup
+
+
+def test_where_the_time_went(plan):
+    write_metrics(plan, steps=5)
+    folder = plan.first.run_folder
+    lines = [json.loads(line) for line in (folder / METRICS_FILE).read_text().splitlines()]
+    lines[2]["skipped_step"], lines[2]["loss"] = 1, None
+    for line in lines:
+        if "loss" in line:
+            line |= {"step_seconds": 2.0, "data_seconds": 0.5, "text_tokens_per_second": 1234.5}
+            line |= {"model_flops_per_second": 4e14, "model_flops_utilisation": 0.4125}
+            line |= {"process_rss_bytes": 3 * 2**30}
+    (folder / METRICS_FILE).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    began = {"process_started_unix_seconds": 1000.0}
+    events = [
+        {"event": "start", "unix_seconds": 1010.0, **began},
+        {"event": "steps", "unix_seconds": 1060.0, "first": 0, "stop": 2, "seconds": 40.0},
+        {"event": "step_skipped", "unix_seconds": 1070.0, "step": 2, "seconds": 10.0},
+        {"event": "bad_step", "unix_seconds": 1080.0, "step": 3, "seconds": 10.0},
+        {"event": "rolled_back", "unix_seconds": 1080.0, "from": 3, "to": 3, "left_out": [[6, 8]]},
+        {"event": "steps", "unix_seconds": 1100.0, "first": 3, "stop": 5, "seconds": 20.0},
+    ]
+    (folder / EVENTS_FILE).write_text("".join(json.dumps(event) + "\n" for event in events))
+    page = page_of(plan)
+    [bar] = page.all("div", class_="bar")
+    says = "productive 60.0 s, start-up 20.0 s, repeated steps 10.0 s, skipped steps 10.0 s"
+    assert bar["aria-label"] == says
+    text = " ".join(" ".join(part for parts in page.texts.values() for part in parts).split())
+    assert "60.0 %" in text and "Skipped steps, whose gradients were left out: 2." in text
+    assert "Rolled back from step 3 to step 3; samples 6 to 8 are left out." in text
+    assert "ended:" not in text and "1970-01-01 00:18:20 UTC" in text
+    assert {"1,234", "400", "41.2 %", "25.0 %", "3.00"} <= set(page.texts["dd"])
+    # All steps of the stage are behind it, though one of them taught nothing.
+    assert page.texts["span"].count("done") == 1
+    assert "4 of 15 steps" in text
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_a_run_after_its_first_steps(plan, steps):
+    write_metrics(plan, steps)
+    page = page_of(plan)
+    assert page.texts["span"][0] == "under way" and len(page.all("svg")) == 2
+
+
+def test_the_page_tells_no_credentials(plan):
+    for stage in plan.stages:
+        object.__setattr__(stage.run.checkpoint, "folder", "s3://KEY:s3cret@bucket")
+    page_of(plan)
+    page = (plan.first.run_folder / "report.html").read_text()
+    assert "s3://***@bucket" in page and "s3cret" not in page
