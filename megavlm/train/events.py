@@ -90,6 +90,7 @@ class Events:
     @contextmanager
     def timed(self, event: str, **fields: Any) -> Iterator[None]:
         """Add an event with the seconds that the body took, if it ends well."""
+        self._flush_steps()
         started = time.perf_counter()
         yield
         self.write(event, seconds=time.perf_counter() - started, **fields)
