@@ -1,5 +1,6 @@
 """What the training loop asks of an engine."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -7,6 +8,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 
 from megavlm.checkpoint.shards import State
 from megavlm.config.objectives import Part
@@ -52,6 +54,18 @@ def step_result(
         gradient_norm=gradient_norm,
         items=int(items),
     )
+
+
+def norms_of_parts(
+    trained: Sequence[Part], gradients: Iterable[tuple[Part, Tensor]], scale: float
+) -> dict[Part, float]:
+    """The norm of each part's gradients, `scale` times, from those that each rank holds alone."""
+    by_part: dict[Part, list[Tensor]] = {part: [] for part in trained}
+    for part, gradient in gradients:
+        by_part[part].append(gradient)
+    squares = [get_total_norm(held).double().square() if held else 0.0 for held in by_part.values()]
+    totals = groups.sum_over_ranks(*squares)
+    return {part: scale * math.sqrt(s) for part, s in zip(by_part, totals, strict=True)}
 
 
 def means(objective: Objective, sums: Sequence[float], items: float) -> dict[str, float]:
@@ -105,6 +119,13 @@ class Engine(Protocol):
         """Accumulate this rank's micro-batches, then update the weights once.
 
         Where the result is not accepted, weights and the optimiser's states stay as they are.
+        """
+        ...
+
+    def gradient_norms(self) -> dict[Part, float]:
+        """Of each trained part of the model; together they are the step's `gradient_norm`.
+
+        Only while `step` asks whether its result is accepted: else there are no gradients.
         """
         ...
 

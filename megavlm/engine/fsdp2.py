@@ -32,6 +32,7 @@ from megavlm.engine.base import (
     evaluate_on_each_rank,
     free,
     losses_of,
+    norms_of_parts,
     step_result,
 )
 from megavlm.engine.optim import adamw, set_learning_rate
@@ -46,6 +47,8 @@ class Fsdp2Engine:
     def __init__(self, run: RunSettings, device: torch.device) -> None:
         self._device = device
         self._clip_norm = run.optimizer.clip_norm
+        self._trained_parts = run.trained_parts
+        self._gradient_divisor = 1.0
         self._replicas = dist.get_world_size() // _shard_ranks(run.fsdp2)
         self._objective = objective_of(run)
         self._model = _sharded_model(run, self._objective, _mesh(run.fsdp2, device))
@@ -79,6 +82,7 @@ class Fsdp2Engine:
         divisor = max(1.0, items_of_all)
         gradient_norm = math.sqrt(squared) / divisor
         result = step_result(objective, sums, items_of_all, gradient_norm)
+        self._gradient_divisor = divisor
         if accepts(result):
             scale = self._clip_factor(gradient_norm) / divisor
             torch._foreach_mul_(gradients, scale)  # pyright: ignore[reportPrivateImportUsage]
@@ -89,6 +93,12 @@ class Fsdp2Engine:
             self._optimizer.zero_grad()
         self._model.zero_grad()
         return result
+
+    def gradient_norms(self) -> dict[Part, float]:
+        ledger = self._model.ledger()
+        gradients = ((ledger[n].setting, _local(p.grad)) for n, p in self._trained.items())
+        scale = 1 / (self._gradient_divisor * math.sqrt(self._replicas))
+        return norms_of_parts(self._trained_parts, gradients, scale)
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Any]) -> dict[str, float]:

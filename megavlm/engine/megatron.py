@@ -21,6 +21,8 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
 from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
+from megatron.core.transformer.module import param_is_not_shared
 from torch import Tensor, nn
 
 from megavlm.checkpoint.shards import MOMENTS, Shards, State, shards_of_range
@@ -35,6 +37,7 @@ from megavlm.engine.base import (
     always,
     free,
     means,
+    norms_of_parts,
     step_result,
 )
 from megavlm.engine.optim import group_of, set_learning_rate
@@ -93,6 +96,19 @@ class MegatronEngine:
                 )
             self._optimizer.step_with_ready_grads()
         return result
+
+    def gradient_norms(self) -> dict[Part, float]:
+        gradients = (
+            (group["part"], main.grad)
+            for optimizer in self._optimizers()
+            for group in optimizer.optimizer.param_groups
+            for main in group["params"]
+            # As in megatron-core's `get_main_grads_for_grad_norm`.
+            if main.grad is not None
+            and param_is_not_shared(main)
+            and param_is_not_tensor_parallel_duplicate(main)
+        )
+        return norms_of_parts(self._run.trained_parts, gradients, 1.0)
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Any]) -> dict[str, float]:

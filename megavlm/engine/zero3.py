@@ -1,5 +1,6 @@
 """DeepSpeed ZeRO-3: weights, gradients and optimiser states are partitioned over all ranks."""
 
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -51,6 +52,7 @@ class Zero3Engine:
 
     def __init__(self, run: RunSettings, device: torch.device) -> None:
         self._device = device
+        self._trained_parts = run.trained_parts
         self._objective = objective_of(run)
         cpu.use_gloo_for_deepspeed()
         config = deepspeed_config(with_bucket_sizes(run))
@@ -76,6 +78,8 @@ class Zero3Engine:
         self._engine: Any = deepspeed.initialize(
             model=model, optimizer=_optimizer(model, run), config=config, dist_init_required=False
         )[0]
+        self._norms: list[Any] = []
+        """Of the gradients of DeepSpeed's groups, over all ranks; as its loss is, scaled."""
         self._accepts_norm: Callable[[float], bool] = lambda norm: True
         self._ask_before_updates()
         self._create_optimizer_states({})
@@ -111,6 +115,14 @@ class Zero3Engine:
         # that would take the module off again does not run.
         parameter_offload.FWD_MODULE_STACK.clear()
         return results[0]
+
+    def gradient_norms(self) -> dict[Part, float]:
+        zero = self._engine.optimizer
+        squares = dict.fromkeys(self._trained_parts, 0.0)
+        for number, norm in enumerate(self._norms):
+            group = zero.optimizer.param_groups[zero.sub_group_to_group_id[number]]
+            squares[group["part"]] += (float(norm) / zero.loss_scale) ** 2
+        return {part: math.sqrt(square) for part, square in squares.items()}
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Any]) -> dict[str, float]:
@@ -159,7 +171,7 @@ class Zero3Engine:
         zero = self._engine.optimizer
         norms_of_groups = zero._get_norm_groups
         skip_at_overflow = zero._loss_scale_update_and_overflow_cleanup
-        norms: list[Any] = []
+        norms = self._norms
 
         def get_norm_groups() -> list[Any]:
             norms[:] = norms_of_groups()

@@ -28,7 +28,7 @@ from megavlm.data.sources import Sources, training_sources
 from megavlm.data.tokenizer import Tokenizer
 from megavlm.dist import groups
 from megavlm.dist.launch import check_hosts
-from megavlm.engine.base import DTYPES, Engine, StepResult
+from megavlm.engine.base import DTYPES, Accepts, Engine, StepResult
 from megavlm.engine.ema import Ema
 from megavlm.engine.start import start_engine
 from megavlm.errors import BadSampleError, DataError, LaunchError
@@ -208,7 +208,9 @@ def _run_steps(
                 ids = [i for batch in micro_batches for i in batch.sample_ids]
                 ledger.write(step, groups.joined_copies(np.array(ids, np.int64)))
             learning_rate = scheduled(plan, stage, step)
-            result = engine.step(micro_batches, learning_rate, guard.accepts)
+            norms: dict[Part, float] = {}
+            accepts = _with_norms(run, step, engine, guard.accepts, norms)
+            result = engine.step(micro_batches, learning_rate, accepts)
             _check_items(step, result)
             step_seconds = time.perf_counter() - started
             if guard.fault is None:
@@ -238,6 +240,7 @@ def _run_steps(
                     "step_seconds": step_seconds,
                     "data_seconds": data_seconds,
                     "samples_per_second": counts["samples"] / step_seconds,
+                    **{f"gradient_norm_{part}": norm for part, norm in norms.items()},
                     **figures.of(counts, learning_rate, step_seconds),
                 },
                 say=(step + 1) % run.train.log_every == 0,
@@ -258,6 +261,21 @@ def _run_steps(
                 rollbacks = 0
                 seconds = time.perf_counter() - started
                 log.record({"step": step, "stage": stage.name, "checkpoint_seconds": seconds})
+
+
+def _with_norms(
+    run: RunSettings, step: int, engine: Engine, accepts: Accepts, norms: dict[Part, float]
+) -> Accepts:
+    """What also fills in the norms of the parts' gradients, at steps where they are wanted."""
+    every = run.metrics.module_norms_every
+    if every is None or step % every:
+        return accepts
+
+    def measured(result: StepResult) -> bool:
+        norms.update(engine.gradient_norms())
+        return accepts(result)
+
+    return measured
 
 
 def _by_objective(name: str, losses: Mapping[str, float]) -> dict[str, float]:
