@@ -40,6 +40,8 @@ def events_of(run):
 
 def test_a_run_that_was_killed_and_goes_on(run):
     """Killed in step 5, of 6, with a checkpoint at 4."""
+    # In the foreground, so that the one at 4 is there when it is killed.
+    run = replace(run, checkpoint=replace(run.checkpoint, asynchronous=False))
 
     def killed(_):
         original = Fsdp2Engine.step
