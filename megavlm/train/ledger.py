@@ -17,6 +17,7 @@ from megavlm.config.plan import Plan
 from megavlm.config.run import RunSettings
 from megavlm.data.sources import id_of, places_of, training_sources
 from megavlm.errors import DataError
+from megavlm.redact import without_secrets
 from megavlm.train.start import left_out_before
 
 FILE = "samples.ledger"
@@ -131,7 +132,7 @@ def check_ledger(plan: Plan) -> list[str]:
         folders = sources_of[name].folders
         for folder, times_n in zip(folders, taken[fingerprint], strict=True):
             lines.append(
-                f"{folder}: {times_n.sum():,} samples loaded out of {len(times_n):,}, each of them "
-                f"{times_n.min():,} to {times_n.max():,} times"
+                f"{without_secrets(str(folder))}: {times_n.sum():,} samples loaded out of "
+                f"{len(times_n):,}, each of them {times_n.min():,} to {times_n.max():,} times"
             )
     return lines

@@ -18,7 +18,6 @@ from tests.runs import plan_of
 from tests.train.test_resume import LAYOUTS, MEGATRON, losses, saved
 
 BAD_STEP = 3
-SLOW = [pytest.param(engine, marks=pytest.mark.slow) for engine in ("zero3", "megatron")]
 
 
 def trained(run, ranks, *, poisoned):

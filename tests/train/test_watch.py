@@ -48,6 +48,7 @@ def hanging(run, hang):
     return codes_of(2, on_rank)
 
 
+@pytest.mark.slow
 def test_the_report_shows_who_did_not_take_part(tiny_run, capfd):
     run = replace(tiny_run, engine="fsdp2", guard=GuardSettings(hang_seconds=2.0))
     assert hanging(run, lambda: time.sleep(100)) == [watch.HUNG] * 2
