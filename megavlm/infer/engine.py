@@ -87,7 +87,7 @@ class Engine:
         self._uses_graphs = compiled and _has_graphs(self.decoder.device)
         self._caches = Caches(
             self.decoder,
-            places=_padded(limits.rows),
+            places=_padded(limits.rows) if self._uses_graphs else limits.rows,
             tokens=limits.tokens,
             image_tokens=limits.pictures * self._picture_tokens,
         )
