@@ -9,6 +9,7 @@ import re
 import shutil
 import socket
 import sys
+import time
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -62,18 +63,25 @@ class CheckpointSaver:
         settings: CheckpointSettings,
         keep: Collection[int] = (),
         on_progress: Callable[[], None] = lambda: None,
+        tell: Callable[..., None] = lambda event, **fields: None,
     ) -> None:
-        """keep: steps whose checkpoints stay in any case. on_progress: called while writing."""
+        """keep: steps whose checkpoints stay in any case. on_progress: called while writing.
+
+        tell: hears, as an event's name and fields, when checkpoints are begun and committed, and
+        how long the training has waited for them.
+        """
         self._root = root
         self._settings = settings
         self._keep = keep
         self._on_progress = on_progress
+        self._tell = tell
         # Of its own: the training goes on meanwhile, over its own groups.
         self._group = dist.new_group(backend="gloo")
         self._staging = _Staging()
         self._running: Future[Any] | None = None
         self._planner = ShardsSavePlanner()
-        self._step = 0
+        self._step, self._begun = 0, 0.0
+        """Of the newest save; when it was begun, on the clock `time.perf_counter`."""
         self._failures: list[CheckpointError] = []
         """Of the newest saves, one after the other."""
 
@@ -95,7 +103,8 @@ class CheckpointSaver:
         CheckpointError on all ranks, or tells it, as `on_failure` says; nothing older is touched.
         """
         self._settle()
-        self._step = step
+        self._tell("checkpoint_begun", step=step)
+        self._step, self._begun = step, time.perf_counter()
         self._planner = ShardsSavePlanner()
         writer = CheckpointWriter(
             self._root / folder_name(step),
@@ -116,6 +125,8 @@ class CheckpointSaver:
         else:
             self._finish(lambda: save(dict(shards), **how))
             self._go_on()
+        stalled_seconds = time.perf_counter() - self._begun
+        self._tell("checkpoint_copied", step=step, stalled_seconds=stalled_seconds)
 
     def check(self) -> None:
         """Raise, or tell, that a save in the background has failed by now, on all ranks."""
@@ -140,6 +151,7 @@ class CheckpointSaver:
     def _finish(self, written: Callable[[], object]) -> None:
         """Count the failures, and leave nothing of the checkpoint that has failed."""
         self._running = None
+        started = time.perf_counter()
         try:
             with _failures_told():
                 written()
@@ -151,6 +163,14 @@ class CheckpointSaver:
                 self._failures[-1].__cause__ = error
         else:
             self._failures.clear()
+        now = time.perf_counter()
+        self._tell(
+            "checkpoint_failed" if self._failures else "checkpoint_committed",
+            step=self._step,
+            seconds=now - self._begun,
+            # In the foreground `save` tells it.
+            stalled_seconds=now - started if self._settings.asynchronous else 0.0,
+        )
 
     def _go_on(self) -> None:
         if not self._failures:

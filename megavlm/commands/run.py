@@ -143,8 +143,7 @@ def _report(plan: Plan, options: argparse.Namespace) -> None:
     from megavlm.checkpoint.store import latest_checkpoint
     from megavlm.data.tokenizer import Tokenizer
     from megavlm.eval.report import write_report
-    from megavlm.train.events import EVENTS_FILE, read_events
-    from megavlm.train.goodput import goodput
+    from megavlm.train.goodput import goodput_of
 
     run = plan.first
     if not run.run_folder.is_dir():
@@ -153,7 +152,7 @@ def _report(plan: Plan, options: argparse.Namespace) -> None:
     if newest is not None:  # the page would show other stages
         check_checkpoint(newest, plan, Tokenizer(run.data.tokenizer))
     print(f"report: {write_report(plan, options.run_file)}")
-    if found := goodput(read_events(plan.first.run_folder / EVENTS_FILE)):
+    if found := goodput_of(run.run_folder):
         uses = sorted(found.seconds.items(), key=lambda use: -use[1])
         print(
             f"goodput {found.fraction:.1%} of {found.wall_seconds:,.0f} s since the first start: "

@@ -28,8 +28,7 @@ from megavlm.eval.scores import Score, baselines_of
 from megavlm.model.params import count_by_part, parameters_of
 from megavlm.planner.report import words
 from megavlm.redact import tree_without_secrets
-from megavlm.train.events import EVENTS_FILE, read_events
-from megavlm.train.goodput import goodput
+from megavlm.train.goodput import goodput_of
 from megavlm.train.metrics import read_metrics
 
 REPORT_FILE = "report.html"
@@ -139,7 +138,7 @@ def _learned(metrics: Sequence[Line]) -> list[Line]:
 
 def _time(run_folder: Path) -> dict[str, Any] | None:
     """Where the time of the run went; None for a run without events."""
-    found = goodput(read_events(run_folder / EVENTS_FILE))
+    found = goodput_of(run_folder)
     if found is None:
         return None
     used = {use: seconds for use, seconds in found.seconds.items() if seconds >= 0.05}

@@ -5,7 +5,7 @@ The file only ever grows, whatever is done again: `goodput` counts what that cos
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -13,11 +13,7 @@ from typing import Any
 
 import psutil
 
-from megavlm.checkpoint.shards import State
-from megavlm.checkpoint.store import CheckpointSaver
-from megavlm.config.run import CheckpointSettings
 from megavlm.errors import MegavlmError
-from megavlm.files.folder import Folder
 from megavlm.redact import tree_without_secrets
 
 EVENTS_FILE = "events.jsonl"
@@ -112,44 +108,6 @@ class Events:
         if self._path.is_file() and self._path.read_bytes()[-1:] not in (b"", b"\n"):
             with self._path.open("a") as file:
                 file.write("\n")
-
-
-class TimedSaver(CheckpointSaver):
-    """Tells when checkpoints are begun and committed, and how long training waits for them."""
-
-    def __init__(
-        self,
-        events: Events,
-        root: Folder,
-        settings: CheckpointSettings,
-        keep: Sequence[int] = (),
-        on_progress: Callable[[], None] = lambda: None,
-    ) -> None:
-        super().__init__(root, settings, keep, on_progress)
-        self._events = events
-        self._is_background = settings.asynchronous
-        self._begun = 0.0
-        """On the clock `time.perf_counter`."""
-
-    def save(self, step: int, shards: State, state: dict[str, Any]) -> None:
-        self._settle()
-        self._events.write("checkpoint_begun", step=step)
-        self._begun = time.perf_counter()
-        super().save(step, shards, state)
-        stalled = time.perf_counter() - self._begun
-        self._events.write("checkpoint_copied", step=step, stalled_seconds=stalled)
-
-    def _finish(self, written: Callable[[], object]) -> None:
-        started = time.perf_counter()
-        super()._finish(written)
-        now = time.perf_counter()
-        self._events.write(
-            "checkpoint_failed" if self._failures else "checkpoint_committed",
-            step=self._step,
-            seconds=now - self._begun,
-            # In the foreground `save` has waited for it.
-            stalled_seconds=now - started if self._is_background else 0.0,
-        )
 
 
 def read_events(path: Path) -> list[Event]:

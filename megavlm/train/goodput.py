@@ -2,9 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
-from megavlm.train.events import Event
+from megavlm.train.events import EVENTS_FILE, Event, read_events
 
 Use = Literal[
     "productive",
@@ -161,6 +162,11 @@ def goodput(events: Sequence[Event]) -> Goodput | None:
         ended=ended,
         last_unix_seconds=last,
     )
+
+
+def goodput_of(run_folder: Path) -> Goodput | None:
+    """The same of a run's folder."""
+    return goodput(read_events(run_folder / EVENTS_FILE))
 
 
 def _began(start: Event) -> float:

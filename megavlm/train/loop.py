@@ -17,7 +17,7 @@ import torch
 
 from megavlm.checkpoint.state import checkpoint_root, checkpoint_state
 from megavlm.checkpoint.storage import folder_name
-from megavlm.checkpoint.store import claim
+from megavlm.checkpoint.store import CheckpointSaver, claim
 from megavlm.config.objectives import Part
 from megavlm.config.plan import Plan, Stage
 from megavlm.config.run import RunSettings
@@ -36,7 +36,7 @@ from megavlm.ops import library
 from megavlm.redact import without_secrets
 from megavlm.stages.base import Objective, weighted
 from megavlm.stages.start import objective_of
-from megavlm.train.events import Events, TimedSaver
+from megavlm.train.events import Events
 from megavlm.train.exporters import exporters
 from megavlm.train.figures import StepFigures
 from megavlm.train.guard import Guard
@@ -192,7 +192,7 @@ def _run_steps(
     with (
         Watch(run.run_folder / "hangs", run.guard.hang_seconds) as watch,
         StopSignals() as stop,
-        TimedSaver(log.events, root, run.checkpoint, ends, watch.progress) as saver,
+        CheckpointSaver(root, run.checkpoint, ends, watch.progress, log.events.write) as saver,
         ProfileWindow(run.profile, run.run_folder) as window,
     ):
         log.say(

@@ -43,7 +43,7 @@ def write_record(plan: Plan, start: Start, restarts: int) -> None:
     if groups.rank() != 0:
         return
     run = start.stage.run
-    sources = training_sources(run, left_out_before(start.checkpoint))
+    sources = training_sources(run)
     record = {
         "restart": restarts,
         "unix_seconds": time.time(),
