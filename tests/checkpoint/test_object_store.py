@@ -79,7 +79,7 @@ def forbid(store, *actions):
         store.client.put_bucket_policy(Bucket=BUCKET, Policy=policy)
 
 
-@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("asynchronous", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_tensors_come_back_whatever_the_ranks(store, root, asynchronous):
     save(root, 2, 2, CheckpointSettings(every=1, asynchronous=asynchronous))
     place = f"{root}/step-00000002"
@@ -311,6 +311,7 @@ def test_stores_with_folders_work():
     run_on_ranks(1, on_rank)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_bit_identical(store, run_name, root, tiny_run):
     checkpoint = replace(tiny_run.checkpoint, every=1, folder=root)
     run = replace(

@@ -61,6 +61,7 @@ def theirs(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_through_every_engine_and_back_bit_by_bit(theirs, tmp_path):
     """Hugging Face -> ours -> TP2 x PP2 -> ZeRO-3 -> FSDP2 -> ours -> Hugging Face."""
     assert command(theirs, "--out", tmp_path / "ours") == 0
@@ -156,7 +157,7 @@ def test_means_of_checkpoints(tmp_path):
     assert [s["kind"] for s in certificate(tmp_path / "ema")["sources"]] == ["native"] * 3
 
 
-@pytest.mark.parametrize("kind", ["clip", "siglip"])
+@pytest.mark.parametrize("kind", ["clip", pytest.param("siglip", marks=pytest.mark.slow)])
 def test_pretrained_parts_start_a_run(tmp_path, kind):
     """An encoder and a Llama, each from its own folder; the rest starts as usual."""
     sizes = {

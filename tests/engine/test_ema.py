@@ -27,6 +27,10 @@ TRAINED = {entry.name for entry in parameters(TINY)}
 BOUND = 5e-7
 
 
+def slow(name):
+    return pytest.param(name, marks=pytest.mark.slow)
+
+
 def assert_averages(averages, history, trained):
     """Against the definition, in fp64, over the whole weights before and after every step."""
     assert averages.keys() == {f"ema/{name}" for name in trained}
@@ -42,20 +46,19 @@ def assert_averages(averages, history, trained):
         assert difference < BOUND, (name, float(difference))
 
 
-@pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.slow), "bf16"])
-@pytest.mark.parametrize(
-    "name", [*ENGINES, *(pytest.param(n, marks=pytest.mark.slow) for n in ("TP2 SP", "PP2"))]
-)
+@pytest.mark.parametrize("precision", [slow("fp32"), "bf16"])
+@pytest.mark.parametrize("name", [*ENGINES, slow("TP2 SP"), slow("PP2")])
 def test_the_average_follows_the_weights(name, precision):
     check_average(name, f"train.precision={precision}")
 
 
+@pytest.mark.slow
 def test_the_average_of_weights_in_the_hosts_memory():
     offload = ("zero3.offload_optimizer=cpu", "zero3.offload_parameters=cpu")
     check_average("ZeRO-3 x2", "train.precision=bf16", *offload)
 
 
-@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize("name", [slow("ZeRO-3 x2"), "FSDP2 x2", "DP2"])
 def test_frozen_parts_have_no_average(name):
     frozen = {e.name for e in parameters(TINY) if e.setting == "encoder"}
     check_average(name, "train.frozen=[encoder]", trained=TRAINED - frozen)
@@ -86,11 +89,7 @@ def check_average(name, *overrides, trained=TRAINED):
 
 
 @pytest.mark.parametrize(
-    "name",
-    [
-        "FSDP2 x2",
-        *(pytest.param(n, marks=pytest.mark.slow) for n in ("DP2", "TP2 SP", "PP2", "ZeRO-3 x2")),
-    ],
+    "name", ["DP2", *(slow(n) for n in ("TP2 SP", "PP2", "ZeRO-3 x2", "FSDP2 x2"))]
 )
 def test_an_average_comes_back_on_another_number_of_ranks(tmp_path, name):
     run = settings(LAYOUT[name], STEPS, "train.precision=bf16")

@@ -18,8 +18,8 @@ from tests.parity.runs import CPU, LAYOUTS, my_micro_batches, run_steps, setting
 from tests.ranks import run_on_ranks
 from tests.states import fill_from, whole_tensors
 
-STEPS = 4
-SAVED_AT = 2
+STEPS = 3
+SAVED_AT = 1
 LEDGER = parameters(TINY)
 LAYOUT = {layout.name: layout for layout in LAYOUTS}
 BF16 = ("train.precision=bf16",)

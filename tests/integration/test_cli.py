@@ -249,7 +249,7 @@ def test_bad_samples_are_skipped_or_stop_the_run(capfd, tiny_run, tiny_run_file,
     offset, size = int(member["offset"]), int(member["size"])
     content[offset + size // 2 : offset + size] = bytes(size - size // 2)
     shard.write_bytes(content)
-    overrides = [f"data.train={damaged}", "train.steps=5"]  # one epoch
+    overrides = ["engine=fsdp2", f"data.train={damaged}", "train.steps=5"]  # one epoch
     assert trained(tiny_run_file, *overrides) == [0, 0]
     metrics = [m for m in read_metrics(tiny_run.run_folder) if "loss" in m]
     assert sum(m["skipped_samples"] for m in metrics) == 1

@@ -26,7 +26,9 @@ WORST = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("part", range(4))
+@pytest.mark.parametrize(
+    "part", [0, *(pytest.param(p, marks=pytest.mark.slow) for p in range(1, 4))]
+)
 def test_at_most_twice_the_error_of_torch(device, part):
     for dtype in DTYPES[device]:
         ours, theirs = defaultdict(list), defaultdict(list)

@@ -14,7 +14,12 @@ from tests.parity.runs import CPU, LAYOUTS, MICRO_BATCHES, Layout, settings
 from tests.ranks import run_on_ranks
 
 STEPS = 2
+FAST = ("TP2 x PP2 interleaved SP", "ZeRO-3 x2", "FSDP2 x2")
 POINT_TO_POINT = ("send", "recv_")
+
+
+def slow(value: object):
+    return pytest.param(value, marks=pytest.mark.slow)
 
 
 def any_batch(chance: random.Random) -> Batch:
@@ -45,22 +50,19 @@ def collectives(layout: Layout, seed: int, overrides: list[str]) -> list[list[Co
 
 @pytest.mark.parametrize(
     "layout",
-    [layout for layout in LAYOUTS if layout.ranks == 2 or "interleaved SP" in layout.name],
+    [
+        layout if layout.name in FAST else slow(layout)
+        for layout in LAYOUTS
+        if layout.ranks == 2 or layout.name in FAST
+    ],
     ids=lambda layout: layout.name,
 )
 def test_all_ranks_issue_the_same_collectives(layout):
     check(layout, seeds=2)
 
 
-@pytest.mark.parametrize("frozen", ["encoder", pytest.param("decoder", marks=pytest.mark.slow)])
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param("TP2 x PP2 interleaved SP", marks=pytest.mark.slow),
-        "ZeRO-3 x2",
-        pytest.param("FSDP2 x2", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.parametrize("frozen", ["encoder", slow("decoder")])
+@pytest.mark.parametrize("name", [slow(FAST[0]), slow(FAST[1]), FAST[2]])
 def test_nor_under_recomputation_with_frozen_parts(name, frozen):
     [layout] = [layout for layout in LAYOUTS if layout.name == name]
     check(layout, "train.recompute=full", f"train.frozen=[{frozen}]", seeds=2)

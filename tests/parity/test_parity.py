@@ -11,8 +11,10 @@ from tests.parity.runs import LAYOUTS, Outcome, differences, engine_outcome, pla
 # Steps of AdamW divide by the root of a tiny second moment where a gradient is near zero, and turn
 # its rounding into whole steps; a larger epsilon leaves only what the engines themselves do.
 EPSILON = "optimizer.epsilon=1e-5"
-STEPS = 4
+STEPS = 3
 BY_NAME = {layout.name: layout for layout in LAYOUTS}
+ENGINES = ("TP2 x PP2 interleaved SP", "ZeRO-3 x2", "FSDP2 x2")
+FAST = (*ENGINES, "PP2", "PP2 interleaved", "DP2", "TP2 x DP2", "PP2 x DP2")
 
 # Worst measured over all layouts, mixes and settings in fp32: losses 1.1e-7, gradient norms 4.4e-7,
 # gradients of a part 7.1e-7, all relative; weights 7.0e-7.
@@ -24,8 +26,13 @@ BF16_TOLERANCE = {"loss": 5e-4, "gradient norm": 1e-2, "weights": 8e-3}
 BF16_GRADIENT_TOLERANCE = 4e-2
 
 
-def slow(value: str):
-    return pytest.param(value, marks=pytest.mark.slow)
+def slow(*values: str):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+def fast_on_megatron(value: str):
+    """This value on each engine, slow on two of them."""
+    return [(ENGINES[0], value), *(slow(name, value) for name in ENGINES[1:])]
 
 
 @lru_cache
@@ -61,7 +68,7 @@ def check(
         assert difference <= tolerance.get(name, gradients), f"{layout}, {mix}: {name}"
 
 
-@pytest.mark.parametrize("layout", BY_NAME)
+@pytest.mark.parametrize("layout", [n if n in FAST else slow(n) for n in BY_NAME])
 def test_every_layout_equals_one_process(layout):
     check(layout)
 
@@ -69,27 +76,34 @@ def test_every_layout_equals_one_process(layout):
 @pytest.mark.parametrize(
     "layout",
     [
-        *("TP2 x PP2 interleaved SP", "ZeRO-3 x2"),
-        *(slow(name) for name in ("TP2", "TP2 SP", "PP2", "FSDP2 x2")),
+        "TP2 x PP2 interleaved SP",
+        *(slow(name) for name in ("TP2", "TP2 SP", "PP2", "ZeRO-3 x2", "FSDP2 x2")),
     ],
 )
 def test_other_encoders_and_irregular_cross_attention(layout):
     check(layout, recompute="full" if "SP" in layout else "none", model=OTHER_FORM)
 
 
-@pytest.mark.parametrize("mix", [slow("image-only"), "text-only", slow("many images")])
-@pytest.mark.parametrize("layout", ["TP2 x PP2 interleaved SP", "ZeRO-3 x2", "FSDP2 x2"])
+@pytest.mark.parametrize(
+    ("layout", "mix"),
+    [
+        *fast_on_megatron("text-only"),
+        *(slow(name, mix) for name in ENGINES for mix in ("image-only", "many images")),
+    ],
+)
 def test_every_mix_of_images_and_text(layout, mix):
     check(layout, mix)
 
 
-@pytest.mark.parametrize("layout", ["TP2 SP", "PP2 interleaved", "ZeRO-3 x2", "FSDP2 x2"])
+@pytest.mark.parametrize("layout", ["TP2 SP", "PP2 interleaved", slow("ZeRO-3 x2"), "FSDP2 x2"])
 def test_bf16(layout):
     check(layout, precision="bf16")
 
 
-@pytest.mark.parametrize("recompute", ["selective", slow("full")])
-@pytest.mark.parametrize("layout", ["TP2 x PP2 interleaved SP", "ZeRO-3 x2", "FSDP2 x2"])
+@pytest.mark.parametrize(
+    ("layout", "recompute"),
+    [*fast_on_megatron("selective"), *(slow(name, "full") for name in ENGINES)],
+)
 def test_recompute(layout, recompute):
     check(layout, recompute=recompute)
 
@@ -101,10 +115,11 @@ def test_recompute(layout, recompute):
         "[encoder,projector,decoder]",  # nothing before the first cross-attention is trained
     ],
 )
-@pytest.mark.parametrize("layout", ["TP2 x PP2 interleaved SP", "ZeRO-3 x2", "FSDP2 x2"])
+@pytest.mark.parametrize("layout", [ENGINES[0], slow(ENGINES[1]), ENGINES[2]])
 def test_frozen_parts(layout, frozen):
     check(layout, recompute="full", frozen=frozen)
 
 
+@pytest.mark.slow
 def test_communication_that_does_not_overlap():
     check("TP2 x DP2", "mixed", "fp32", "none", "[]", "megatron.overlap_communication=false")

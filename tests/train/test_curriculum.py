@@ -19,7 +19,7 @@ from tests.runs import plan_of
 from tests.train.test_resume import LAYOUTS, MEGATRON, losses, saved, trained
 
 PRETRAINING = {"mim": 0.5, "contrastive": 1.0}
-ENGINES = ["zero3", *(pytest.param(e, marks=pytest.mark.slow) for e in ("fsdp2", "megatron"))]
+ENGINES = ["fsdp2", *(pytest.param(e, marks=pytest.mark.slow) for e in ("zero3", "megatron"))]
 LEARNS_NOTHING = OptimizerSettings(learning_rate=0.0, minimum_learning_rate=0.0)
 
 

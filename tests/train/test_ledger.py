@@ -19,7 +19,7 @@ def with_ledger(run):
 
 
 def test_a_ledger_proves_that_a_resumed_run_skips_and_repeats_nothing(tiny_run):
-    run = with_ledger(tiny_run)
+    run = replace(with_ledger(tiny_run), engine="fsdp2")
     run_on_ranks(2, lambda _: train(plan_of(run)), groups=False)
     [(before), *_] = [*read_ledger(run.run_folder)][2:]
     (run.run_folder / "checkpoints" / folder_name(6) / "state.json").unlink()

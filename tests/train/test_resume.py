@@ -51,8 +51,18 @@ def losses(run):
     ]
 
 
-@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("engine", LAYOUTS)
+@pytest.mark.parametrize(
+    ("engine", "precision"),
+    [
+        ("fsdp2", "fp32"),
+        pytest.param("fsdp2", "bf16", marks=pytest.mark.slow),
+        *(
+            pytest.param(engine, precision, marks=pytest.mark.slow)
+            for engine in ("zero3", "megatron")
+            for precision in ("fp32", "bf16")
+        ),
+    ],
+)
 def test_a_resumed_run_is_bit_identical(tiny_run, tmp_path, engine, precision):
     ranks = LAYOUTS[engine]
     run = replace(

@@ -58,9 +58,8 @@ def run_of(tiny_run, engine):
     )
 
 
-@pytest.mark.parametrize(
-    "engine", ["fsdp2", *(pytest.param(e, marks=pytest.mark.slow) for e in ("zero3", "megatron"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", LAYOUTS)
 def test_a_signal_to_one_rank_stops_all_and_loses_nothing(tiny_run, engine):
     run, ranks = run_of(tiny_run, engine), LAYOUTS[engine]
     unbroken = replace(run, run_folder=run.run_folder / "unbroken")
