@@ -6,6 +6,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from megavlm.checkpoint.shards import MOMENTS
 from megavlm.checkpoint.storage import STATE_FILE, folder_name, read_state
 from megavlm.config.load import run_as_tree
 from megavlm.config.objectives import Part
@@ -16,13 +17,20 @@ from megavlm.data.sources import Sources
 from megavlm.data.tokenizer import Tokenizer
 from megavlm.errors import CheckpointError, TokenizerError
 from megavlm.files.folder import Folder
-from megavlm.model.params import all_parameters, trained_parameters
+from megavlm.model.params import all_parameters, parameters_of, trained_parameters
 from megavlm.redact import tree_without_secrets
 
 
 def checkpoint_root(run: RunSettings) -> Folder:
     """Where the checkpoints of a run lie."""
     return Folder(run.checkpoint.folder or run.run_folder / "checkpoints")
+
+
+def checkpoint_bytes(run: RunSettings) -> int:
+    """Of a stage's checkpoint, all in fp32: some engines keep what is frozen in less."""
+    states = len(MOMENTS) + (1 if run.train.ema_decay else 0)
+    weights = sum(entry.numel for entry in parameters_of(run))
+    return 4 * (weights + states * sum(entry.numel for entry in trained_parameters(run)))
 
 
 def check_checkpoint(checkpoint: Folder, plan: Plan, tokenizer: Tokenizer) -> Stage:

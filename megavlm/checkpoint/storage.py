@@ -93,14 +93,7 @@ class CheckpointWriter(StorageWriter):
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         """Runs on one rank, before any writes."""
-        names = self._folder.names()
-        if STATE_FILE in names:
-            raise CheckpointError(
-                f"{self._folder} already holds a checkpoint; delete it, or choose another folder"
-            )
-        if names:
-            self._folder.delete()  # what a crash has left
-        self._folder.create()
+        make_empty(self._folder)
         return [
             dataclasses.replace(plan, storage_data=file_name(i, len(plans)))
             for i, plan in enumerate(plans, start=1)
@@ -108,6 +101,15 @@ class CheckpointWriter(StorageWriter):
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         name: str = plan.storage_data
+        written = {name: self.write_file(self._folder, name, plan, planner)}
+        results: Future[list[WriteResult]] = Future()
+        results.set_result([WriteResult(MetadataIndex(name), written[name]["bytes"], written)])
+        return results
+
+    def write_file(
+        self, folder: Folder, name: str, plan: SavePlan, planner: SavePlanner
+    ) -> dict[str, Any]:
+        """Write what this rank is to write into one file; returns its SHA-256 and its bytes."""
         tensors = {}
 
         def read(item: WriteItem) -> Tensor:
@@ -120,13 +122,10 @@ class CheckpointWriter(StorageWriter):
             tensors[_box_name(item.index.fqn, tuple(item.index.offset))] = LazyTensor(
                 tuple(shape), dtype, partial(read, item)
             )
-        with self._folder.open(name, "wb") as file:
+        with folder.open(name, "wb") as file:
             digest, size = write_tensors(file, tensors)
             sync(file)
-        written = {name: {"sha256": digest, "bytes": size}}
-        results: Future[list[WriteResult]] = Future()
-        results.set_result([WriteResult(MetadataIndex(name), size, written)])
-        return results
+        return {"sha256": digest, "bytes": size}
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         files = {k: v for result in results for one in result for k, v in one.storage_data.items()}
@@ -154,20 +153,37 @@ def file_name(number: int, files: int) -> str:
     return f"tensors-{number:05d}-of-{files:05d}.safetensors"
 
 
-def write_state(folder: Folder, state: dict[str, Any]) -> None:
-    """Make a folder, whose files are written, a checkpoint."""
+def make_empty(folder: Folder) -> None:
+    """Have a folder for a checkpoint that is about to be written; raises if it holds one."""
+    names = folder.names()
+    if STATE_FILE in names:
+        raise CheckpointError(
+            f"{folder} already holds a checkpoint; delete it, or choose another folder"
+        )
+    if names:
+        folder.delete()  # what a crash has left
+    folder.create()
+
+
+def write_state(folder: Folder, state: dict[str, Any], name: str = STATE_FILE) -> bytes:
+    """Make a folder, whose files are written, a checkpoint; returns what that file holds."""
     assert "sha256" not in state
     state = json.loads(json.dumps({"format": FORMAT, **state}))  # as it is read back
     content = json.dumps({**state, "sha256": state_sha256(state)}, indent=1).encode()
-    folder.write_atomically(STATE_FILE, content)
+    folder.write_atomically(name, content)
+    return content
 
 
-def read_state(folder: Folder) -> dict[str, Any]:
+def read_state(folder: Folder, name: str = STATE_FILE) -> dict[str, Any]:
     """The plain data of a checkpoint; raises CheckpointError when it is missing or broken.
 
     It has the `step`, the `files` and the `tensors`; the other keys are whatever was saved.
     """
-    content = folder.read(STATE_FILE)
+    return parse_state(folder.read(name), folder, name)
+
+
+def parse_state(content: bytes, folder: Folder, name: str = STATE_FILE) -> dict[str, Any]:
+    """The same, from what the file holds."""
     try:
         state = parse_json(content)
         version, digest = state["format"], state.pop("sha256", None)
@@ -177,12 +193,12 @@ def read_state(folder: Folder) -> dict[str, Any]:
             )
         if digest != state_sha256(state):
             raise CheckpointError(
-                f"checkpoint file {folder}/{STATE_FILE} is corrupt (its SHA-256 does not match); "
+                f"checkpoint file {folder}/{name} is corrupt (its SHA-256 does not match); "
                 f"delete {folder} to go on from an earlier one"
             )
         _check_form(state)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"cannot read checkpoint {folder}/{STATE_FILE}: {error}") from error
+        raise CheckpointError(f"cannot read checkpoint {folder}/{name}: {error}") from error
     return state
 
 

@@ -8,23 +8,23 @@ import json
 import re
 import shutil
 import socket
-import sys
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, cast
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.staging import AsyncStager
 from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import async_save, save
+from torch.distributed.checkpoint.state_dict_saver import save
 
+from megavlm.checkpoint.copies import OWNER_FILE, Copies
 from megavlm.checkpoint.lazy import LazyTensor
 from megavlm.checkpoint.planners import ShardsLoadPlanner, ShardsSavePlanner
 from megavlm.checkpoint.shards import Shards, State, whole
@@ -37,18 +37,30 @@ from megavlm.checkpoint.storage import (
     state_sha256,
 )
 from megavlm.checkpoint.tensor_file import DTYPES
+from megavlm.checkpoint.together import failures_told, on_all_ranks, warn
 from megavlm.config.run import CheckpointSettings
 from megavlm.dist import groups
-from megavlm.errors import CheckpointError, MegavlmError
+from megavlm.errors import CheckpointError, StoppedError
 from megavlm.files.folder import Folder
 
-OWNER_FILE = "run.json"
-"""Whose checkpoints a folder holds."""
 CHECKERS = 4
 """Files whose checksums a rank computes at once."""
 
-Value = TypeVar("Value")
 _STEP = re.compile(r"step-(\d{8,})")
+
+
+@dataclass
+class _Save:
+    """One save, from its beginning to where all ranks know how it has ended."""
+
+    step: int
+    to_disk: bool
+    to_memory: bool
+    begun: float
+    """On the clock `time.perf_counter`, as all here."""
+    copied: float = 0.0
+    """When its copy in memory was done, or had failed."""
+    copy_error: CheckpointError | None = None
 
 
 class CheckpointSaver:
@@ -64,69 +76,80 @@ class CheckpointSaver:
         keep: Collection[int] = (),
         on_progress: Callable[[], None] = lambda: None,
         tell: Callable[..., None] = lambda event, **fields: None,
+        copies: Copies | None = None,
     ) -> None:
         """keep: steps whose checkpoints stay in any case. on_progress: called while writing.
 
         tell: hears, as an event's name and fields, when checkpoints are begun and committed, and
-        how long the training has waited for them.
+        how long the training has waited for them. copies: in memory, which `save` may make.
         """
         self._root = root
         self._settings = settings
         self._keep = keep
         self._on_progress = on_progress
         self._tell = tell
+        self._copies = copies
         # Of its own: the training goes on meanwhile, over its own groups.
-        self._group = dist.new_group(backend="gloo")
+        self._group: dist.ProcessGroup = cast(Any, dist.new_group(backend="gloo"))
         self._staging = _Staging()
-        self._running: Future[Any] | None = None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._running: Future[None] | None = None
         self._planner = ShardsSavePlanner()
-        self._step, self._begun = 0, 0.0
-        """Of the newest save; when it was begun, on the clock `time.perf_counter`."""
+        self._newest = _Save(0, to_disk=False, to_memory=False, begun=0.0)
         self._failures: list[CheckpointError] = []
-        """Of the newest saves, one after the other."""
+        """Of the newest saves to the disk, one after the other."""
+        self._last_copy_failed = False
 
     def __enter__(self) -> "CheckpointSaver":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Finish the save in the background, also when the training ends with an error."""
+        """Finish the save in the background, also when the training ends with an error.
+
+        Where it ends well, or is stopped, what it goes on from is on the disk.
+        """
         if kind is None:
             self.wait()
         elif issubclass(kind, Exception):
             with suppress(CheckpointError):  # the first error is the one to tell
                 self.wait()
+        self._thread.shutdown(wait=False)
+        if self._copies is not None and (kind is None or issubclass(kind, StoppedError)):
+            self._copies.delete()
 
-    def save(self, step: int, shards: State, state: dict[str, Any]) -> None:
+    def save(
+        self,
+        step: int,
+        shards: State,
+        state: dict[str, Any],
+        *,
+        to_disk: bool = True,
+        to_memory: bool = False,
+    ) -> None:
         """Write the checkpoint of a step, after the one before it is written.
 
         `state` is plain data. If this checkpoint, or the one before it, cannot be written, raises
         CheckpointError on all ranks, or tells it, as `on_failure` says; nothing older is touched.
+
+        to_memory: to the hosts' memory first. A copy that fails is told. One that is to go there
+        alone is left out while the save before it is under way: the training would wait.
         """
+        if not to_disk and self._running is not None:
+            self._tell("memory_copy_left_out", step=step)
+            return
         self._settle()
-        self._tell("checkpoint_begun", step=step)
-        self._step, self._begun = step, time.perf_counter()
-        self._planner = ShardsSavePlanner()
-        writer = CheckpointWriter(
-            self._root / folder_name(step),
-            {"step": step, **state},
-            on_committed=lambda: delete_old(self._root, self._settings, self._keep),
-            on_progress=self._on_progress,
-        )
-        how: dict[str, Any] = {
-            "storage_writer": writer,
-            "planner": self._planner,
-            "process_group": self._group,
-        }
+        now = _Save(step, to_disk, to_memory, time.perf_counter())
+        self._newest = now
+        if to_disk:
+            self._tell("checkpoint_begun", step=step)
         if self._settings.asynchronous:
-            with _failures_told():
-                running = async_save(dict(shards), async_stager=self._staging, **how)
-            assert isinstance(running, Future)
-            self._running = running
+            tensors = self._staging.copy(shards)
+            self._running = self._thread.submit(self._write, now, tensors, state)
         else:
-            self._finish(lambda: save(dict(shards), **how))
+            self._finish(lambda: self._write(now, shards, state))
             self._go_on()
-        stalled_seconds = time.perf_counter() - self._begun
-        self._tell("checkpoint_copied", step=step, stalled_seconds=stalled_seconds)
+        copied = "checkpoint_copied" if to_disk else "memory_copy_begun"
+        self._tell(copied, step=step, stalled_seconds=time.perf_counter() - now.begun)
 
     def check(self) -> None:
         """Raise, or tell, that a save in the background has failed by now, on all ranks."""
@@ -143,6 +166,30 @@ class CheckpointSaver:
         if self._failures:
             raise self._failures[-1]
 
+    def _write(self, now: _Save, tensors: State, state: dict[str, Any]) -> None:
+        if now.to_memory:
+            assert self._copies is not None
+            try:
+                self._copies.write(now.step, tensors, state, self._group, self._on_progress)
+            except CheckpointError as error:
+                now.copy_error = error
+            now.copied = time.perf_counter()
+        if now.to_disk:
+            self._planner = ShardsSavePlanner()
+            writer = CheckpointWriter(
+                self._root / folder_name(now.step),
+                {"step": now.step, **state},
+                on_committed=lambda: delete_old(self._root, self._settings, self._keep),
+                on_progress=self._on_progress,
+            )
+            with failures_told():
+                save(
+                    dict(tensors),
+                    storage_writer=writer,
+                    planner=self._planner,
+                    process_group=self._group,
+                )
+
     def _settle(self) -> None:
         if self._running is not None:
             self._finish(self._running.result)
@@ -151,38 +198,58 @@ class CheckpointSaver:
     def _finish(self, written: Callable[[], object]) -> None:
         """Count the failures, and leave nothing of the checkpoint that has failed."""
         self._running = None
-        started = time.perf_counter()
+        started, now, error = time.perf_counter(), self._newest, None
         try:
-            with _failures_told():
-                written()
-        except CheckpointError as error:
+            written()
+        except CheckpointError as failed:
+            error = failed
+        # In the foreground `save` tells it.
+        stalled_seconds = time.perf_counter() - started if self._settings.asynchronous else 0.0
+        if now.to_memory:
+            self._copy_done(now, 0.0 if now.to_disk else stalled_seconds)
+        if now.to_disk:
+            self._checkpoint_done(now, error, stalled_seconds)
+
+    def _copy_done(self, now: _Save, stalled_seconds: float) -> None:
+        self._tell(
+            "memory_copy_failed" if now.copy_error else "memory_copy_made",
+            step=now.step,
+            seconds=now.copied - now.begun,
+            stalled_seconds=stalled_seconds,
+        )
+        if now.copy_error and not self._last_copy_failed and dist.get_rank() == 0:
+            warn(f"no copy of step {now.step} in memory: {now.copy_error}")
+        self._last_copy_failed = now.copy_error is not None
+
+    def _checkpoint_done(
+        self, now: _Save, error: CheckpointError | None, stalled_seconds: float
+    ) -> None:
+        if error is None:
+            self._failures.clear()
+            if self._copies is not None:
+                self._copies.on_disk = now.step
+        else:
             self._failures.append(error)
             if dist.get_rank() == 0:
-                self._delete_partial()
+                delete_partial(self._root / folder_name(now.step))  # no rank writes any more
                 self._failures[-1] = CheckpointError(f"{error} ({self._space()})")
                 self._failures[-1].__cause__ = error
-        else:
-            self._failures.clear()
-        now = time.perf_counter()
         self._tell(
-            "checkpoint_failed" if self._failures else "checkpoint_committed",
-            step=self._step,
-            seconds=now - self._begun,
-            # In the foreground `save` tells it.
-            stalled_seconds=now - started if self._settings.asynchronous else 0.0,
+            "checkpoint_failed" if error else "checkpoint_committed",
+            step=now.step,
+            seconds=time.perf_counter() - now.begun,
+            stalled_seconds=stalled_seconds,
         )
 
     def _go_on(self) -> None:
-        if not self._failures:
+        if not self._failures or not self._newest.to_disk:
             return
         if self._settings.on_failure == "stop":
             raise self._failures[-1]
         if dist.get_rank() == 0:
-            print(
-                f"warning: no checkpoint of step {self._step}, the {len(self._failures)}. failure "
-                f"in a row; training goes on to the next: {self._failures[-1]}",
-                file=sys.stderr,
-                flush=True,
+            warn(
+                f"no checkpoint of step {self._newest.step}, the {len(self._failures)}. failure in "
+                f"a row; training goes on to the next: {self._failures[-1]}"
             )
 
     def _space(self) -> str:
@@ -193,14 +260,14 @@ class CheckpointSaver:
                 return f"{needed}, {free / 1e9:.3g} GB are free in {self._root}"
         return f"{needed} in {self._root}"
 
-    def _delete_partial(self) -> None:
-        """All ranks have stopped writing: they have told each other."""
-        folder = self._root / folder_name(self._step)
-        try:
-            if folder.names() and not folder.has(STATE_FILE):
-                folder.delete()
-        except CheckpointError as error:
-            print(f"warning: {error}", file=sys.stderr, flush=True)
+
+def delete_partial(folder: Folder) -> None:
+    """Delete what is no whole checkpoint; all ranks must have stopped writing there."""
+    try:
+        if folder.names() and not folder.has(STATE_FILE):
+            folder.delete()
+    except CheckpointError as error:
+        warn(str(error))
 
 
 def load_checkpoint(folder: Folder, shards: State) -> None:
@@ -211,11 +278,11 @@ def load_checkpoint(folder: Folder, shards: State) -> None:
     tensor that is missing or of another shape.
     """
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    with _failures_told():
-        reader = _on_all_ranks(lambda: CheckpointReader(folder))
+    with failures_told():
+        reader = on_all_ranks(lambda: CheckpointReader(folder))
         _require_same(folder, state_sha256(reader.state))
-        _on_all_ranks(lambda: check_shapes(reader, shards))
-        _on_all_ranks(lambda: check_files(reader, sorted(reader.state["files"])[rank::ranks]))
+        on_all_ranks(lambda: check_shapes(reader, shards))
+        on_all_ranks(lambda: check_files(reader, sorted(reader.state["files"])[rank::ranks]))
         load(dict(shards), storage_reader=reader, planner=ShardsLoadPlanner())
 
 
@@ -234,7 +301,7 @@ def load_present(folder: Folder, shards: State) -> None:
 
     Raises CheckpointError as `load_checkpoint` does.
     """
-    saved = _on_all_ranks(lambda: read_state(folder))["tensors"]
+    saved = on_all_ranks(lambda: read_state(folder))["tensors"]
     load_checkpoint(folder, {name: held for name, held in shards.items() if name in saved})
 
 
@@ -328,7 +395,7 @@ def delete_old(root: Folder, settings: CheckpointSettings, keep: Collection[int]
                 folder.delete_file(STATE_FILE)  # first, so that it never looks whole again
             folder.delete()
         except CheckpointError as error:
-            print(f"warning: {error}", file=sys.stderr, flush=True)
+            warn(str(error))
 
 
 def _steps(root: Folder) -> list[int]:
@@ -347,7 +414,8 @@ def claim(root: Folder, run_folder: Path) -> None:
     def write() -> None:
         if dist.get_rank() == 0 and not root.has(OWNER_FILE):
             root.create()
-            root.write_atomically(OWNER_FILE, json.dumps({"run_folder": owner}).encode())
+            content = {"run_folder": owner, "id": uuid4().hex}  # a folder made anew has another
+            root.write_atomically(OWNER_FILE, json.dumps(content).encode())
 
     def check() -> None:
         if not root.has(OWNER_FILE):
@@ -362,22 +430,21 @@ def claim(root: Folder, run_folder: Path) -> None:
                 f"that run has moved to {owner}, delete {root}/{OWNER_FILE}"
             )
 
-    _on_all_ranks(write)
-    _on_all_ranks(check)
+    on_all_ranks(write)
+    on_all_ranks(check)
 
 
-class _Staging(AsyncStager):
-    """Copies what a rank holds to memory of the host, which is pinned and kept between saves."""
-
-    _synchronize_after_execute = False  # `stage` waits for its copies
+class _Staging:
+    """Memory of the host, which is pinned and kept between saves, for what a rank holds."""
 
     def __init__(self) -> None:
         self._copies: dict[str, Shards] = {}
 
-    def stage(self, state_dict: dict[str, Shards]) -> dict[str, Shards]:
+    def copy(self, state: State) -> State:
+        """What it is now, however it changes."""
         if not self._copies:
-            self._copies = _allocate_alike(state_dict)
-        for name, shards in state_dict.items():
+            self._copies = _allocate_alike(state)
+        for name, shards in state.items():
             for origin, box in shards.boxes.items():
                 self._copies[name].boxes[origin].copy_(box.detach(), non_blocking=True)
         if torch.cuda.is_available():
@@ -403,27 +470,3 @@ def _allocate_alike(state: State) -> dict[str, Shards]:
         name: Shards(shards.shape, {origin: take(box) for origin, box in shards.boxes.items()})
         for name, shards in state.items()
     }
-
-
-def _on_all_ranks(step: Callable[[], Value]) -> Value:
-    """What it returns; an error of one rank is raised, as CheckpointError, on all. Collective."""
-    value, error = None, ""
-    try:
-        value = step()
-    except Exception as failed:
-        error = str(failed) if isinstance(failed, CheckpointError) else repr(failed)
-    for told in filter(None, groups.from_all_ranks(error)):
-        raise CheckpointError(told)
-    return cast(Value, value)
-
-
-@contextmanager
-def _failures_told() -> Iterator[None]:
-    """Raise the first rank's error; torch wraps those of all ranks."""
-    try:
-        yield
-    except CheckpointException as failed:
-        rank, (error, trace) = min(failed.failures.items())
-        if isinstance(error, MegavlmError):
-            raise error from failed
-        raise CheckpointError(f"rank {rank}: {error!r}\n{''.join(trace.format())}") from failed

@@ -142,15 +142,25 @@ class CheckpointSettings:
     on_failure: Literal["stop", "continue"] = "stop"
     """Where one cannot be written (a full disk): the run ends, or tells it, and goes on to the next
     one. What a stage or a signal ends with must be written in any case."""
+    memory_every: int | None = None
+    """Steps between copies in the hosts' memory, each on two hosts; they save a crash most of the
+    steps since the last checkpoint. None: no copies."""
+    memory_folder: Path = Path("/dev/shm")
+    """A tmpfs on every host; copies lie in a folder there that this user alone can enter."""
     start_from: tuple[str, ...] = ()
     """Checkpoints, or converted models, whose weights a new run starts from; later ones win. What
     none of them holds starts as usual."""
 
     def __post_init__(self) -> None:
-        for name in ("every", "keep_last", "keep_every"):
+        for name in ("every", "keep_last", "keep_every", "memory_every"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"checkpoint.{name}={value} must be at least 1")
+        if self.memory_every is not None and self.memory_every >= self.every:
+            raise ConfigError(
+                f"checkpoint.memory_every={self.memory_every} must be below checkpoint.every="
+                f"{self.every}, or copies save nothing; lower it, or set it to null"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

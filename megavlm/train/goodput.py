@@ -119,7 +119,7 @@ def goodput(events: Sequence[Event]) -> Goodput | None:
                 ended = None
             case "built":
                 uses["start-up"] += seconds if process_began is None else 0.0
-            case "loaded":
+            case "loaded" | "recovered":
                 uses["loading"] += seconds
             case "resumed":
                 lose_from(event["step"])

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from megavlm.checkpoint.copies import Copies
 from megavlm.checkpoint.state import checkpoint_root, checkpoint_state
 from megavlm.checkpoint.storage import folder_name
 from megavlm.checkpoint.store import CheckpointSaver, claim
@@ -46,6 +47,7 @@ from megavlm.train.metrics import MetricsLog
 from megavlm.train.preflight import check_plan
 from megavlm.train.profiler import ProfileWindow
 from megavlm.train.record import write_record
+from megavlm.train.recovery import open_copies
 from megavlm.train.start import (
     Start,
     find_start,
@@ -80,6 +82,7 @@ def train(
     with hold, events, exporters(plan, enabled=first) as sinks, groups.world_group():
         events.start(ranks=groups.world_size(), engine=run.engine)
         claim(checkpoint_root(run), run.run_folder)
+        copies = open_copies(plan, events)
         start = find_start(plan)
         for line in start.told:
             _say(line)
@@ -91,7 +94,7 @@ def train(
             for stage in plan.stages[plan.stages.index(start.stage) :]:
                 if start.steps_done < stage.end_step:
                     with groups.model_groups(run.seed, stage.run.model_parallel):
-                        start = _train_stage(plan, stage, start, log)
+                        start = _train_stage(plan, stage, start, log, copies)
                 with events.timed("evaluated", stage=stage.name):
                     after_stage(plan, stage)
 
@@ -101,7 +104,9 @@ def _say(line: str) -> None:
         print(without_secrets(line), flush=True)
 
 
-def _train_stage(plan: Plan, stage: Stage, start: Start, log: MetricsLog) -> Start:
+def _train_stage(
+    plan: Plan, stage: Stage, start: Start, log: MetricsLog, copies: Copies | None
+) -> Start:
     """Train what is left of a stage; returns where the next one starts."""
     run = stage.run
     with log.events.timed("built", stage=stage.name):
@@ -120,7 +125,7 @@ def _train_stage(plan: Plan, stage: Stage, start: Start, log: MetricsLog) -> Sta
             load_average(start, ema)
         sources = training_sources(run, left_out)
         stretch = _Stretch(plan, stage, start.steps_done, sources, left_out, rollbacks)
-        bad_step = _run_steps(stretch, engine, ema, guard_of(start), optimizer_steps, log)
+        bad_step = _run_steps(stretch, engine, ema, guard_of(start), optimizer_steps, log, copies)
         if bad_step is None:
             break
         before, start = start.steps_done, find_start(plan)
@@ -166,6 +171,7 @@ def _run_steps(
     guard: Guard,
     optimizer_steps: Mapping[Part, int],
     log: MetricsLog,
+    copies: Copies | None,
 ) -> int | None:
     """Train until the stage ends; returns the step because of which the run must go back."""
     plan, stage, first_step, sources, left_out, rollbacks = stretch
@@ -192,7 +198,9 @@ def _run_steps(
     with (
         Watch(run.run_folder / "hangs", run.guard.hang_seconds) as watch,
         StopSignals() as stop,
-        CheckpointSaver(root, run.checkpoint, ends, watch.progress, log.events.write) as saver,
+        CheckpointSaver(
+            root, run.checkpoint, ends, watch.progress, log.events.write, copies
+        ) as saver,
         ProfileWindow(run.profile, run.run_folder) as window,
     ):
         log.say(
@@ -261,7 +269,10 @@ def _run_steps(
             if done == stage.end_step:
                 _log_heldout_loss(engine, objective, heldout, stage, log, done, watch)
             stops = stop.wanted()
-            if done % run.checkpoint.every == 0 or done == stage.end_step or stops:
+            to_disk = done % run.checkpoint.every == 0 or done == stage.end_step or stops
+            memory_every = run.checkpoint.memory_every
+            to_memory = memory_every is not None and done % memory_every == 0 and not stops
+            if to_disk or to_memory:
                 watch.at(f"step {done}, its checkpoint")
                 started = time.perf_counter()
                 if ledger is not None:
@@ -270,10 +281,11 @@ def _run_steps(
                     *(stage, tokenizer, done, sources, taken, guard.state(), left_out)
                 )
                 tensors = {**engine.state(), **(ema.state() if ema is not None else {})}
-                saver.save(done, tensors, state)
-                rollbacks = 0
-                seconds = time.perf_counter() - started
-                log.record({"step": step, "stage": stage.name, "checkpoint_seconds": seconds})
+                saver.save(done, tensors, state, to_disk=to_disk, to_memory=to_memory)
+                if to_disk:
+                    rollbacks = 0
+                    seconds = time.perf_counter() - started
+                    log.record({"step": step, "stage": stage.name, "checkpoint_seconds": seconds})
             if stops:
                 saver.wait()
                 stop.end(done)

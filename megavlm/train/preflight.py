@@ -27,17 +27,23 @@ def check_plan(plan: Plan, ranks: int) -> None:
     plan.check(lambda run: check_stage(run, ranks))
     check_profile(plan, ranks)
     run = plan.first
-    tokenizer = Tokenizer(run.data.tokenizer)
-    checkpoint = latest_checkpoint(checkpoint_root(run))
-    if checkpoint is not None:
-        _check_resume(plan, check_checkpoint(checkpoint, plan, tokenizer), checkpoint)
-    for place in run.checkpoint.start_from if checkpoint is None else ():
-        check_weights(Folder(place), run.model, tokenizer)
+    if not check_newest(plan):
+        for place in run.checkpoint.start_from:
+            check_weights(Folder(place), run.model, Tokenizer(run.data.tokenizer))
     try:
         run.run_folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"cannot create run_folder {run.run_folder}: {error.strerror}") from error
     checkpoint_root(run).check_writable()
+
+
+def check_newest(plan: Plan) -> bool:
+    """Raise the error that going on from the newest checkpoint would meet; whether there is one."""
+    checkpoint = latest_checkpoint(checkpoint_root(plan.first))
+    if checkpoint is not None:
+        tokenizer = Tokenizer(plan.first.data.tokenizer)
+        _check_resume(plan, check_checkpoint(checkpoint, plan, tokenizer), checkpoint)
+    return checkpoint is not None
 
 
 def check_stage(run: RunSettings, ranks: int) -> None:

@@ -1,0 +1,37 @@
+"""Copies of a run in the memory of its hosts: where they lie, and going on from them."""
+
+import time
+
+from megavlm.checkpoint.copies import Copies
+from megavlm.checkpoint.recovery import recover
+from megavlm.checkpoint.state import checkpoint_bytes, checkpoint_root
+from megavlm.config.plan import Plan
+from megavlm.dist import groups
+from megavlm.train.events import Events
+from megavlm.train.preflight import check_newest
+
+
+def open_copies(plan: Plan, events: Events) -> Copies | None:
+    """Where a run keeps copies, if it does; collective.
+
+    What they have beyond the newest checkpoint is a checkpoint then. Raises CheckpointError, on all
+    ranks, where a host has no room for copies, and what `check_plan` raises of a checkpoint.
+    """
+    settings, started = plan.first.checkpoint, time.perf_counter()
+    if settings.memory_every is None:
+        return None
+    root = checkpoint_root(plan.first)
+    copies = Copies(root, settings)
+    recovered = recover(root, copies)
+    if recovered is not None:
+        seconds = time.perf_counter() - started
+        events.write("recovered", **recovered._asdict(), seconds=seconds)
+        if groups.rank() == 0:
+            print(
+                f"recovered step {recovered.step} from copies in memory; the newest checkpoint "
+                f"was of step {recovered.on_disk}",
+                flush=True,
+            )
+        check_newest(plan)
+    copies.check_room(max(checkpoint_bytes(stage.run) for stage in plan.stages))
+    return copies

@@ -1,0 +1,134 @@
+"""A run that is killed goes on from the copies in its hosts' memory, as if nothing had happened."""
+
+import os
+import shutil
+import signal
+import socket
+from collections.abc import Callable
+from dataclasses import replace
+from unittest.mock import patch
+
+import pytest
+import torch
+
+from megavlm.checkpoint import recovery
+from megavlm.checkpoint.copies import Copies, _CopyWriter
+from megavlm.checkpoint.storage import CheckpointWriter, folder_name
+from megavlm.config.engines import MegatronSettings
+from megavlm.train.events import EVENTS_FILE, read_events
+from megavlm.train.goodput import goodput_of
+from megavlm.train.loop import train
+from megavlm.train.metrics import MetricsLog
+from tests.ranks import run_on_ranks
+from tests.runs import plan_of
+from tests.train.test_resume import LAYOUTS, MEGATRON, losses, saved
+
+ALL = [pytest.param(engine, marks=pytest.mark.slow) for engine in ("zero3", "megatron")]
+
+
+def run_of(tiny_run, engine="fsdp2", **changes):
+    return replace(
+        tiny_run,
+        engine=engine,
+        megatron=MEGATRON if engine == "megatron" else MegatronSettings(),
+        checkpoint=replace(tiny_run.checkpoint, **{"every": 4, "memory_every": 1, **changes}),
+    )
+
+
+def trained(run, ranks, hosts=2, prepare: Callable[[int], None] = lambda rank: None):
+    """Train, the ranks divided over so many hosts, of which each has a memory of its own."""
+
+    def on_rank(rank):
+        host = rank * hosts // ranks
+        memory = run.run_folder.parent / f"host-{host}"
+        memory.mkdir(exist_ok=True)
+        socket.gethostname = lambda: f"host-{host}"
+        prepare(rank)
+        own = replace(run, checkpoint=replace(run.checkpoint, memory_folder=memory))
+        train(plan_of(own if run.checkpoint.memory_every else run))
+
+    run_on_ranks(ranks, on_rank, groups=False)
+
+
+def killed(run, ranks, victim, owner, method, call, hosts=2):
+    """Train until one rank is killed when it has come so often to a place; then all are."""
+
+    def prepare(rank):
+        original, calls = getattr(owner, method), 0
+
+        def killing(*arguments, **named):
+            nonlocal calls
+            calls += 1
+            if rank == victim and calls == call:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return original(*arguments, **named)
+
+        setattr(owner, method, killing)
+
+    with pytest.raises(AssertionError, match=f"rank {victim} ended with status 9"):
+        trained(run, ranks, hosts, prepare)
+
+
+def events_of(run, *names):
+    events = read_events(run.run_folder / EVENTS_FILE)
+    return [event for event in events if event["event"] in names]
+
+
+def newest_safe_step(run):
+    told = events_of(run, "memory_copy_made", "checkpoint_committed")
+    return max((event["step"] for event in told), default=0)
+
+
+def assert_identical(run, unbroken):
+    assert losses(run) == losses(unbroken)
+    expected, tensors = saved(unbroken, 6), saved(run, 6)
+    assert tensors.keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in tensors.items())
+
+
+MOMENTS = {
+    "after a step": (MetricsLog, "step", 4),
+    "before its file": (_CopyWriter, "write_data", 3),
+    "before its neighbour has it": (Copies, "_exchange", 3),
+    "while the disk is written": (CheckpointWriter, "write_file", 6),
+}
+
+
+@pytest.mark.parametrize("engine", ["fsdp2", *ALL])
+def test_a_killed_run_goes_on_from_memory(tiny_run, engine):
+    run, ranks = run_of(tiny_run, engine, asynchronous=False), LAYOUTS[engine]
+    unbroken = replace(run, run_folder=run.run_folder / "unbroken")
+    unbroken = replace(unbroken, checkpoint=replace(run.checkpoint, memory_every=None))
+    trained(unbroken, ranks)
+    killed(run, ranks, ranks - 1, *MOMENTS["after a step"])  # of which three are copied
+    shutil.rmtree(run.run_folder.parent / "host-0")
+    trained(run, ranks)
+    [recovered] = events_of(run, "recovered")
+    assert (recovered["step"], recovered["on_disk"]) == (3, 0) and recovered["seconds"] > 0
+    assert [event["step"] for event in events_of(run, "resumed")] == [3]
+    assert_identical(run, unbroken)
+    found = goodput_of(run.run_folder)
+    assert found is not None and found.steps == 6 and found.repeated_steps <= 1
+    assert not [*run.run_folder.parent.glob("host-*/megavlm-*/*/*/*")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", [*MOMENTS, "while it is recovered"])
+@pytest.mark.parametrize("engine", LAYOUTS)
+@pytest.mark.parametrize("hosts", [1, 2])
+def test_killed_at_any_moment(tiny_run, engine, moment, hosts):
+    run, ranks = run_of(tiny_run, engine), LAYOUTS[engine]
+    unbroken = replace(run, run_folder=run.run_folder / "unbroken")
+    unbroken = replace(unbroken, checkpoint=replace(run.checkpoint, memory_every=None))
+    trained(unbroken, ranks)
+    if moment == "while it is recovered":
+        killed(run, ranks, ranks - 1, MetricsLog, "step", 4, hosts)
+        safe = newest_safe_step(run)
+        killed(run, ranks, 0, recovery, "_copy", 1, hosts)
+    else:
+        killed(run, ranks, ranks - 1, *MOMENTS[moment], hosts)
+        safe = newest_safe_step(run)
+    trained(run, ranks, hosts)
+    starts = [event["step"] for event in events_of(run, "resumed")]
+    assert (starts or [0])[-1] >= safe
+    assert_identical(run, unbroken)
