@@ -251,13 +251,15 @@ class _CopyWriter(CheckpointWriter):
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         copy = f"{folder_name(self._state['step'])}-{uuid4().hex}"
+        count = len(plans)
+        state = {**self._state, "file_count": count}  # this rank's, on all
         return [
-            replace(plan, storage_data=(copy, file_name(number, len(plans)), len(plans)))
+            replace(plan, storage_data=(copy, file_name(number, count), state))
             for number, plan in enumerate(plans, start=1)
         ]
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        self.copy, self.file, file_count = plan.storage_data
+        self.copy, self.file, state = plan.storage_data
         folder = self._folder / self.copy
         folder.create()
         entry = self.write_file(folder, self.file, plan, planner)
@@ -270,16 +272,8 @@ class _CopyWriter(CheckpointWriter):
             if item.tensor_data is not None
         }
         self.size = entry["bytes"]
-        self.piece = write_state(
-            folder,
-            {
-                **self._state,
-                "file_count": file_count,
-                "files": {self.file: entry},
-                "tensors": tensors,
-            },
-            _piece_name(self.file),
-        )
+        piece = {**state, "files": {self.file: entry}, "tensors": tensors}
+        self.piece = write_state(folder, piece, _piece_name(self.file))
         results: Future[list[WriteResult]] = Future()
         results.set_result([])
         return results

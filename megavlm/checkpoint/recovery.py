@@ -60,6 +60,12 @@ def recover(root: Folder, copies: Copies) -> Recovered | None:
         if dist.get_rank() == 0:
             warn(f"copies in memory stay unused, as they cannot be written to the disk: {error}")
         return None
+    later = {one["step"] for pieces in held.values() for one in pieces.values()}
+    if recovered is None and dist.get_rank() == 0 and max(later, default=0) > on_disk:
+        warn(
+            f"copies in memory, the newest of step {max(later)}, are not used: they are not whole, "
+            f"or were made after a checkpoint that is gone; the newest is of step {on_disk}"
+        )
     copies.delete()
     return recovered
 

@@ -206,6 +206,13 @@ def test_a_run_that_is_saved_deletes_its_copies(tmp_path):
     assert run_on_ranks(2, on_rank) == [[0, 0, 1]] * 2
 
 
+def test_copies_that_are_not_whole_are_told(tmp_path, capfd):
+    save_copies(tmp_path, [1], hosts="012")
+    assert recovered(tmp_path, hosts="0") is None  # which has its own and that of the last one
+    told = "copies in memory, the newest of step 1, are not used: they are not whole"
+    assert told in capfd.readouterr().err
+
+
 def test_copies_of_a_deleted_run_are_deleted(tmp_path):
     save_copies(tmp_path, [1])
     shutil.rmtree(tmp_path / "root")
