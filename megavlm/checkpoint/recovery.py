@@ -7,7 +7,7 @@ import hashlib
 import socket
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch.distributed as dist
 
@@ -147,6 +147,8 @@ def _write_files(folder: Folder, candidate: Candidate, copies: Copies) -> bool:
     """Write each file from a host whose copy is as it was written; False where none is."""
     files, holders = candidate.piece["files"], candidate.holders
     source = copies.folder / candidate.name
+    # NCCL's ranks wait ten minutes for each other, gloo's thirty.
+    group: dist.ProcessGroup = cast(Any, dist.new_group(backend="gloo"))
     left = set(files)
     while left:
         by_file = shares({name: files[name]["bytes"] for name in left}, holders, copies.hosts)
@@ -157,7 +159,7 @@ def _write_files(folder: Folder, candidate: Candidate, copies: Copies) -> bool:
             mine = [name for name, rank in by_file.items() if rank == dist.get_rank()]
             return [name for name in mine if not _copy(source, folder, name, files[name])]
 
-        damaged = groups.from_all_ranks(on_all_ranks(write_mine))
+        damaged = groups.from_all_ranks(on_all_ranks(write_mine, group))
         left = {name for names in damaged for name in names}
         holders = {name: {*holders[name]} - {copies.hosts[by_file[name]]} for name in left}
     return True

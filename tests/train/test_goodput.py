@@ -69,6 +69,7 @@ def test_a_run_that_was_killed_and_goes_on():
             *FIRST_PROCESS,
             steps(86, 10, 14, 20.0),
             start(1895, 1886, restart=1),
+            (1895.5, "recovered", {"step": 10, "on_disk": 0, "seconds": 0.5}),
             (1896, "resumed", {"step": 10}),
             (1900, "built", {"seconds": 3.0}),
             (1906, "loaded", {"seconds": 6.0}),
@@ -79,7 +80,7 @@ def test_a_run_that_was_killed_and_goes_on():
     )
     assert found.seconds["down"] == 1800 and found.seconds["repeated steps"] == 20
     assert found.seconds["productive"] == 45 + 40
-    assert found.seconds["start-up"] == 9 + 14 and found.seconds["loading"] == 2 + 6
+    assert found.seconds["start-up"] == 9 + 13.5 and found.seconds["loading"] == 2 + 6.5
     assert (found.steps, found.repeated_steps, found.starts) == (20, 4, 2)
     assert found.ended == "KeyboardInterrupt"
     assert sum(found.seconds.values()) == pytest.approx(found.wall_seconds == 1946 and 1946)
