@@ -129,8 +129,8 @@ class Copies:
             if needed > free:
                 raise CheckpointError(
                     f"checkpoint.memory_folder={self._settings.memory_folder} on {host} has "
-                    f"{free / 1e9:.3g} GB free, and {KEPT} copies of its {own} ranks and of "
-                    f"{others} of its neighbour's take about {needed / 1e9:.3g} GB; give it more "
+                    f"{free / 1e9:.3g} GB free, and {KEPT} copies of {own + others} ranks, its own "
+                    f"{own} and its neighbour's, take about {needed / 1e9:.3g} GB; give it more "
                     "room (docker run --shm-size, or mount -o remount,size=), or set "
                     "checkpoint.memory_every=null"
                 )
