@@ -65,6 +65,7 @@ def _plan(plan: Plan, options: argparse.Namespace) -> None:
         raise ConfigError(f"{' and '.join(given)} {compare} layouts; name a --gpu, too")
     compared = _compared(plan, options) if options.gpu else None
     ranks = ranks_of(plan, options.hostfile) if options.hostfile and not options.gpu else 0
+    plan = plan.on(ranks) if ranks else plan
     if options.picture and len(plan.stages) > 1:
         from megavlm.planner.timeline import draw_timeline
 

@@ -24,6 +24,12 @@ def add_commands(commands: "Commands[argparse.ArgumentParser]") -> None:
         commands, "train", _train, "train, from the newest checkpoint if there is one"
     )
     train.add_argument("--hostfile", type=Path, help="start the run on these hosts")
+    train.add_argument(
+        "--restarts",
+        type=positive,
+        help="start it again where it fails, on the hosts that are left; give up after so many "
+        "failures without a new checkpoint, and one more",
+    )
     dryrun = add_run_command(
         commands, "dryrun", _dryrun, "run one step of some ranks without data: bytes, collectives"
     )
@@ -63,6 +69,8 @@ def add_commands(commands: "Commands[argparse.ArgumentParser]") -> None:
 
 def _train(plan: Plan, options: argparse.Namespace) -> None:
     if options.hostfile is None:
+        if options.restarts:
+            raise ConfigError("--restarts starts the hosts of a --hostfile again; name one, too")
         from megavlm.dist.launch import set_environment
 
         set_environment(plan.first)
@@ -78,12 +86,18 @@ def _train(plan: Plan, options: argparse.Namespace) -> None:
     from megavlm.dist.launch import launch_command, ranks_of, read_hostfile
     from megavlm.train.preflight import check_plan
 
-    check_plan(plan, ranks_of(plan, options.hostfile))
+    ranks = ranks_of(plan, options.hostfile)
+    check_plan(plan.on(ranks), ranks)
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if options.restarts:
+        from megavlm.train.restart import Restarts
+
+        restarts = Restarts(plan, options.hostfile, options.run_file, options.overrides)
+        sys.exit(restarts.run(options.restarts))
     hosts = read_hostfile(options.hostfile)
     command = launch_command(options.hostfile, hosts, options.run_file, options.overrides)
     print(without_secrets(shlex.join(command)), flush=True)
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     # The launcher beside this interpreter, also when its folder is not on the search path.
     os.execv(Path(sys.executable).with_name("deepspeed"), command)
 
@@ -94,7 +108,7 @@ def _dryrun(plan: Plan, options: argparse.Namespace) -> None:
     from megavlm.dryrun.report import print_dry_run
 
     print_dry_run(
-        plan.last,
+        plan.on(options.ranks).last,
         options.ranks,
         chosen=range(options.ranks) if options.all_ranks else options.rank,
         micro_batches=options.micro_batches,

@@ -22,11 +22,15 @@ def deepspeed_config(run: RunSettings) -> dict[str, Any]:
     }
     assert None not in sizes.values(), "the bucket sizes must be chosen first"
     folder = {"nvme_path": str(zero3.nvme_folder)} if zero3.nvme_folder is not None else {}
+    train = run.train
+    batch = {"train_batch_size": train.samples_per_step}
+    if train.micro_batch_samples is not None:  # DeepSpeed knows no shares that differ
+        batch = {"train_micro_batch_size_per_gpu": train.micro_batch_samples}
     config: dict[str, Any] = {
-        "train_batch_size": run.train.samples_per_step,
-        "gradient_accumulation_steps": run.train.micro_batches,
+        **batch,
+        "gradient_accumulation_steps": train.micro_batches,
         "gradient_clipping": run.optimizer.clip_norm,
-        "bf16": {"enabled": run.train.precision == "bf16"},
+        "bf16": {"enabled": train.precision == "bf16"},
         # Sums over micro-batches lose small gradients in bf16.
         "data_types": {"grad_accum_dtype": "fp32"},
         "zero_optimization": {

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-from megavlm.config.run import RunSettings
+from megavlm.config.run import RunSettings, on_ranks
 from megavlm.errors import MegavlmError
 
 
@@ -51,6 +51,11 @@ class Plan(NamedTuple):
     def steps(self) -> int:
         """Steps of all stages."""
         return self.stages[-1].end_step
+
+    def on(self, ranks: int) -> "Plan":
+        """As so many ranks train it (`on_ranks`)."""
+        stages = [stage._replace(run=on_ranks(stage.run, ranks)) for stage in self.stages]
+        return Plan(tuple(stages))
 
     def check(self, check: Callable[[RunSettings], object]) -> None:
         """Check every stage; an error says in which of several it arose."""

@@ -90,6 +90,10 @@ class TrainSettings:
     """Global batch: samples over all ranks and micro-batches of one step."""
     micro_batches: int
     """Micro-batches that each rank accumulates in a step."""
+    micro_batch_samples: int | None = None
+    """Most samples of a rank's micro-batch. Any number of ranks then trains the same global batch:
+    fewer ranks accumulate more micro-batches, and shares may differ by one sample. None: as
+    `micro_batches` says, and ranks must divide the batch."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """Of weights and activations; master weights and moments are always fp32."""
     recompute: Literal["none", "selective", "full"] = "none"
@@ -114,7 +118,7 @@ class TrainSettings:
             raise ConfigError(f"train.z_loss={self.z_loss} must not be negative")
         if not 0 <= self.ema_decay < 1:
             raise ConfigError(f"train.ema_decay={self.ema_decay} must be at least 0 and below 1")
-        if self.samples_per_step % self.micro_batches:
+        if self.micro_batch_samples is None and self.samples_per_step % self.micro_batches:
             raise ConfigError(
                 f"train.samples_per_step={self.samples_per_step} is not divisible by "
                 f"train.micro_batches={self.micro_batches}; try {divisors(self.samples_per_step)}"
@@ -286,14 +290,43 @@ def data_parallel_ranks(run: RunSettings, ranks: int) -> int:
     return ranks // model_ranks
 
 
+def on_ranks(run: RunSettings, ranks: int) -> RunSettings:
+    """The run as so many ranks train it: with as many micro-batches as they need.
+
+    Raises ConfigError where the model does not divide over them.
+    """
+    train = run.train
+    if train.micro_batch_samples is None:
+        return run
+    copies = data_parallel_ranks(run, ranks)
+    needed = -(-train.samples_per_step // (copies * train.micro_batch_samples))
+    if run.model_parallel.virtual_pipeline > 1:
+        pipeline = run.model_parallel.pipeline_parallel
+        needed = -(-needed // pipeline) * pipeline
+    micro_batches = max(train.micro_batches, needed)
+    return replace(run, train=replace(train, micro_batches=micro_batches))
+
+
 def samples_per_micro_batch(train: TrainSettings, data_parallel: int) -> int:
-    """Samples that one rank handles at once; raises ConfigError when the sizes do not divide."""
+    """Samples that one rank handles at once, at most.
+
+    Raises ConfigError when the sizes do not divide, unless shares may differ.
+    """
     shares = train.micro_batches * data_parallel
+    if train.micro_batch_samples is not None:
+        if train.samples_per_step < shares:
+            raise ConfigError(
+                f"train.samples_per_step={train.samples_per_step} is too few for "
+                f"train.micro_batches={train.micro_batches} x data_parallel={data_parallel} = "
+                f"{shares} shares; lower train.micro_batches, or take fewer ranks"
+            )
+        return -(-train.samples_per_step // shares)
     if train.samples_per_step % shares:
         raise ConfigError(
             f"train.samples_per_step={train.samples_per_step} is not divisible by "
             f"train.micro_batches={train.micro_batches} x data_parallel={data_parallel} = "
             f"{shares}; try {train.samples_per_step // shares * shares or shares} or "
-            f"{(train.samples_per_step // shares + 1) * shares}"
+            f"{(train.samples_per_step // shares + 1) * shares}, or set "
+            "train.micro_batch_samples, which lets shares differ by one sample"
         )
     return train.samples_per_step // shares

@@ -129,11 +129,10 @@ def sum_over_copies(*counts: int) -> list[int]:
 
 
 def joined_copies(numbers_n: NDArray[np.int64]) -> NDArray[np.int64]:
-    """What all copies of the model have, equally many each, in their order; collective."""
-    mine = torch.from_numpy(numbers_n).to(device())
-    joined = mine.new_empty(data_ranks() * len(mine))
-    dist.all_gather_into_tensor(joined, mine, group=copies_group())
-    return joined.cpu().numpy()
+    """What all copies of the model have, however many each, in their order; collective."""
+    joined: list[Any] = [None] * data_ranks()
+    dist.all_gather_object(joined, numbers_n, group=copies_group())
+    return np.concatenate(joined)
 
 
 def _model_group() -> dist.ProcessGroup:
@@ -170,10 +169,9 @@ def world_group(*, store: Store | None = None, backend: str | None = None) -> It
                 "GPUs; lower its slots in the hostfile"
             )
         torch.cuda.set_device(local_rank())
-    if store is None and "MASTER_ADDR" not in os.environ:
-        store = cast(Any, dist).HashStore()
     backend = backend or ("nccl" if torch.cuda.is_available() else "gloo")
     try:
+        store = store or _meeting_place()
         dist.init_process_group(backend, store=store, rank=rank(), world_size=world_size())
     except dist.DistError as error:
         place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
@@ -187,6 +185,27 @@ def world_group(*, store: Store | None = None, backend: str | None = None) -> It
             dist.destroy_process_group()
         raise
     dist.destroy_process_group()
+
+
+def _meeting_place() -> Store | None:
+    """Where the ranks of this start meet; None leaves it to torch, which asks the launcher.
+
+    torchrun's own store outlives its ranks, and those that it starts again would find the addresses
+    of those before them.
+    """
+    if "MASTER_ADDR" not in os.environ:
+        return cast(Any, dist).HashStore()
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
+    if restarts and int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1:
+        # Each host counts its own restarts, so they have no name in common.
+        raise LaunchError(
+            f"torchrun with --max-restarts={restarts} on several hosts needs "
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment; export it on all of them"
+        )
+    store, *_ = next(iter(cast(Any, dist).rendezvous("env://")))
+    return cast(Any, dist).PrefixStore(f"restart-{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import os
 import re
 import shlex
 import socket
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +19,9 @@ from megavlm.errors import LaunchError
 
 PORT = 29500  # on the first host; torch's and DeepSpeed's default
 STOP_SECONDS = 240  # a step, and writing its checkpoint; torchrun's own 30 s may be too few
+RESTARTS = 3  # of ranks that fail, by torchrun, before a host's job ends
+NEW_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"
+"""For torchrun: else the ranks that it starts again find the addresses of those before them."""
 REQUEUE_SECONDS = STOP_SECONDS + 60  # of a job's last, in which it is saved and put back
 
 _LINE = re.compile(r"^(?P<host>\S+)\s+slots=(?P<slots>\d+)$")
@@ -56,6 +59,11 @@ def read_hostfile(path: Path) -> dict[str, int]:
     return slots_by_host
 
 
+def hostfile_text(slots_by_host: Mapping[str, int]) -> str:
+    """What `read_hostfile` reads."""
+    return "".join(f"{host} slots={slots}\n" for host, slots in slots_by_host.items())
+
+
 def named_hosts(hosts: int, slots: int) -> dict[str, int]:
     """Slots by host, under names that stand for those of the real hosts."""
     return {f"node-{number:02d}": slots for number in range(1, hosts + 1)}
@@ -69,9 +77,16 @@ def ranks_of(plan: Plan, hostfile: Path) -> int:
     """
     slots_by_host = read_hostfile(hostfile)
     ranks = sum(slots_by_host.values())
+    check_ranks(plan, slots_by_host)
+    return ranks
+
+
+def check_ranks(plan: Plan, slots_by_host: dict[str, int]) -> None:
+    """Raise LaunchError or ConfigError unless the hosts' ranks can train a plan (`ranks_of`)."""
+    ranks = sum(slots_by_host.values())
+    plan = plan.on(ranks)
     plan.check(lambda run: check_hosts(run, slots_by_host, ranks))
     plan.check(lambda run: samples_per_micro_batch(run.train, data_parallel_ranks(run, ranks)))
-    return ranks
 
 
 def check_hosts(run: RunSettings, slots_by_host: dict[str, int], ranks: int) -> None:
@@ -201,19 +216,27 @@ def set_environment(run: RunSettings) -> None:
 
 
 def launch_command(
-    hostfile: Path, hosts: Iterable[str], run_file: Path, overrides: Sequence[str]
+    hostfile: Path,
+    hosts: Iterable[str],
+    run_file: Path,
+    overrides: Sequence[str],
+    *,
+    remote: bool = False,
 ) -> list[str]:
     """The `deepspeed` command that trains a run on all hosts of a hostfile.
 
     hosts: what it names, or will once it is written. A hostfile that names only `localhost` needs
-    no ssh, and its run gets a free port, so that several fit on one machine.
+    no ssh, and its run gets a free port, so that several fit on one machine. remote: a single host
+    is reached over ssh, too, as it need not be this one.
     """
     hosts, arguments = list(hosts), [str(run_file), *overrides]
     local: list[str] = []
     if hosts == ["localhost"]:
         local += ["--no_ssh_check", "--master_addr", "127.0.0.1"]
         local += ["--master_port", str(_free_port())]
-    elif len(hosts) > 1:
+    elif remote and len(hosts) == 1:
+        local.append("--force_multi")
+    if len(hosts) > 1 or remote:
         arguments = [_for_remote_shell(word) for word in arguments]
     return [
         *("deepspeed", "--log_level", "warning", "--hostfile", str(hostfile), *local),
@@ -236,7 +259,8 @@ def torchrun_lines(
     """By host, the shell line to run there. Ranks are numbered in the order of the hosts' names."""
     first_host = next(iter(slots_by_host))
     return {
-        host: _torchrun(
+        host: f"{NEW_STORE} "
+        + _torchrun(
             *(str(len(slots_by_host)), slots, first_host, shlex.quote(run_file.stem)),
             *(run_file, overrides),
         )
@@ -250,8 +274,9 @@ def _torchrun(
     """The texts are shell words."""
     words = ["-m", "megavlm", "train", str(run_file), *overrides]
     return (
-        f"torchrun --nnodes={hosts} --nproc-per-node={slots} --rdzv-backend=c10d "
-        f"--rdzv-endpoint={first_host}:{PORT} --rdzv-id={job} --shutdown-timeout={STOP_SECONDS} "
+        f"torchrun --nnodes={hosts} --nproc-per-node={slots} --max-restarts={RESTARTS} "
+        f"--rdzv-backend=c10d --rdzv-endpoint={first_host}:{PORT} --rdzv-id={job} "
+        f"--shutdown-timeout={STOP_SECONDS} "
         f"--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 {shlex.join(words)}"
     )
 
@@ -300,6 +325,9 @@ if [ "$SLURM_JOB_NUM_NODES" != {hosts} ]; then
 fi
 
 {exports}
+
+# Ranks that torchrun starts again meet anew, not where those before them have left addresses
+export {NEW_STORE}
 
 first_host=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 # srun takes a task for one core unless it is told again (since Slurm 22.05). In the background, as

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from megavlm.config.load import load_plan
-from megavlm.dist.launch import read_hostfile, sbatch_script
+from megavlm.dist.launch import hostfile_text, read_hostfile, sbatch_script
 from megavlm.errors import ConfigError
 from megavlm.planner.memory_picture import draw_memory, labels_of
 from megavlm.planner.predict import predict
@@ -45,7 +45,7 @@ def write_choice(
         )
     }
     if hosts is not None and not _has_slots(folder / HOSTFILE, hosts):
-        texts[HOSTFILE] = "".join(f"{host} slots={slots}\n" for host, slots in hosts.items())
+        texts[HOSTFILE] = hostfile_text(hosts)
     if run.engine == "zero3":
         texts[DEEPSPEED_JSON] = deepspeed_json(run)
     with _told(folder):

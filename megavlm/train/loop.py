@@ -60,6 +60,9 @@ from megavlm.train.start import (
 from megavlm.train.stop import StopSignals
 from megavlm.train.watch import Watch
 
+LOCK_SECONDS = 10.0
+"""What is started again waits so long for the end of those before it."""
+
 
 def train(
     plan: Plan, after_stage: Callable[[Plan, Stage], None] = lambda plan, stage: None
@@ -68,6 +71,7 @@ def train(
 
     after_stage: called on all ranks after each stage, also when the run goes on at its end.
     """
+    plan = plan.on(groups.world_size())
     check_plan(plan, groups.world_size())
     run = plan.first
     here = {socket.gethostname(): groups.local_world_size()}
@@ -197,7 +201,7 @@ def _run_steps(
     root = checkpoint_root(run)
     with (
         Watch(run.run_folder / "hangs", run.guard.hang_seconds) as watch,
-        StopSignals() as stop,
+        StopSignals(watch.hurry) as stop,
         CheckpointSaver(
             root, run.checkpoint, ends, watch.progress, log.events.write, copies
         ) as saver,
@@ -400,10 +404,16 @@ def _name_skipped(batch: Any) -> tuple[str, ...]:
 def _alone_in(run_folder: Path) -> Iterator[None]:
     """Hold a run folder; raises LaunchError while another run writes to it."""
     with (run_folder / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise LaunchError(
-                f"another run is writing to {run_folder}; stop it or choose another run_folder"
-            ) from error
+        given_up = time.monotonic() + LOCK_SECONDS
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError as error:
+                if time.monotonic() > given_up:
+                    raise LaunchError(
+                        f"another run is writing to {run_folder}; stop it or choose another "
+                        "run_folder"
+                    ) from error
+                time.sleep(0.1)
         yield

@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from threading import Thread
 from typing import Any
 
@@ -22,6 +23,10 @@ class StopSignals:
     hears it, since Python's own handlers wait while a collective hangs. A second signal ends the
     process at once.
     """
+
+    def __init__(self, on_heard: Callable[[], None] = lambda: None) -> None:
+        """on_heard: called, once, when this rank has heard a signal."""
+        self._on_heard = on_heard
 
     def __enter__(self) -> "StopSignals":
         groups.Hand.raised, groups.Hand.seen_on_ranks = False, 0
@@ -76,6 +81,7 @@ class StopSignals:
             if self._heard is None:
                 self._heard, heard_at = signal.Signals(number), now
                 groups.Hand.raised = True
+                self._on_heard()
                 if groups.local_rank() == 0:
                     _tell(f"{name}: this step is finished and saved; a second signal ends at once")
             elif now - heard_at > SECONDS_APART and not self._ended:

@@ -20,6 +20,7 @@ from megavlm.dist import groups
 
 HUNG = 124  # as of timeout(1)
 LAST_COLLECTIVES = 20
+HURRIED_SECONDS = 20.0
 ANSWER_SECONDS = 10.0
 """Ranks are waited for so long when they say where they stand, and so is the store."""
 SUMMARY_FILE = "summary.txt"
@@ -42,6 +43,7 @@ class Watch:
         self._seconds = seconds
         self._where = "before its first step"
         self._count = 0
+        self._hurried = False
         self._over = Event()
         self._thread = Thread(target=self._look, name="watch", daemon=True)
 
@@ -64,27 +66,39 @@ class Watch:
         """What goes on has come further. Any thread may call it."""
         self._count += 1  # a count that two threads make one is still another than before
 
+    def hurry(self) -> None:
+        """The launcher ends this rank soon, perhaps because another one is gone for good.
+
+        From now on three times the longest silence so far is enough, and `HURRIED_SECONDS`.
+        """
+        self._hurried = True
+
     def _look(self) -> None:
         board = _Board()
-        before, since, count = -1, time.monotonic(), 0
+        before, since, count, longest = -1, time.monotonic(), 0, 0.0
         interval = min(self._seconds / 20, ANSWER_SECONDS)
         while not self._over.wait(interval):
             now = self._count + _collectives_begun()
             total = board.add(now - count)
+            silence = time.monotonic() - since
+            enough = self._seconds
+            if self._hurried:
+                enough = min(enough, max(HURRIED_SECONDS, 3 * longest))
             if total != before or now != count:
+                longest = max(longest, silence)
                 before, since, count = total, time.monotonic(), now
-            elif time.monotonic() - since > self._seconds:
-                self._report(board)
+            elif silence > enough:
+                self._report(board, enough)
                 os._exit(HUNG)
 
-    def _report(self, board: "_Board") -> None:
+    def _report(self, board: "_Board", seconds: float) -> None:
         last = _within(ANSWER_SECONDS, _last_collectives) or []
         standing = f"{self._where}; in {_own_frame()}; last collective: {(last or ['unknown'])[-1]}"
         with suppress(OSError):
             self._write_stacks(standing, last)
         _tell(
             f"rank {groups.rank()} on {socket.gethostname()}: no rank has come further for "
-            f"{self._seconds:g} s; at {standing}; stacks in {self._folder}/{_file_name()}"
+            f"{seconds:g} s; at {standing}; stacks in {self._folder}/{_file_name()}"
         )
         standings = board.exchanged(standing)
         if groups.rank() == min(standings):

@@ -5,7 +5,7 @@ import yaml
 
 from megavlm.config.load import load_plan, run_as_tree
 from megavlm.config.presets import PRESETS
-from megavlm.config.run import samples_per_micro_batch
+from megavlm.config.run import on_ranks, samples_per_micro_batch
 from megavlm.errors import ConfigError
 from tests.runs import RUN, load_run
 
@@ -162,3 +162,21 @@ def test_the_batch_must_divide_over_the_ranks():
     assert samples_per_micro_batch(train, 2) * 2 * train.micro_batches == train.samples_per_step
     with pytest.raises(ConfigError, match=r"x data_parallel=3 = 6; try 60 or 66"):
         samples_per_micro_batch(train, 3)
+
+
+def test_the_same_batch_on_any_number_of_ranks():
+    batch = ["train.samples_per_step=2048", "train.micro_batches=8", "train.micro_batch_samples=2"]
+    run = load_run(RUN, ["engine=fsdp2", *batch])
+    shapes: dict[int, tuple[int, int]] = {}
+    for ranks in (128, 120, 64, 100, 1):
+        adapted = on_ranks(run, ranks)
+        assert adapted.train.samples_per_step == 2048
+        shapes[ranks] = adapted.train.micro_batches, samples_per_micro_batch(adapted.train, ranks)
+    assert shapes == {128: (8, 2), 120: (9, 2), 64: (16, 2), 100: (11, 2), 1: (1024, 2)}
+    with pytest.raises(ConfigError, match=r"too few for train.micro_batches=8 x data_parallel=512"):
+        samples_per_micro_batch(on_ranks(run, 512).train, 512)
+    interleaved = ["megatron={pipeline_parallel: 4, virtual_pipeline: 2}", "model.decoder.self_layers=8"]
+    pipelined = load_run(RUN, ["engine=megatron", *interleaved, *batch])
+    assert on_ranks(pipelined, 60).train.micro_batches == 72, "69 are needed, in groups of 4"
+    plain = load_run(RUN)
+    assert on_ranks(plain, 3) == plain

@@ -103,3 +103,12 @@ def test_items_that_are_alike_make_cells_that_are_alike(images):
 
 def test_a_deal_by_hand():
     assert deal([0, 3, 4, 2, 1, 0], [0] * 6, 2) == [[0, 2, 4], [1, 3, 5]]
+
+
+def test_what_does_not_divide_gives_the_first_cells_one_more():
+    images, text_bytes = [1, 0, 2, 1, 1, 0, 3, 1, 0, 1, 2], list(range(11))
+    for dealt in (deal(images, text_bytes, 4), deal_by_length(images, text_bytes, 2, 2)):
+        assert [len(cell) for cell in dealt] == [3, 3, 3, 2]
+        assert sorted(item for cell in dealt for item in cell) == list(range(11))
+        assert max(loads(images, dealt)) <= 4
+    assert [len(cell) for cell in deal([1] * 2, [0] * 2, 3)] == [1, 1, 0]

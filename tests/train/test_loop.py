@@ -2,10 +2,12 @@ import pytest
 
 from megavlm.engine.base import StepResult
 from megavlm.errors import DataError, LaunchError
+from megavlm.train import loop
 from megavlm.train.loop import _alone_in, _check_items
 
 
-def test_two_runs_cannot_share_a_folder(tmp_path):
+def test_two_runs_cannot_share_a_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "LOCK_SECONDS", 0.0)
     with _alone_in(tmp_path):
         with pytest.raises(LaunchError, match="another run is writing to"), _alone_in(tmp_path):
             pass
