@@ -27,6 +27,9 @@ class GuardSettings:
     """So many good steps are looked back at; no step is a spike after fewer than half of them."""
     most_in_a_row: int = 5
     """Bad steps one after the other, or rollbacks to one checkpoint; the next stops the run."""
+    compare_replicas_every: int = 500
+    """Steps after which copies of the model are compared, and before each checkpoint; the run stops
+    where they differ. 0: never."""
     hang_seconds: float = 540.0
     """Without progress of any rank the run ends, and each says where it stands; 0: never. NCCL ends
     its process after 600 s, without saying it."""
@@ -38,5 +41,6 @@ class GuardSettings:
             raise ConfigError(f"guard.spike_window={self.spike_window} must be at least 4")
         if not 0 <= self.hang_seconds < math.inf:
             raise ConfigError(f"guard.hang_seconds={self.hang_seconds} must not be negative")
-        if self.most_in_a_row < 0:
-            raise ConfigError(f"guard.most_in_a_row={self.most_in_a_row} must not be negative")
+        for name in ("most_in_a_row", "compare_replicas_every"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"guard.{name}={getattr(self, name)} must not be negative")

@@ -128,11 +128,11 @@ def sum_over_copies(*counts: int) -> list[int]:
     return totals.tolist()
 
 
-def joined_copies(numbers_n: NDArray[np.int64]) -> NDArray[np.int64]:
-    """What all copies of the model have, however many each, in their order; collective."""
-    joined: list[Any] = [None] * data_ranks()
-    dist.all_gather_object(joined, numbers_n, group=copies_group())
-    return np.concatenate(joined)
+def from_copies(value: Plain) -> list[Plain]:
+    """What each copy of the model has, in their order; collective. It travels pickled, as above."""
+    values: list[Any] = [None] * data_ranks()
+    dist.all_gather_object(values, value, group=copies_group())
+    return values
 
 
 def _model_group() -> dist.ProcessGroup:

@@ -142,6 +142,13 @@ class Engine(Protocol):
         """
         ...
 
+    def replicated(self) -> State:
+        """What this rank holds, and its counterparts in other copies of the model hold as well.
+
+        Boxes of one name that several of them have are to be the same, bit by bit.
+        """
+        ...
+
     def load_state(self, fill: Callable[[State], None], steps_done: Mapping[Part, int]) -> None:
         """Have `fill` write into what `state` returns, in place, and go on from there.
 

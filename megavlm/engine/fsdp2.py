@@ -115,6 +115,9 @@ class Fsdp2Engine:
                 state[f"{moment}/{name}"] = _shards(parameter, self._moments(name)[moment])
         return state
 
+    def replicated(self) -> State:
+        return self.state() if self._replicas > 1 else {}
+
     @torch.no_grad()
     def load_state(self, fill: Callable[[State], None], steps_done: Mapping[Part, int]) -> None:
         fill(self.state())

@@ -140,6 +140,15 @@ class MegatronEngine:
         return state
 
     @torch.no_grad()
+    def replicated(self) -> State:
+        for chunk in self._chunks:  # the forward pass would gather them
+            chunk.start_param_sync(force_sync=True)
+        return {
+            f"weights/{entry.name}": self._shards(entry, parameter, 0)
+            for entry, parameter in self._held.values()
+        }
+
+    @torch.no_grad()
     def load_state(self, fill: Callable[[State], None], steps_done: Mapping[Part, int]) -> None:
         fill(self.state())
         for optimizer in self._optimizers():

@@ -24,7 +24,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 from torch.nn import functional
 
-from megavlm.checkpoint.shards import MOMENTS, Shards, State, shards_of_range
+from megavlm.checkpoint.shards import MOMENTS, Shards, State, shards_of_range, whole
 from megavlm.config.deepspeed_json import deepspeed_config
 from megavlm.config.objectives import Part
 from megavlm.config.run import RunSettings
@@ -130,6 +130,13 @@ class Zero3Engine:
 
     def state(self) -> State:
         return self._shards(self._partitions())
+
+    def replicated(self) -> State:
+        return {
+            f"weights/{name}": whole(parameter.data)
+            for name, parameter in self._parameters()
+            if parameter.ds_status == ZeroParamStatus.AVAILABLE  # it stays gathered
+        }
 
     @torch.no_grad()
     def load_state(self, fill: Callable[[State], None], steps_done: Mapping[Part, int]) -> None:

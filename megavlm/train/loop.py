@@ -48,6 +48,7 @@ from megavlm.train.preflight import check_plan
 from megavlm.train.profiler import ProfileWindow
 from megavlm.train.record import write_record
 from megavlm.train.recovery import open_copies
+from megavlm.train.replicas import compare_replicas
 from megavlm.train.start import (
     Start,
     find_start,
@@ -228,7 +229,7 @@ def _run_steps(
             counts = _count_samples(micro_batches, run)
             if ledger is not None:
                 ids = [i for batch in micro_batches for i in batch.sample_ids]
-                ledger.write(step, groups.joined_copies(np.array(ids, np.int64)))
+                ledger.write(step, np.concatenate(groups.from_copies(np.array(ids, np.int64))))
             learning_rate = scheduled(plan, stage, step)
             norms: dict[Part, float] = {}
             accepts = _with_norms(run, step, engine, guard.accepts, norms)
@@ -276,6 +277,9 @@ def _run_steps(
             to_disk = done % run.checkpoint.every == 0 or done == stage.end_step or stops
             memory_every = run.checkpoint.memory_every
             to_memory = memory_every is not None and done % memory_every == 0 and not stops
+            every = run.guard.compare_replicas_every
+            if every and (to_disk or done % every == 0):
+                compare_replicas(engine.replicated(), done)
             if to_disk or to_memory:
                 watch.at(f"step {done}, its checkpoint")
                 started = time.perf_counter()

@@ -175,7 +175,10 @@ def test_the_same_batch_on_any_number_of_ranks():
     assert shapes == {128: (8, 2), 120: (9, 2), 64: (16, 2), 100: (11, 2), 1: (1024, 2)}
     with pytest.raises(ConfigError, match=r"too few for train.micro_batches=8 x data_parallel=512"):
         samples_per_micro_batch(on_ranks(run, 512).train, 512)
-    interleaved = ["megatron={pipeline_parallel: 4, virtual_pipeline: 2}", "model.decoder.self_layers=8"]
+    interleaved = [
+        "megatron={pipeline_parallel: 4, virtual_pipeline: 2}",
+        "model.decoder.self_layers=8",
+    ]
     pipelined = load_run(RUN, ["engine=megatron", *interleaved, *batch])
     assert on_ranks(pipelined, 60).train.micro_batches == 72, "69 are needed, in groups of 4"
     plain = load_run(RUN)

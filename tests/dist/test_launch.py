@@ -17,6 +17,7 @@ from megavlm.dist.launch import (
     read_hostfile,
     sbatch_script,
     set_environment,
+    NEW_STORE,
     torchrun_lines,
 )
 from megavlm.errors import LaunchError
@@ -154,8 +155,9 @@ def test_the_shells_of_the_hosts_change_no_word(tmp_path):
 def test_torchrun_has_a_line_for_each_host():
     lines = torchrun_lines({"a": 8, "b": 4}, Path("my run.yaml"), AWKWARD)
     assert list(lines) == ["a", "b"]
-    program, *words = shlex.split(lines["b"])
+    setting, program, *words = shlex.split(lines["b"])
     options = get_args_parser().parse_args(words)
+    assert setting == NEW_STORE and options.max_restarts == "3" or options.max_restarts == 3
     assert program == "torchrun" and options.module and options.training_script == "megavlm"
     assert (options.nnodes, options.nproc_per_node) == ("2", "4")
     assert (options.rdzv_backend, options.rdzv_endpoint) == ("c10d", "a:29500")
