@@ -86,7 +86,6 @@ def _fork(
     if child:
         return child
     gc.freeze()  # else each collection copies what the ranks share
-    os.cpu_count = lambda: ranks  # so a thread for each: a lone rank's two would fight for cores
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank))
     os.environ.update(LOCAL_WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     try:

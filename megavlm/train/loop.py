@@ -3,7 +3,6 @@
 import fcntl
 import gc
 import itertools
-import os
 import socket
 import sys
 import time
@@ -79,8 +78,6 @@ def train(
     plan.check(lambda run: check_hosts(run, here, groups.world_size()))
     if run.engine == "zero3":
         run.zero3.check_device(has_gpu=torch.cuda.is_available())
-    if not torch.cuda.is_available():
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // groups.local_world_size()))
     first = groups.rank() == 0
     hold = _alone_in(run.run_folder) if first else nullcontext()
     events = Events(run.run_folder, enabled=first)
