@@ -3,10 +3,10 @@
     python tools/drill.py --out docs/benchmarks/drill-cpu.md
 
 Each engine trains `configs/drill.yaml` (or another run file of captioning) once without a fault,
-and once under torchrun, which starts again what fails, with faults at random moments. At the end the
-weights must be bit for bit those of the first. A further run has its gradients spoiled and goes back
-each time; it must end as one whose `data.skip_samples` names what that left out. Full disks are
-tried on a small tmpfs, which takes root. The detection time of what kills ranks lasts until all
+and once under torchrun, which starts again what fails, with faults at random moments. At the end
+the weights must be bit for bit those of the first. A further run has its gradients spoiled and goes
+back each time; it must end as one whose `data.skip_samples` names what that left out. Full disks
+are tried on a small tmpfs, which takes root. The detection time of what kills ranks lasts until all
 ranks of the start are gone, otherwise until the run tells the fault; the recovery time, from the
 injection to the end of the first step (or checkpoint) after it.
 """
