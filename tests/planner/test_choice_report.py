@@ -12,7 +12,7 @@ from megavlm.__main__ import main
 from megavlm.config.deepspeed_json import deepspeed_config
 from megavlm.config.load import load_plan
 from megavlm.config.run import data_parallel_ranks, samples_per_micro_batch
-from megavlm.dist.launch import read_hostfile
+from megavlm.dist.launch import NEW_STORE, read_hostfile
 from megavlm.planner.choice import layout_name
 from megavlm.planner.choice_report import _about_the_run, _in_hosts, _what_travels
 from megavlm.planner.hardware import H100_80, cluster_of, load_gpu, save_gpu
@@ -104,7 +104,7 @@ def test_the_lines_start_what_was_chosen(capsys, run_file):
     arguments = f"--hostfile HOSTFILE --module megavlm train {run_file} {words}"
     assert f"\n  deepspeed --log_level warning {arguments}\n" in told
     assert "replace HOSTFILE by your own; --out DIR writes a template" in told
-    torchrun = "torchrun --nnodes=2 --nproc-per-node=4 --rdzv-backend=c10d --rdzv-endpoint=node-01"
+    torchrun = "torchrun --nnodes=2 --nproc-per-node=4 --max-restarts=3 --rdzv-backend=c10d"
     assert torchrun in told and told.count(words) == 3
     assert "PYTORCH_ALLOC_CONF=expandable_segments:True: " in told
     ours, _, yours = told.partition("Environment: `megavlm train` sets")[2].partition("and you")
@@ -320,7 +320,7 @@ def test_words_that_are_no_options(capsys, run_file, option, says):
 def test_one_host_starts_its_own_ranks(capsys, run_file):
     told = told_of(capsys, run_file, "--gpu", "H200", "--gpus-per-host", "4")
     assert "starts all ranks where it is typed, whatever the hostfile calls that machine" in told
-    assert "\nor on node-01:\n  torchrun --nnodes=1 " in told and "on every host" not in told
+    assert f"\nor on node-01:\n  {NEW_STORE} torchrun --nnodes=1 " in told and "on every host" not in told
 
 
 def test_a_file_in_place_of_the_folder(capsys, run_file):
