@@ -9,7 +9,7 @@ import re
 import shutil
 import socket
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -372,8 +372,13 @@ def lazy_tensors(reader: CheckpointReader) -> dict[str, LazyTensor]:
 
 def latest_checkpoint(root: Folder) -> Folder | None:
     """The newest complete checkpoint of a run, or None."""
+    return next(whole_checkpoints(root), None)
+
+
+def whole_checkpoints(root: Folder) -> Iterator[Folder]:
+    """The complete checkpoints of a run, the newest first."""
     folders = (root / folder_name(step) for step in reversed(_steps(root)))
-    return next((folder for folder in folders if folder.has(STATE_FILE)), None)
+    return (folder for folder in folders if folder.has(STATE_FILE))
 
 
 def delete_old(root: Folder, settings: CheckpointSettings, keep: Collection[int] = ()) -> None:

@@ -146,6 +146,9 @@ class CheckpointSettings:
     on_failure: Literal["stop", "continue"] = "stop"
     """Where one cannot be written (a full disk): the run ends, or tells it, and goes on to the next
     one. What a stage or a signal ends with must be written in any case."""
+    on_damage: Literal["stop", "earlier"] = "stop"
+    """Where the newest is not as it was written: the run does not start, or it tells so, and goes
+    on from the newest that is."""
     memory_every: int | None = None
     """Steps between copies in the hosts' memory, each on two hosts; they save a crash most of the
     steps since the last checkpoint. None: no copies."""

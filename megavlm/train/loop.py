@@ -46,7 +46,7 @@ from megavlm.train.metrics import MetricsLog
 from megavlm.train.preflight import check_plan
 from megavlm.train.profiler import ProfileWindow
 from megavlm.train.record import write_record
-from megavlm.train.recovery import open_copies
+from megavlm.train.recovery import open_copies, pass_damaged
 from megavlm.train.replicas import compare_replicas
 from megavlm.train.start import (
     Start,
@@ -84,6 +84,7 @@ def train(
     with hold, events, exporters(plan, enabled=first) as sinks, groups.world_group():
         events.start(ranks=groups.world_size(), engine=run.engine)
         claim(checkpoint_root(run), run.run_folder)
+        pass_damaged(plan, events)
         copies = open_copies(plan, events)
         start = find_start(plan)
         for line in start.told:

@@ -3,12 +3,31 @@
 import time
 
 from megavlm.checkpoint.copies import Copies
+from megavlm.checkpoint.damage import leave_damaged
 from megavlm.checkpoint.recovery import recover
 from megavlm.checkpoint.state import checkpoint_bytes, checkpoint_root
+from megavlm.checkpoint.together import warn
 from megavlm.config.plan import Plan
 from megavlm.dist import groups
 from megavlm.train.events import Events
 from megavlm.train.preflight import check_newest
+
+
+def pass_damaged(plan: Plan, events: Events) -> None:
+    """Leave out checkpoints that are not as they were written, if they are not to stop the run.
+
+    Collective. Raises CheckpointError where none is left.
+    """
+    run = plan.first
+    if run.checkpoint.on_damage == "stop":
+        return
+    told = leave_damaged(checkpoint_root(run))
+    for line in told:
+        events.write("damaged", message=line)
+        if groups.rank() == 0:
+            warn(f"going on from an earlier checkpoint: {line}")
+    if told:
+        check_newest(plan)
 
 
 def open_copies(plan: Plan, events: Events) -> Copies | None:

@@ -320,7 +320,10 @@ def test_words_that_are_no_options(capsys, run_file, option, says):
 def test_one_host_starts_its_own_ranks(capsys, run_file):
     told = told_of(capsys, run_file, "--gpu", "H200", "--gpus-per-host", "4")
     assert "starts all ranks where it is typed, whatever the hostfile calls that machine" in told
-    assert f"\nor on node-01:\n  {NEW_STORE} torchrun --nnodes=1 " in told and "on every host" not in told
+    assert (
+        f"\nor on node-01:\n  {NEW_STORE} torchrun --nnodes=1 " in told
+        and "on every host" not in told
+    )
 
 
 def test_a_file_in_place_of_the_folder(capsys, run_file):
