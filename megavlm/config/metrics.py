@@ -1,5 +1,7 @@
 """What is told of a run while it trains."""
 
+import math
+
 from pydantic.dataclasses import dataclass
 
 from megavlm.config.sizes import STRICT
@@ -12,6 +14,11 @@ class MetricsSettings:
 
     module_norms_every: int | None = None
     """Steps between gradient norms of each part of the model; None measures none."""
+    rank_times_every: int | None = 100
+    """Steps between measurements of how long each rank works, waits for data and waits for other
+    ranks, by torch's profiler; None measures none."""
+    straggler_percent: float = 20.0
+    """Ranks that are busy so much longer than the median of their peers are told of."""
     prometheus_port: int | None = None
     """Of the first rank's host, where Prometheus may fetch the newest figures; None opens none."""
     prometheus_host: str = "127.0.0.1"
@@ -21,9 +28,13 @@ class MetricsSettings:
     the environment (`WANDB_API_KEY`, `WANDB_ENTITY`, `WANDB_MODE=offline`)."""
 
     def __post_init__(self) -> None:
-        if self.module_norms_every is not None and self.module_norms_every < 1:
+        for name in ("module_norms_every", "rank_times_every"):
+            every = getattr(self, name)
+            if every is not None and every < 1:
+                raise ConfigError(f"metrics.{name}={every} must be at least 1, or null")
+        if not 0 < self.straggler_percent < math.inf:
             raise ConfigError(
-                f"metrics.module_norms_every={self.module_norms_every} must be at least 1, or null"
+                f"metrics.straggler_percent={self.straggler_percent} must lie above 0"
             )
         port = self.prometheus_port
         if port is not None and not 0 < port < 65536:

@@ -58,6 +58,7 @@ from megavlm.train.start import (
     trained_names,
 )
 from megavlm.train.stop import StopSignals
+from megavlm.train.stragglers import Stragglers
 from megavlm.train.watch import Watch
 
 LOCK_SECONDS = 10.0
@@ -197,6 +198,7 @@ def _run_steps(
     ends = [stage.end_step for stage in plan.stages]
     ledger = Ledger(run, first_step, enabled=groups.rank() == 0) if run.data.ledger else None
     figures = StepFigures(run, groups.world_size())
+    stragglers = Stragglers(run, log)
     root = checkpoint_root(run)
     with (
         Watch(run.run_folder / "hangs", run.guard.hang_seconds) as watch,
@@ -218,9 +220,11 @@ def _run_steps(
         stop.listen()
         for step in range(first_step, stage.end_step):
             window.before(step)
+            stragglers.begin(step)
             watch.at(f"step {step + 1}, its samples")
             started = time.perf_counter()
             mine = None if batches is None else list(itertools.islice(batches, per_step))
+            loader_seconds = time.perf_counter() - started
             micro_batches = groups.from_first_model_rank(mine)
             watch.at(f"step {step + 1}, the model")
             data_seconds = time.perf_counter() - started
@@ -235,6 +239,7 @@ def _run_steps(
                 result = engine.step(micro_batches, learning_rate, accepts)
             _check_items(step, result)
             step_seconds = time.perf_counter() - started
+            rank_figures = stragglers.end(step, loader_seconds)
             if guard.fault is None:
                 log.events.step_done(step, step_seconds, data_seconds)
                 taken = {part: steps + 1 for part, steps in taken.items()}
@@ -261,6 +266,7 @@ def _run_steps(
                     **counts,
                     "step_seconds": step_seconds,
                     "data_seconds": data_seconds,
+                    **rank_figures,
                     "samples_per_second": counts["samples"] / step_seconds,
                     **{f"gradient_norm_{part}": norm for part, norm in norms.items()},
                     **figures.of(counts, learning_rate, step_seconds),
