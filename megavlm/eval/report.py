@@ -15,6 +15,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from megavlm.config.load import plan_as_tree
 from megavlm.config.objectives import is_pretraining
@@ -30,6 +31,7 @@ from megavlm.planner.report import words
 from megavlm.redact import tree_without_secrets
 from megavlm.train.goodput import goodput_of
 from megavlm.train.metrics import read_metrics
+from megavlm.train.stragglers import read_ranks
 
 REPORT_FILE = "report.html"
 SHEET_PICTURES = 60
@@ -50,6 +52,13 @@ USE_COLOURS = {
     "other": "#cbd5e1",
 }
 """Of what a run's time went into."""
+RANK_TIMES = {
+    "work": ("work_seconds", "#1f4e8c"),
+    "waiting for data": ("data_seconds", "#f59e0b"),
+    "waiting for other ranks": ("communication_wait_seconds", "#cbd5e1"),
+}
+"""What a rank's steps consist of: the figure, and its colour."""
+BUSIEST_RANKS = 8
 
 Line = dict[str, Any]
 
@@ -85,6 +94,7 @@ def write_report(plan: Plan, run_file: Path) -> Path:
         colours=COLOURS,
         overview=_overview(plan, max((m["step"] + 1 for m in metrics if "loss" in m), default=0)),
         time=_time(run_folder),
+        ranks=_ranks(run_folder),
         stages=[
             _stage(stage, metrics, evaluation.get(stage.name, {}), predictions[stage.name])
             for stage in plan.stages
@@ -150,6 +160,49 @@ def _time(run_folder: Path) -> dict[str, Any] | None:
     }
 
 
+def _ranks(run_folder: Path) -> dict[str, Any] | None:
+    """What each rank's steps consist of, and who is busiest; None where it was not measured."""
+    found = read_ranks(run_folder)
+    if found is None:
+        return None
+    rows = [
+        {"rank": n, "straggles": n in found["stragglers"], **times}
+        for n, times in enumerate(found["ranks"])
+    ]
+    rows.sort(key=lambda row: -row["work_seconds"] - row["data_seconds"])
+    return {
+        "step": found["step"] + 1,
+        "measured_steps": found["measured_steps"],
+        "all": len(rows),
+        "busiest": rows[:BUSIEST_RANKS],
+        "times": {label: name for label, (name, _) in RANK_TIMES.items()},
+        "chart": _rank_bars(found["ranks"], found["stragglers"]),
+    }
+
+
+def _rank_bars(ranks: Sequence[Line], stragglers: Sequence[int]) -> str:
+    """A bar of each rank's seconds a step, as SVG; those that hold up others are marked."""
+    figure = Figure(figsize=(11, 2.4), layout="constrained")
+    axes = figure.subplots()
+    bottom = np.zeros(len(ranks))
+    for label, (name, colour) in RANK_TIMES.items():
+        heights = np.array([rank[name] for rank in ranks])
+        axes.bar(range(len(ranks)), heights, 0.9, bottom, label=label, color=colour)
+        bottom += heights
+    marked = [*stragglers]
+    axes.plot(marked, bottom[marked], marker="v", linestyle="none", color="#be123c")
+    axes.margins(x=0.01, y=0.15)
+    axes.set_ylabel("seconds a step")
+    axes.legend(fontsize=8, frameon=False, ncols=3, loc="lower left", bbox_to_anchor=(0, 1))
+    _style(axes)
+    axes.set_xlabel("rank")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    slowest = int(np.argmax([rank["work_seconds"] + rank["data_seconds"] for rank in ranks]))
+    return _svg(
+        figure, f"Seconds a step of {len(ranks)} ranks, of which rank {slowest} is the busiest"
+    )
+
+
 def _speed(steps: Sequence[Line]) -> dict[str, Any]:
     """A stage's throughput: the median step, which no first step or hiccup moves."""
     names = {
@@ -166,6 +219,8 @@ def _speed(steps: Sequence[Line]) -> dict[str, Any]:
     )
     seconds = sum(m.get("step_seconds", 0.0) for m in steps)
     waits = sum(m.get("data_seconds", 0.0) for m in steps)
+    measured = [m for m in steps if "communication_wait_seconds" in m]
+    rank_waits = sum(m["communication_wait_seconds"] for m in measured)
     memory = {
         "of this process": _most(steps, "process_rss_bytes"),
         "of its host": _most(steps, "host_used_bytes"),
@@ -176,6 +231,7 @@ def _speed(steps: Sequence[Line]) -> dict[str, Any]:
         "teraflops": None if flops is None else flops / 1e12,
         "utilisation": utilisation,
         "data_wait": waits / seconds if seconds else None,
+        "rank_wait": rank_waits / sum(m["step_seconds"] for m in measured) if measured else None,
         "memory_gib": {of: m / 2**30 for of, m in memory.items() if m is not None},
     }
 

@@ -13,6 +13,7 @@ from megavlm.eval.run import EVALUATION_FILE
 from megavlm.eval.scores import Score
 from megavlm.train.events import EVENTS_FILE
 from megavlm.train.metrics import METRICS_FILE
+from megavlm.train.stragglers import RANKS_FILE
 from tests.runs import plan_of
 
 
@@ -212,6 +213,27 @@ def test_where_the_time_went(plan):
     # All steps of the stage are behind it, though one of them taught nothing.
     assert page.texts["span"].count("done") == 1
     assert "4 of 15 steps" in text
+
+
+def test_what_each_rank_does(plan):
+    write_metrics(plan, steps=5)
+    folder = plan.first.run_folder
+    lines = [json.loads(line) for line in (folder / METRICS_FILE).read_text().splitlines()]
+    lines = [{"step_seconds": 2.0, **line} for line in lines]
+    lines[2]["communication_wait_seconds"] = 0.25
+    (folder / METRICS_FILE).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    rank = {"host": "<node>", "stage": 0, "work_seconds": 1.0, "data_seconds": 0.1}
+    rank |= {"communication_wait_seconds": 0.9, "gpu_celsius": 61, "gpu_megahertz": None}
+    slow = rank | {"work_seconds": 1.75, "communication_wait_seconds": 0.15}
+    found = {"step": 3, "measured_steps": 3, "stragglers": [9], "ranks": [rank] * 9 + [slow]}
+    (folder / RANKS_FILE).write_text(json.dumps(found))
+    page = page_of(plan)
+    assert len(page.all("svg")) == 3
+    assert "12.5 %" in page.texts["dd"]
+    assert page.texts["th"].count("9") == 1 and "holds up others" in page.texts["b"]
+    # The busiest of ten, and of them the slow one first.
+    assert page.texts["td"][:5] == ["<node>", "1.750", "0.100", "0.150", "61"]
+    assert page.texts["td"].count("<node>") == 8
 
 
 @pytest.mark.parametrize("steps", [1, 2])
