@@ -28,6 +28,8 @@ class Drawn(NamedTuple):
     """Those that were drawn."""
     generator: np.random.Generator
     """For what else is random of it."""
+    source: int = 0
+    """Of `data.train`, by its place there."""
 
 
 Collate = Callable[[Sequence[Drawn], Tokenizer, RunSettings, int], Batch | PairBatch]
@@ -76,7 +78,7 @@ def _texts(drawn: Sequence[Drawn], tokenizer: Tokenizer, run: RunSettings, slots
         for place, picture in zip(places, sample.pictures, strict=True):
             pixels[place] = picture
         used += len(sample.pictures)
-        packed += [text for text, _ in tokenized]
+        packed += [text._replace(source=sample.source) for text, _ in tokenized]
         truncated_texts += sum(cut for _, cut in tokenized)
     batch = pack(packed, pixels, run.data, image_tokens=run.model.encoder.tokens)
     return replace(

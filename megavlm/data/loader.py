@@ -204,7 +204,8 @@ class MicroBatches(Dataset[Batch | PairBatch]):
             texts = tuple(texts[i] for i in chosen)
         used = sample.pictures[: self._pictures]
         pictures = tuple(self._picture(picture, sample.key, generator) for picture in used)
-        return Drawn(self.sources.name_of(place, sample.key), pictures, texts, generator)
+        name = self.sources.name_of(place, sample.key)
+        return Drawn(name, pictures, texts, generator, place.source)
 
     def _picture(self, encoded: bytes, key: str, generator: np.random.Generator) -> Tensor:
         """Decoded and, in training, augmented: uint8 (3, side, side)."""

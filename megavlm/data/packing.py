@@ -36,6 +36,8 @@ class PackedText(NamedTuple):
     """What is learned."""
     images: list[tuple[int, Span]]
     """From which token on which image slots are seen, until the next entry."""
+    source: int = 0
+    """Of `data.train`, by its place there."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +81,8 @@ class Batch(Counted):
     """bool, whether the label counts in the loss."""
     text_numbers_bt: Tensor
     """int32, which text of its row a token belongs to; NO_TEXT for padding."""
+    sources_bt: Tensor
+    """int32, which source a token is of; meaningless in padding."""
     image_ranges_2bt: Tensor
     """int32, first and one past the last image token that a token sees; equal: none."""
     pixels: Tensor
@@ -199,6 +203,7 @@ def pack(
     labels = torch.full(shape, PADDING)
     learned = torch.zeros(shape, dtype=torch.bool)
     numbers = torch.full(shape, NO_TEXT, dtype=torch.int32)
+    sources = torch.zeros(shape, dtype=torch.int32)
     ranges = torch.zeros((2, *shape), dtype=torch.int32)
     for text, (row, start, number) in zip(texts, places, strict=True):
         end = start + len(text.tokens) - 1
@@ -210,6 +215,7 @@ def pack(
             # The token before the answer predicts the answer's first token.
             learned[row, start + answer.start - 1 : min(start + answer.end - 1, end)] = True
         numbers[place] = number
+        sources[place] = text.source
         for first, slots in text.images:
             ranges[0, row, start + first : end] = slots.start * image_tokens
             ranges[1, row, start + first : end] = slots.end * image_tokens
@@ -218,6 +224,7 @@ def pack(
         labels_bt=labels,
         learned_bt=learned,
         text_numbers_bt=numbers,
+        sources_bt=sources,
         image_ranges_2bt=ranges,
         pixels=pixels,
         text_tokens=sum(lengths),

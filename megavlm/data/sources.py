@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -15,6 +16,7 @@ from megavlm.data.samples import Sample, Text
 from megavlm.data.shards import SampleSizes, ShardFolder
 from megavlm.data.texts import evenly_spaced
 from megavlm.errors import BadSampleError, DataError
+from megavlm.redact import without_secrets
 
 NUMBER_BITS = 48
 """Of a sample's id, for its number in its source."""
@@ -51,6 +53,21 @@ def training_sources(run: RunSettings, left_out: Sequence[tuple[int, int]] = ())
         group_shards=run.data.shuffle_shards,
         skip_samples=joined_ranges([*run.data.skip_samples, *left_out]),
     )
+
+
+def source_names(settings: Sequence[SourceSettings]) -> list[str]:
+    """Short names of sources, each another, of letters, digits and `_`.
+
+    As much of each folder's end as tells it from all others; else its place among them follows.
+    """
+    folders = [without_secrets(source.folder).split("/") for source in settings]
+    paths = [[re.sub(r"[^A-Za-z0-9]+", "_", f).strip("_") for f in path if f] for path in folders]
+    names: list[str] = []
+    for length in range(1, max(map(len, paths), default=0) + 1):
+        names = ["_".join(path[-length:]) for path in paths]
+        if len(set(names)) == len(names):
+            return names
+    return [f"{name}_{place}" for place, name in enumerate(names)]
 
 
 class Sources:

@@ -185,6 +185,7 @@ def batch_of(run: RunSettings, shapes: Shapes) -> Batch | PairBatch:
         labels_bt=torch.zeros_like(tokens),
         learned_bt=torch.zeros(shape, dtype=torch.bool),
         text_numbers_bt=numbers,
+        sources_bt=torch.zeros_like(numbers),
         image_ranges_2bt=torch.zeros((2, *shape), dtype=torch.int32),
         pixels=pixels,
     )

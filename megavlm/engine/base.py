@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain, islice
 from typing import Any, Literal, Protocol
 
@@ -13,7 +13,7 @@ from torch.nn.utils import get_total_norm
 from megavlm.checkpoint.shards import State
 from megavlm.config.objectives import Part
 from megavlm.dist import groups
-from megavlm.stages.base import Forward, Losses, Objective, weighted
+from megavlm.stages.base import Forward, Losses, Objective, no_losses, weighted
 
 Kind = Literal["parameters", "gradients", "optimizer"]
 """Of what an engine holds between steps; the optimizer has moments and master weights."""
@@ -32,6 +32,8 @@ class StepResult:
     """Global, before clipping."""
     items: int
     """What the losses are means over: learned tokens or pictures."""
+    losses_of_groups: dict[str, float] = field(default_factory=lambda: {})
+    """Means over the items of a group alone; of no group that has none, or all."""
 
 
 Accepts = Callable[[StepResult], bool]
@@ -46,13 +48,21 @@ def always(_: StepResult) -> bool:
 def step_result(
     objective: Objective, sums: Sequence[float], items: float, gradient_norm: float
 ) -> StepResult:
-    """The result of a step, from each objective's loss, summed over all items."""
+    """The result of a step, from what its micro-batches have reported, summed over all ranks."""
     losses = means(objective, sums, items)
+    of_groups = sums[len(losses) :]
     return StepResult(
         loss=weighted(objective, losses.values()),
         losses=losses,
         gradient_norm=gradient_norm,
         items=int(items),
+        losses_of_groups={
+            name: loss_sum / count
+            for name, loss_sum, count in zip(
+                objective.groups, of_groups[::2], of_groups[1::2], strict=True
+            )
+            if 0 < count < items
+        },
     )
 
 
@@ -69,8 +79,8 @@ def norms_of_parts(
 
 
 def means(objective: Objective, sums: Sequence[float], items: float) -> dict[str, float]:
-    """Losses by objective, from their sums over all items."""
-    return {name: s / max(1.0, items) for name, s in zip(objective.names, sums, strict=True)}
+    """Losses by objective, from reported sums over all items."""
+    return {name: s / max(1.0, items) for name, s in zip(objective.names, sums, strict=False)}
 
 
 def losses_of(
@@ -87,7 +97,7 @@ def evaluate_on_each_rank(
 ) -> dict[str, float]:
     """`Engine.evaluate` for a model that runs whole on every rank."""
     model.eval()
-    sums, items = torch.zeros(len(objective.names), device=groups.device()), 0
+    sums, items = no_losses(objective, groups.device()), 0
     remaining = iter(batches)
     while group := list(islice(remaining, objective.held_out_together)):
         items += sum(objective.items(batch) for batch in group)

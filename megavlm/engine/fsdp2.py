@@ -37,7 +37,7 @@ from megavlm.engine.base import (
 )
 from megavlm.engine.optim import adamw, set_learning_rate
 from megavlm.model.initial import initial_values
-from megavlm.stages.base import Objective
+from megavlm.stages.base import Objective, no_losses
 from megavlm.stages.start import objective_of
 
 
@@ -68,7 +68,7 @@ class Fsdp2Engine:
         objective = self._objective
         self._model.train()
         items = sum(objective.items(batch) for batch in micro_batches)
-        reported = torch.zeros(len(objective.names), device=self._device)
+        reported = no_losses(objective, self._device)
         all_losses = losses_of(objective, self._model, micro_batches, self._device)
         for number, losses in enumerate(all_losses, start=1):
             # Shards are reduced after every micro-batch, their replicas once.

@@ -45,8 +45,10 @@ from megavlm.model.initial import materialise
 from megavlm.model.params import Parameter
 from megavlm.model.pipeline import blank, joined_tokens, same_shapes
 from megavlm.planner.cut import with_cut
-from megavlm.stages.base import Objective
+from megavlm.stages.base import Objective, no_losses
 from megavlm.stages.start import objective_of
+
+CPU = torch.device("cpu")
 
 
 class MegatronEngine:
@@ -118,7 +120,7 @@ class MegatronEngine:
         # As many at once as keep all stages busy; the interleaved schedule needs a full set.
         together = stages if stages > 1 else self._objective.held_out_together
         remaining = iter(batches)
-        sums, items = torch.zeros(len(self._objective.names), dtype=torch.float64), 0
+        sums, items = no_losses(self._objective, CPU).double(), 0
         while group := list(islice(remaining, together)):
             if stages > 1:
                 group += [blank(group[0])] * (together - len(group))
@@ -234,7 +236,7 @@ class MegatronEngine:
         )
 
     def _run_schedule(self, batches: Sequence[Any], *, forward_only: bool) -> tuple[Tensor, int]:
-        """Forward, and backward, over micro-batches; summed losses by objective, and the items."""
+        """Forward, and backward, over micro-batches; what they report, and the items, in sum."""
         items = sum(self._objective.items(batch) for batch in batches)
         sent_tokens = 0
         if self._parallel.pipeline_parallel > 1:
@@ -252,7 +254,7 @@ class MegatronEngine:
             forward_only=forward_only,
         )
         # The last stage has the losses; its tensor-parallel ranks have the same ones.
-        mine: list[Any] = [0.0] * (len(self._objective.names) + 1)
+        mine: list[Any] = [*no_losses(self._objective, CPU), 0.0]
         if reported and _tensor_rank() == 0:
             mine = [*torch.stack(reported).double().sum(0), items]
         *sums, items_of_all = groups.sum_over_ranks(*mine)

@@ -44,6 +44,7 @@ from megavlm.engine.optim import adamw, set_learning_rate
 from megavlm.model.cross_attention import CrossAttentionLayer
 from megavlm.model.initial import initial_values
 from megavlm.planner.zero3 import with_bucket_sizes
+from megavlm.stages.base import no_losses
 from megavlm.stages.start import objective_of
 
 
@@ -98,7 +99,7 @@ class Zero3Engine:
         self._engine.optimizer.override_loss_scale(1 / scale)
         set_learning_rate(self._engine.optimizer, learning_rate)
         self._engine.train()
-        reported = torch.zeros(len(objective.names), device=self._device)
+        reported = no_losses(objective, self._device)
         results: list[StepResult] = []
 
         def asked(gradient_norm: float) -> bool:

@@ -3,6 +3,7 @@
 import html
 import importlib.resources
 import io
+import itertools
 import json
 import re
 import time
@@ -59,6 +60,8 @@ RANK_TIMES = {
 }
 """What a rank's steps consist of: the figure, and its colour."""
 BUSIEST_RANKS = 8
+LOSS_GROUPS = {"loss_source_": "loss by source", "loss_modality_": "loss by modality"}
+"""Beginnings of their figures' names."""
 
 Line = dict[str, Any]
 
@@ -132,6 +135,7 @@ def _stage(
         "optimizer": run.optimizer,
         "heldout": _heldout_losses(heldout),
         "curves": _curves(steps, heldout) if steps else "",
+        "group_curves": _group_curves(steps),
         "speed": _speed(steps) if steps else None,
         "evaluated_step": evaluation.get("step"),
         "scores": scores,
@@ -291,7 +295,11 @@ def _overview(plan: Plan, steps_done: int) -> str:
 def _curves(steps: Sequence[Line], heldout: Sequence[Line]) -> str:
     """Losses, gradient norm and throughput over a stage's steps, as SVG."""
     figure = Figure(figsize=(11, 3), layout="constrained")
-    losses = [name for name in steps[0] if name.startswith("loss_")] or ["loss"]
+    losses = [
+        name
+        for name in steps[0]
+        if name.startswith("loss_") and not name.startswith(tuple(LOSS_GROUPS))
+    ] or ["loss"]
     panels = [
         (losses, "loss"),
         (["gradient_norm"], "gradient norm"),
@@ -330,6 +338,40 @@ def _curves(steps: Sequence[Line], heldout: Sequence[Line]) -> str:
         f"Loss, from {first:.3f} to {last:.3f}, gradient norm and samples per second over "
         f"{len(steps)} steps",
     )
+
+
+def _group_curves(steps: Sequence[Line]) -> str:
+    """Losses by source and by modality, where several were met, as SVG."""
+    names = dict.fromkeys(name for m in steps for name in m)
+    panels = [
+        (title, [name for name in names if name.startswith(start)])
+        for start, title in LOSS_GROUPS.items()
+    ]
+    panels = [(title, of_panel) for title, of_panel in panels if of_panel]
+    if not panels:
+        return ""
+    figure = Figure(figsize=(11, 3), layout="constrained")
+    colours = itertools.cycle(COLOURS)
+    for axes, (title, of_panel) in zip(
+        figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
+    ):
+        for name in of_panel:
+            met = [m for m in steps if m.get(name) is not None]
+            if not met:
+                continue
+            smooth = _smoothed([m[name] for m in met])
+            points = _thinned(range(len(met)))
+            label = name.split("_", 2)[2]
+            axes.plot(
+                [met[i]["step"] + 1 for i in points],
+                [smooth[i] for i in points],
+                color=next(colours),
+                label=label,
+            )
+        axes.legend(fontsize=8, frameon=False)
+        axes.set_title(title, fontsize=10)
+        _style(axes)
+    return _svg(figure, "Training loss, smoothed, by source or modality of the learned tokens")
 
 
 def _style(axes: Axes) -> None:

@@ -67,6 +67,7 @@ def _grown(batch: Batch, rows: int, length: int, images: int) -> Batch:
         labels_bt=functional.pad(batch.labels_bt, below),
         learned_bt=functional.pad(batch.learned_bt, below),
         text_numbers_bt=functional.pad(batch.text_numbers_bt, below, value=NO_TEXT),
+        sources_bt=functional.pad(batch.sources_bt, below),
         image_ranges_2bt=functional.pad(batch.image_ranges_2bt, below),
         pixels=functional.pad(batch.pixels, (0, 0) * 3 + (0, images - len(batch.pixels))),
     )

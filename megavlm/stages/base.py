@@ -19,7 +19,8 @@ class Losses(NamedTuple):
     backward: Tensor
     """(), what is back-propagated."""
     reported: Tensor
-    """(objectives,), each objective's loss without its weight, detached."""
+    """(objectives + 2 x groups,), detached: each objective's loss without its weight, then of each
+    group its loss and its items."""
 
 
 class Objective(Protocol):
@@ -37,6 +38,11 @@ class Objective(Protocol):
     @property
     def weights(self) -> tuple[float, ...]:
         """Of each of them."""
+        ...
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """Of items, whose losses are also reported by themselves; they may overlap."""
         ...
 
     @property
@@ -81,6 +87,11 @@ class Objective(Protocol):
     def losses(self, outputs: Any, batch: Any, prepared: Any) -> Losses:
         """The loss of a micro-batch from the model's outputs."""
         ...
+
+
+def no_losses(objective: Objective, device: torch.device) -> Tensor:
+    """Of no micro-batch at all, as `Losses.reported`."""
+    return torch.zeros(len(objective.names) + 2 * len(objective.groups), device=device)
 
 
 def weighted(objective: Objective, reported: Iterable[float]) -> float:

@@ -8,8 +8,12 @@ from torch import Tensor, nn
 from megavlm.config.engines import UNDIVIDED, MegatronSettings
 from megavlm.config.run import RunSettings
 from megavlm.data.packing import Batch
+from megavlm.data.sources import source_names
 from megavlm.model.vlm import VisionLanguageModel
 from megavlm.stages.base import Forward, Losses
+
+MODALITIES = ("modality_text", "modality_image_text")
+"""Of tokens that see no picture, and of those that see one."""
 
 
 class LanguageObjective:
@@ -21,6 +25,9 @@ class LanguageObjective:
         self.names = tuple(run.objectives)
         self.weights = tuple(run.objectives.values())
         self._run = run
+        self._sources = len(run.data.train)
+        names = source_names(run.data.train)
+        self.groups = (*(f"source_{name}" for name in names), *MODALITIES)
 
     def build(
         self,
@@ -60,5 +67,18 @@ class LanguageObjective:
         )
 
     def losses(self, outputs: Tensor, batch: Batch, prepared: None = None) -> Losses:
-        loss_sum = (outputs * batch.learned_bt).sum()
-        return Losses(self.weights[0] * loss_sum, loss_sum.detach()[None].clone())
+        losses_bt = outputs * batch.learned_bt
+        loss_sum = losses_bt.sum()
+        by_group = self._by_group(losses_bt.detach(), batch)
+        reported = torch.cat([loss_sum.detach()[None], by_group.flatten()])
+        return Losses(self.weights[0] * loss_sum, reported)
+
+    def _by_group(self, losses_bt: Tensor, batch: Batch) -> Tensor:
+        """Summed losses and learned tokens, (groups, 2)."""
+        first_bt, end_bt = batch.image_ranges_2bt
+        kinds_bt = len(MODALITIES) * batch.sources_bt + (end_bt > first_bt)
+        numbers_bt2 = torch.stack([losses_bt.float(), batch.learned_bt.float()], -1)
+        sums = numbers_bt2.new_zeros(self._sources * len(MODALITIES), 2)
+        sums = sums.index_add_(0, kinds_bt.flatten(), numbers_bt2.flatten(0, 1))
+        by_both = sums.view(self._sources, len(MODALITIES), 2)
+        return torch.cat([by_both.sum(1), by_both.sum(0)])

@@ -33,6 +33,7 @@ class PretrainingObjective:
     """An item is a picture. Losses are averaged over pictures, or over those that have a text."""
 
     collate = staticmethod(pairs)
+    groups = ()
 
     def __init__(self, run: RunSettings) -> None:
         self._run = run

@@ -258,6 +258,7 @@ def _run_steps(
                     "stage": stage.name,
                     "loss": result.loss,
                     **_by_objective("loss", result.losses),
+                    **{f"loss_{name}": loss for name, loss in result.losses_of_groups.items()},
                     "gradient_norm": result.gradient_norm,
                     "skipped_step": int(guard.fault is not None),
                     "learning_rate": learning_rate,

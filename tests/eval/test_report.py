@@ -236,6 +236,19 @@ def test_what_each_rank_does(plan):
     assert page.texts["td"].count("<node>") == 8
 
 
+def test_losses_by_source_are_drawn_beside_those_of_objectives(plan):
+    write_metrics(plan, steps=7)
+    folder = plan.first.run_folder
+    lines = [json.loads(line) for line in (folder / METRICS_FILE).read_text().splitlines()]
+    learned = [line for line in lines if line["stage"] == "captioning" and "loss" in line]
+    learned[0] |= {"loss_source_web": 3.5, "loss_source_books": 2.5}
+    learned[1] |= {"loss_source_web": 3.0, "loss_modality_text": 3.25}
+    (folder / METRICS_FILE).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = page_of(plan)
+    assert len(page.all("svg")) == 4
+    assert {"loss by source", "web", "books", "loss by modality"} <= set(page.texts["text"])
+
+
 @pytest.mark.parametrize("steps", [1, 2])
 def test_a_run_after_its_first_steps(plan, steps):
     write_metrics(plan, steps)

@@ -125,10 +125,10 @@ def test_waiting_is_communication_without_computation():
 
 
 def slowed(original, rank, slow_seconds):
-    """What sleeps first, on the slow rank."""
+    """What sleeps first, on the slow rank, in training."""
 
     def method(self, *arguments):
-        if rank == SLOW_RANK:
+        if rank == SLOW_RANK and getattr(self, "training", torch.is_grad_enabled()):
             time.sleep(slow_seconds)
         return original(self, *arguments)
 
@@ -155,7 +155,7 @@ def told_of(run, *, outputs=0.0, samples=0.0):
 @pytest.mark.parametrize("engine", ["zero3", "fsdp2", "megatron"])
 def test_a_rank_that_is_slow(tiny_run, engine):
     run = replace(tiny_run, engine=engine, megatron=MEGATRON)
-    told = told_of(run, outputs=1.5)
+    told = told_of(run, outputs=1.0)
     assert [(event["rank"], event["event"]) for event in told] == [(SLOW_RANK, "straggler")]
     found = read_ranks(run.run_folder)
     assert found is not None and found["stragglers"] == [SLOW_RANK]
@@ -170,7 +170,7 @@ def test_a_rank_that_is_slow(tiny_run, engine):
 def test_a_rank_whose_samples_come_late(tiny_run, engine):
     """Under tensor parallelism rank 2 draws for rank 3, too, which is not to blame."""
     parallel = replace(MEGATRON, pipeline_parallel=1)
-    told = told_of(replace(tiny_run, engine=engine, megatron=parallel), samples=1.5)
+    told = told_of(replace(tiny_run, engine=engine, megatron=parallel), samples=1.0)
     assert [(event["rank"], event["event"]) for event in told] == [(SLOW_RANK, "straggler")]
     assert told[0]["data_seconds"] > told[0]["work_seconds"]
 
