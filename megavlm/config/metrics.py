@@ -18,7 +18,8 @@ class MetricsSettings:
     """Steps between measurements of how long each rank works, waits for data and waits for other
     ranks, by torch's profiler; None measures none."""
     straggler_percent: float = 20.0
-    """Ranks that are busy so much longer than the median of their peers are told of."""
+    """Ranks that are busy so much longer than the median of their peers are told of, until it is
+    less than half as much."""
     prometheus_port: int | None = None
     """Of the first rank's host, where Prometheus may fetch the newest figures; None opens none."""
     prometheus_host: str = "127.0.0.1"

@@ -127,11 +127,12 @@ class Stragglers:
         peers = peers_of(ranks)
         found: set[int] = set()
         if len(self._window) >= FEWEST:
-            allowed = 1 + self._settings.straggler_percent / 100
-            both = enumerate(zip(ranks, peers, strict=True))
-            found = {
-                n for n, (rank, usual) in both if rank.busy_seconds > allowed * usual.busy_seconds
-            }
+            more = self._settings.straggler_percent / 100
+            for number, (rank, usual) in enumerate(zip(ranks, peers, strict=True)):
+                # Half as much to stay one, so that none comes and goes at the limit.
+                allowed = more / 2 if number in self._told else more
+                if rank.busy_seconds > usual.busy_seconds * (1 + allowed):
+                    found.add(number)
         self._write(step, ranks, found)
         for number in sorted(found - self._told):
             rank, usual = ranks[number], peers[number]

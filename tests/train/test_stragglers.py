@@ -62,7 +62,7 @@ def test_ranks_are_named_while_they_hold_up_others(tiny_run, capfd):
     run = replace(tiny_run, metrics=metrics, profile=ProfileSettings(steps=(1, 2)))
     usual, slow, late = (0.04, 0.0), (0.2, 0.0), (0.04, 0.16)
     steps_of = {
-        1: [usual] * 4 + [usual] * 4 + [usual] * 4 + [late] * 4 + [usual] * 4,
+        1: [usual] * 12 + [late] * 4 + [usual] * 4,
         2: [usual] * 4 + [slow] * 4 + [usual] * 12,
     }
     results = run_on_ranks(4, lambda rank: measured(run, steps_of.get(rank, [usual] * 20)))
@@ -137,7 +137,7 @@ def slowed(original, rank, slow_seconds):
 
 def told_of(run, *, outputs=0.0, samples=0.0):
     """Train; returns the events of stragglers. Seconds: of the slow rank's micro-batches."""
-    metrics = MetricsSettings(rank_times_every=1, straggler_percent=80.0)
+    metrics = MetricsSettings(rank_times_every=1, straggler_percent=50.0)
     run = replace(run, train=replace(run.train, steps=4), metrics=metrics)
 
     def on_rank(rank):
@@ -172,7 +172,7 @@ def test_a_rank_whose_samples_come_late(tiny_run, engine):
     parallel = replace(MEGATRON, pipeline_parallel=1)
     told = told_of(replace(tiny_run, engine=engine, megatron=parallel), samples=1.0)
     assert [(event["rank"], event["event"]) for event in told] == [(SLOW_RANK, "straggler")]
-    assert told[0]["data_seconds"] > told[0]["work_seconds"]
+    assert told[0]["data_seconds"] > 2.0 > told[0]["peers_data_seconds"]
 
 
 @pytest.mark.slow
