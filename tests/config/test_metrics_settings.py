@@ -10,6 +10,11 @@ from tests.runs import RUN
     ("settings", "says"),
     [
         (lambda: MetricsSettings(module_norms_every=0), "module_norms_every=0 must be at least 1"),
+        (
+            lambda: MetricsSettings(rank_times_every=0),
+            "rank_times_every=0 must be at least 1, or null",
+        ),
+        (lambda: MetricsSettings(straggler_percent=0), "straggler_percent=0.0 must lie above 0"),
         (lambda: MetricsSettings(prometheus_port=70_000), "must lie between 1 and 65535"),
         (lambda: ProfileSettings(steps=(3, 3)), r"profile.steps=\[3, 3\] must be a first step"),
         (lambda: ProfileSettings(ranks=(-1,)), r"profile.ranks=\[-1\] must not be negative"),
