@@ -43,6 +43,8 @@ LAYOUTS = {
     "TP2 x PP2": (4, ["engine=megatron", "megatron={tensor_parallel: 2, pipeline_parallel: 2}"]),
 }
 LONGEST_SECONDS = 240
+LATEST_STEPS = 30
+"""A fault comes so many steps after the last one has passed, at most."""
 DISK_BYTES = 64 << 20
 SHARES = {
     "SIGKILL of a rank": 18,
@@ -178,7 +180,7 @@ class Drill:
     def inject(self, fault: str) -> Injection:
         """Wait for a random moment, inject a fault, and wait until the run has recovered."""
         run, rng = self._run, self._rng
-        target = run.step() + rng.randint(6, 30)
+        target = run.step() + rng.randint(6, LATEST_STEPS)
         run.until(lambda: run.step() >= target, f"step {target}")
         time.sleep(rng.random())
         before, step = time.time(), run.step()
@@ -336,11 +338,13 @@ def _drill(options: argparse.Namespace, layout: str, rng: random.Random) -> list
             done.append(drill.inject(fault))
             _tell(done[-1], len(done), len(faults))
 
-    with start("whole") as whole:
+    wanted = [fault for fault in faults if fault not in SPOILED]
+    steps = _steps(len(wanted))
+    with start("whole", steps) as whole:
         whole.finish()
-    with start("hurt") as run, _small_disk(run.folder / "checkpoints") as mounted:
-        wanted = [f for f in faults if f not in SPOILED and (mounted or f != "full disk")]
+    with start("hurt", steps) as run, _small_disk(run.folder / "checkpoints") as mounted:
         if not mounted:
+            wanted = [fault for fault in wanted if fault != "full disk"]
             print(f"{layout}: no full disks, which take root", flush=True)
         inject(run, wanted)
         run.finish()
@@ -348,18 +352,25 @@ def _drill(options: argparse.Namespace, layout: str, rng: random.Random) -> list
         print(f"{layout}: {len(different)} tensors differ from the run without faults", flush=True)
         if different:
             raise DrillError(f"{layout}: {', '.join(different[:5])} differ")
-    with start("spoiled") as run:
-        inject(run, [fault for fault in faults if fault in SPOILED])
+    wanted = [fault for fault in faults if fault in SPOILED]
+    steps = _steps(len(wanted))
+    with start("spoiled", steps) as run:
+        inject(run, wanted)
         run.finish()
     newest = run.newest()
     assert newest is not None
     left_out = json.dumps(read_state(newest)["left_out"])
-    with start("without", f"data.skip_samples={left_out}") as without:
+    with start("without", steps, f"data.skip_samples={left_out}") as without:
         without.finish()
     if different := _differing(run, _weights(without)):
         raise DrillError(f"{layout}: {', '.join(different[:5])} differ after rollbacks")
     print(f"{layout}: no tensor differs from the run that leaves the same samples out", flush=True)
     return done
+
+
+def _steps(injections: int) -> str:
+    """More than it takes."""
+    return f"train.steps={(LATEST_STEPS + 20) * injections + 20}"
 
 
 def _tell(injection: Injection, number: int, of: int) -> None:

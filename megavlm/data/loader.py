@@ -1,8 +1,10 @@
 """Micro-batches by number: what a rank trains on is a pure function of seed and position."""
 
+import ctypes
 import math
 import os
 import signal
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from threading import Thread
@@ -32,6 +34,7 @@ from megavlm.data.sources import Place, Sources, id_of
 from megavlm.data.tokenizer import Tokenizer
 from megavlm.errors import BadSampleError
 
+PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 AUGMENT_FILL = (255, 255, 255)  # what a shear or a rotation uncovers
 
 
@@ -244,10 +247,16 @@ def load(
 
 
 def _heed_its_rank_alone(_: int) -> None:
-    """Have a worker end when its rank says so.
+    """Have a worker end when its rank says so, or dies.
 
-    Launchers signal all processes of a rank, which still needs its workers to finish a step.
+    Launchers signal all processes of a rank, which still needs its workers to finish a step. And
+    workers hold what their rank had open: until they end, others do not see that it is gone.
     """
+    if sys.platform == "linux":
+        rank = os.getppid()
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != rank:
+            os._exit(1)
     signals = {signal.SIGTERM, signal.SIGUSR1}
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)
 

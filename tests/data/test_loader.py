@@ -1,3 +1,7 @@
+import ctypes
+import os
+import signal
+import sys
 from collections import Counter
 from dataclasses import fields, replace
 
@@ -6,7 +10,7 @@ import torch
 
 from megavlm.config.data import SourceSettings
 from megavlm.data.collate import chats, pairs, texts_alone
-from megavlm.data.loader import MicroBatches, Share, load
+from megavlm.data.loader import MicroBatches, Share, _heed_its_rank_alone, load
 from megavlm.data.packing import NO_TEXT
 from megavlm.data.samples import Sample, text
 from megavlm.data.shards import write_shards
@@ -247,3 +251,16 @@ def test_long_texts_are_cut_and_counted(tiny_run):
     assert sum(batch.truncated_texts for batch in batches) > 0
     whole = micro_batches(tiny_run)
     assert sum(whole[n].truncated_texts for n in range(10)) == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that one is gone")
+def test_workers_die_with_their_rank():
+    """Else they keep its connections open, and other ranks wait for it."""
+    asked = ctypes.c_int()
+    child = os.fork()
+    if child == 0:
+        _heed_its_rank_alone(0)
+        ctypes.CDLL(None).prctl(2, ctypes.byref(asked))  # PR_GET_PDEATHSIG
+        os._exit(asked.value)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == signal.SIGKILL
