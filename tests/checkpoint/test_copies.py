@@ -140,7 +140,9 @@ def spoil(file):
     file.write_bytes(content)
 
 
-@pytest.mark.parametrize(("damaged_on", "step"), [([1], 2), ([0, 1], 1)])
+@pytest.mark.parametrize(
+    ("damaged_on", "step"), [([0, 1], 1), pytest.param([1], 2, marks=pytest.mark.slow)]
+)
 def test_damaged_files_come_from_elsewhere_or_an_older_copy(tmp_path, capfd, damaged_on, step):
     save_copies(tmp_path, [1, 2], hosts="001")
     for host in damaged_on:
