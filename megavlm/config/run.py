@@ -329,7 +329,7 @@ def samples_per_micro_batch(train: TrainSettings, data_parallel: int) -> int:
             f"train.samples_per_step={train.samples_per_step} is not divisible by "
             f"train.micro_batches={train.micro_batches} x data_parallel={data_parallel} = "
             f"{shares}; try {train.samples_per_step // shares * shares or shares} or "
-            f"{(train.samples_per_step // shares + 1) * shares}, or set "
-            "train.micro_batch_samples, which lets shares differ by one sample"
+            f"{(train.samples_per_step // shares + 1) * shares}, or "
+            "train.micro_batch_samples"
         )
     return train.samples_per_step // shares

@@ -165,8 +165,7 @@ def test_batches_that_do_not_divide_over_the_ranks_are_refused_with_the_remedy(t
         ranks_of(load_plan(path), hostfile)
     assert str(caught.value) == (
         "stages.pretraining: train.samples_per_step=64 is not divisible by train.micro_batches=8 x "
-        "data_parallel=3 = 24; try 48 or 72, or set train.micro_batch_samples, which lets shares "
-        "differ by one sample"
+        "data_parallel=3 = 24; try 48 or 72, or train.micro_batch_samples"
     )
     hostfile.write_text("a slots=2\nb slots=1\n")
     with pytest.raises(LaunchError, match=r"stages\.pretraining: host b has slots=1"):

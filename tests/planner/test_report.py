@@ -229,7 +229,7 @@ def test_a_batch_that_does_not_divide_is_refused_in_its_stage(capsys, tmp_path, 
     says = told_of(capsys, tmp_path, "--hostfile", hostfile, *batch, code=2)
     assert says == (
         f"megavlm: error: stages.{name}: train.samples_per_step=42 is not divisible by "
-        "train.micro_batches=2 x data_parallel=4 = 8; try 40 or 48\n"
+        "train.micro_batches=2 x data_parallel=4 = 8; try 40 or 48, or train.micro_batch_samples\n"
     )
     batch = [f"stages.{name}.train.samples_per_step=42", f"stages.{name}.train.micro_batches=4"]
     says = told_of(capsys, tmp_path, *batch, code=2)

@@ -183,7 +183,9 @@ def test_nothing_divides():
         search(run, CLUSTER, TEXT, ["zero3", "fsdp2"])
     told = str(error.value)
     assert told.startswith("no layout divides: train.samples_per_step=31 is not divisible by")
-    assert "\n" not in told and told.endswith("; try 24 or 32; or change the hosts")
+    assert "\n" not in told and told.endswith(
+        "; try 24 or 32, or train.micro_batch_samples; or change the hosts"
+    )
 
 
 @pytest.mark.parametrize("function", [candidate_of, search])
