@@ -41,12 +41,11 @@ def left_out_before(checkpoint: Folder | None) -> list[tuple[int, int]]:
     return [(first, stop) for first, stop in saved]
 
 
-def guard_of(start: Start) -> Guard:
-    """What looks at the steps of a stage that starts, or goes on."""
-    run = start.stage.run
-    if start.checkpoint is None or start.steps_done == start.stage.first_step:
-        return Guard(run.guard)
-    return Guard(run.guard, read_state(start.checkpoint).get("guard"))
+def guard_of(stage: Stage, start: Start) -> Guard:
+    """What looks at the steps of a stage, which starts, or goes on in its middle."""
+    if start.checkpoint is None or start.steps_done == stage.first_step:
+        return Guard(stage.run.guard)
+    return Guard(stage.run.guard, read_state(start.checkpoint).get("guard"))
 
 
 def find_start(plan: Plan) -> Start:

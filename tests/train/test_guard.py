@@ -1,6 +1,7 @@
 import json
 import math
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,7 +9,10 @@ import pytest
 from megavlm.config.guard import GuardSettings
 from megavlm.engine.base import StepResult
 from megavlm.errors import DivergenceError
+from megavlm.files.folder import Folder
 from megavlm.train.guard import Guard
+from megavlm.train.start import Start, guard_of
+from tests.runs import plan_of
 
 NAN, INFINITE = float("nan"), float("inf")
 
@@ -53,6 +57,19 @@ def test_spikes_are_far_above_the_steps_before():
     assert guard.accepts(result(0.0)), "below is no spike"
     ignoring = Guard(GuardSettings(spike_window=16))
     assert all(ignoring.accepts(result(loss)) for loss in [*losses, 99.0])
+
+
+def test_a_stage_begins_without_the_steps_of_the_one_before(tiny_run, monkeypatch):
+    other = replace(tiny_run, guard=GuardSettings(spike_sigmas=9))
+    first, second = plan_of(tiny_run, other).stages
+    figures = {"losses": [1.0, 1.0], "gradient_norms": [1.0, 1.0], "bad_in_a_row": 0}
+    monkeypatch.setattr("megavlm.train.start.read_state", lambda _: {"guard": figures})
+    folder = Folder("checkpoint")
+    ended = Start(first, first.end_step, folder)  # as a stage leaves it, and as it is resumed
+    fresh = guard_of(second, ended)
+    assert fresh.state()["losses"] == [] and fresh._settings == other.guard
+    assert guard_of(second, Start(second, second.first_step + 2, folder)).state() == figures
+    assert guard_of(first, Start(first, 0, None)).state()["losses"] == []
 
 
 def test_too_many_in_a_row_stop_the_run():
