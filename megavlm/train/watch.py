@@ -43,7 +43,7 @@ class Watch:
         self._seconds = seconds
         self._where = "before its first step"
         self._count = 0
-        self._hurried = False
+        self._hurried = self._calm = False
         self._over = Event()
         self._thread = Thread(target=self._look, name="watch", daemon=True)
 
@@ -73,6 +73,10 @@ class Watch:
         """
         self._hurried = True
 
+    def calm(self) -> None:
+        """All ranks have heard of it, so none is gone: what they still do may take its time."""
+        self._calm = True
+
     def _look(self) -> None:
         board = _Board()
         before, since, count, longest = -1, time.monotonic(), 0, 0.0
@@ -82,7 +86,7 @@ class Watch:
             total = board.add(now - count)
             silence = time.monotonic() - since
             enough = self._seconds
-            if self._hurried:
+            if self._hurried and not self._calm:
                 enough = min(enough, max(HURRIED_SECONDS, 3 * longest))
             if total != before or now != count:
                 longest = max(longest, silence)

@@ -115,6 +115,19 @@ def test_progress_of_any_rank_is_no_hang(tmp_path):
     assert run_on_ranks(2, on_rank) == [[], []]
 
 
+@pytest.mark.parametrize("calm", [True, False])
+def test_who_is_stopped_waits_for_no_rank_that_is_gone_but_for_the_disk(tmp_path, calm):
+    def on_rank(_):
+        watch.HURRIED_SECONDS = 0.3
+        with watch.Watch(tmp_path, 4.0) as mine:
+            if calm:
+                mine.calm()
+            mine.hurry()  # a launcher may tell this rank after the others
+            time.sleep(2)
+
+    assert codes_of(1, on_rank) == [0 if calm else watch.HUNG]
+
+
 @pytest.mark.slow
 def test_a_run_whose_saves_and_evaluations_take_long_goes_on(tiny_run):
     """Each picture and each written tensor takes a while; a step none."""
