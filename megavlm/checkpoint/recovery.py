@@ -12,8 +12,8 @@ from typing import Any, NamedTuple, cast
 import torch.distributed as dist
 
 from megavlm.checkpoint.copies import Copies, Piece, is_whole, union
-from megavlm.checkpoint.storage import folder_name, make_empty, read_state, write_state
-from megavlm.checkpoint.store import delete_partial, latest_checkpoint
+from megavlm.checkpoint.storage import folder_name, make_empty, write_state
+from megavlm.checkpoint.store import delete_partial, newest_step
 from megavlm.checkpoint.together import on_all_ranks, warn
 from megavlm.dist import groups
 from megavlm.errors import CheckpointError
@@ -46,7 +46,7 @@ def recover(root: Folder, copies: Copies) -> Recovered | None:
     None where it is not. A damaged copy, and a disk that cannot be written, are told; the run then
     goes on from what there is. Copies are deleted, unless the disk could not be written.
     """
-    on_disk = copies.on_disk = _step_on_disk(root)
+    on_disk = copies.on_disk = step_on_disk(root)
     told = groups.from_all_ranks(on_all_ranks(lambda: copies.held() if copies.speaks else {}))
     held = {host: one for host, one in zip(copies.hosts, told, strict=True) if one}
     recovered = None
@@ -108,14 +108,10 @@ def shares(
     return found
 
 
-def _step_on_disk(root: Folder) -> int:
+def step_on_disk(root: Folder) -> int:
     """Of the newest checkpoint, as the first rank sees it; 0 if there is none. Collective."""
-
-    def look() -> int:
-        newest = latest_checkpoint(root) if dist.get_rank() == 0 else None
-        return read_state(newest)["step"] if newest else 0
-
-    return groups.from_all_ranks(on_all_ranks(look))[0]
+    mine = on_all_ranks(lambda: newest_step(root) if dist.get_rank() == 0 else 0)
+    return groups.from_all_ranks(mine)[0]
 
 
 def _write(folder: Folder, candidate: Candidate, copies: Copies) -> bool:

@@ -40,7 +40,7 @@ from megavlm.checkpoint.tensor_file import DTYPES
 from megavlm.checkpoint.together import failures_told, on_all_ranks, warn
 from megavlm.config.run import CheckpointSettings
 from megavlm.dist import groups
-from megavlm.errors import CheckpointError, StoppedError
+from megavlm.errors import CheckpointError, DivergenceError, StoppedError, StorageError
 from megavlm.files.folder import Folder
 
 CHECKERS = 4
@@ -106,16 +106,18 @@ class CheckpointSaver:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Finish the save in the background, also when the training ends with an error.
 
-        Where it ends well, or is stopped, what it goes on from is on the disk.
+        Copies are deleted where all ranks come here alike: it goes on from the disk.
         """
         if kind is None:
-            self.wait()
+            self._settle()
         elif issubclass(kind, Exception):
-            with suppress(CheckpointError):  # the first error is the one to tell
+            with suppress(Exception):  # the first error is the one to tell
                 self.wait()
         self._thread.shutdown(wait=False)
-        if self._copies is not None and (kind is None or issubclass(kind, StoppedError)):
-            self._copies.delete()
+        if kind is None or issubclass(kind, StoppedError | DivergenceError):
+            if self._copies is not None:
+                on_all_ranks(self._copies.delete)  # none ends before all are gone
+            dist.destroy_process_group(self._group)
 
     def save(
         self,
@@ -189,6 +191,8 @@ class CheckpointSaver:
                     planner=self._planner,
                     process_group=self._group,
                 )
+            if self._copies is not None:  # whoever deletes this checkpoint wants to go back
+                self._copies.delete()
 
     def _settle(self) -> None:
         if self._running is not None:
@@ -373,6 +377,29 @@ def lazy_tensors(reader: CheckpointReader) -> dict[str, LazyTensor]:
 def latest_checkpoint(root: Folder) -> Folder | None:
     """The newest complete checkpoint of a run, or None."""
     return next(whole_checkpoints(root), None)
+
+
+def newest_checkpoint(root: Folder, settings: CheckpointSettings) -> Folder | None:
+    """The same; where damaged ones are left out, of those that can tell what they hold."""
+    if settings.on_damage == "stop":
+        return latest_checkpoint(root)
+    return next(filter(_tells, whole_checkpoints(root)), None)
+
+
+def _tells(folder: Folder) -> bool:
+    try:
+        read_state(folder)
+    except StorageError:
+        raise
+    except CheckpointError:
+        return False
+    return True
+
+
+def newest_step(root: Folder) -> int:
+    """Of the newest complete checkpoint, by its name, as it may be damaged; 0 if there is none."""
+    steps = (step for step in reversed(_steps(root)) if (root / folder_name(step)).has(STATE_FILE))
+    return next(steps, 0)
 
 
 def whole_checkpoints(root: Folder) -> Iterator[Folder]:

@@ -85,8 +85,8 @@ def train(
     with hold, events, exporters(plan, enabled=first) as sinks, groups.world_group():
         events.start(ranks=groups.world_size(), engine=run.engine)
         claim(checkpoint_root(run), run.run_folder)
-        pass_damaged(plan, events)
         copies = open_copies(plan, events)
+        pass_damaged(plan, events, copies)
         start = find_start(plan)
         for line in start.told:
             _say(line)
@@ -129,7 +129,8 @@ def _train_stage(
             load_average(start, ema)
         sources = training_sources(run, left_out)
         stretch = _Stretch(plan, stage, start.steps_done, sources, left_out, rollbacks)
-        bad_step = _run_steps(stretch, engine, ema, guard_of(start), optimizer_steps, log, copies)
+        guard = guard_of(stage, start)
+        bad_step = _run_steps(stretch, engine, ema, guard, optimizer_steps, log, copies)
         if bad_step is None:
             break
         before, start = start.steps_done, find_start(plan)
@@ -279,6 +280,8 @@ def _run_steps(
             if done == stage.end_step:
                 _log_heldout_loss(engine, objective, heldout, stage, log, done, watch)
             stops = stop.wanted()
+            if stops:
+                watch.calm()  # a disk may be silent for long
             to_disk = done % run.checkpoint.every == 0 or done == stage.end_step or stops
             memory_every = run.checkpoint.memory_every
             to_memory = memory_every is not None and done % memory_every == 0 and not stops
@@ -302,6 +305,7 @@ def _run_steps(
             if stops:
                 saver.wait()
                 stop.end(done)
+        saver.wait()
 
 
 def _with_norms(

@@ -10,7 +10,7 @@ from megavlm.checkpoint.state import (
     checkpoint_root,
 )
 from megavlm.checkpoint.storage import STATE_FILE, read_state
-from megavlm.checkpoint.store import latest_checkpoint
+from megavlm.checkpoint.store import newest_checkpoint
 from megavlm.config.plan import Plan, Stage
 from megavlm.config.run import RunSettings, data_parallel_ranks, samples_per_micro_batch
 from megavlm.data.loader import most_pictures
@@ -39,9 +39,10 @@ def check_plan(plan: Plan, ranks: int) -> None:
 
 def check_newest(plan: Plan) -> bool:
     """Raise the error that going on from the newest checkpoint would meet; whether there is one."""
-    checkpoint = latest_checkpoint(checkpoint_root(plan.first))
+    run = plan.first
+    checkpoint = newest_checkpoint(checkpoint_root(run), run.checkpoint)
     if checkpoint is not None:
-        tokenizer = Tokenizer(plan.first.data.tokenizer)
+        tokenizer = Tokenizer(run.data.tokenizer)
         _check_resume(plan, check_checkpoint(checkpoint, plan, tokenizer), checkpoint)
     return checkpoint is not None
 

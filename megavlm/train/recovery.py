@@ -4,7 +4,7 @@ import time
 
 from megavlm.checkpoint.copies import Copies
 from megavlm.checkpoint.damage import leave_damaged
-from megavlm.checkpoint.recovery import recover
+from megavlm.checkpoint.recovery import recover, step_on_disk
 from megavlm.checkpoint.state import checkpoint_bytes, checkpoint_root
 from megavlm.checkpoint.together import warn
 from megavlm.config.plan import Plan
@@ -13,21 +13,25 @@ from megavlm.train.events import Events
 from megavlm.train.preflight import check_newest
 
 
-def pass_damaged(plan: Plan, events: Events) -> None:
+def pass_damaged(plan: Plan, events: Events, copies: Copies | None) -> None:
     """Leave out checkpoints that are not as they were written, if they are not to stop the run.
 
-    Collective. Raises CheckpointError where none is left.
+    After `open_copies`, which may have made a newer one. Collective. Raises CheckpointError where
+    none is left.
     """
     run = plan.first
     if run.checkpoint.on_damage == "stop":
         return
-    told = leave_damaged(checkpoint_root(run))
+    root = checkpoint_root(run)
+    told = leave_damaged(root)
     for line in told:
         events.write("damaged", message=line)
         if groups.rank() == 0:
             warn(f"going on from an earlier checkpoint: {line}")
     if told:
         check_newest(plan)
+        if copies is not None:
+            copies.on_disk = step_on_disk(root)
 
 
 def open_copies(plan: Plan, events: Events) -> Copies | None:

@@ -15,7 +15,7 @@ from megavlm.checkpoint.recovery import candidates, recover, shares
 from megavlm.checkpoint.storage import file_name, folder_name, read_state
 from megavlm.checkpoint.store import CheckpointSaver, claim, latest_checkpoint
 from megavlm.config.run import CheckpointSettings
-from megavlm.errors import CheckpointError, ConfigError, StoppedError
+from megavlm.errors import CheckpointError, ConfigError, DivergenceError, StoppedError
 from megavlm.files.folder import Folder
 from tests.checkpoint.test_store import assert_loads, held
 from tests.ranks import run_on_ranks
@@ -186,7 +186,7 @@ def test_a_copy_that_fails_is_told_once_and_training_goes_on(tmp_path, capfd):
         made = [(step, event) for event, step in events if event.startswith("memory_copy_")]
         failed = [step for step, event in made if event == "memory_copy_failed"]
         assert failed == [2, 3, 4]
-        assert seen == [["step-00000001"]] * 4 + [["step-00000001", "step-00000005"]]
+        assert seen == [["step-00000001"]] * 4 + [[]], "the last one is on the disk"
     told = capfd.readouterr().err
     assert told.count("warning: no copy of step 2 in memory: cannot write") == 1
     assert told.count("warning: ") == 1 and "(docker run --shm-size)" in told
@@ -196,8 +196,9 @@ def test_a_copy_that_fails_is_told_once_and_training_goes_on(tmp_path, capfd):
 def test_a_run_that_is_saved_deletes_its_copies(tmp_path):
     def on_rank(rank):
         copies, left = open_copies(tmp_path, rank), []
-        for error in (None, StoppedError("a signal"), ValueError("a bug")):
-            with suppress(StoppedError, ValueError):
+        ends = None, StoppedError("a signal"), DivergenceError("copies differ"), ValueError("a bug")
+        for error in ends:
+            with suppress(StoppedError, DivergenceError, ValueError):
                 with CheckpointSaver(Folder(tmp_path / "root"), SETTINGS, copies=copies) as saver:
                     saver.save(1, held(rank, 2, 1), {}, to_disk=False, to_memory=True)
                     if error is not None:
@@ -205,7 +206,7 @@ def test_a_run_that_is_saved_deletes_its_copies(tmp_path):
             left.append(len(copies_on(tmp_path, rank)))
         return left
 
-    assert run_on_ranks(2, on_rank) == [[0, 0, 1]] * 2
+    assert run_on_ranks(2, on_rank) == [[0, 0, 0, 1]] * 2
 
 
 def test_copies_that_are_not_whole_are_told(tmp_path, capfd):
@@ -213,6 +214,16 @@ def test_copies_that_are_not_whole_are_told(tmp_path, capfd):
     assert recovered(tmp_path, hosts="0") is None  # which has its own and that of the last one
     told = "copies in memory, the newest of step 1, are not used: they are not whole"
     assert told in capfd.readouterr().err
+
+
+def test_a_checkpoint_that_is_deleted_does_not_come_back(tmp_path):
+    save_copies(tmp_path, [1, 2, 3], on_disk=[1, 3])
+    assert copies_on(tmp_path, 0) == copies_on(tmp_path, 1) == []
+    shutil.rmtree(tmp_path / "root" / folder_name(3))
+    assert recovered(tmp_path) is None
+    assert latest_checkpoint(Folder(tmp_path / "root")) == Folder(
+        tmp_path / "root" / folder_name(1)
+    )
 
 
 def test_copies_of_a_deleted_run_are_deleted(tmp_path):

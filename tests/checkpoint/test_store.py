@@ -2,6 +2,7 @@ import json
 import resource
 import signal
 import time
+from concurrent.futures import Future
 from dataclasses import replace
 
 import pytest
@@ -250,6 +251,17 @@ def test_a_disk_that_cannot_be_written_is_told_and_nothing_is_lost(tmp_path, asy
 
     run_on_ranks(2, on_rank)
     assert_loads(latest_checkpoint(Folder(tmp_path)), 2, 2)
+
+
+def test_the_first_error_is_the_one_to_tell(tmp_path):
+    def on_rank(_):
+        with pytest.raises(ValueError, match="the first"):
+            with CheckpointSaver(Folder(tmp_path), CheckpointSettings(every=1)) as saver:
+                saver._running = Future()
+                saver._running.set_exception(RuntimeError("connection closed by peer"))
+                raise ValueError("the first")
+
+    run_on_ranks(1, on_rank)
 
 
 def test_a_save_is_finished_when_training_ends_with_an_error(tmp_path):

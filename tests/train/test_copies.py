@@ -12,8 +12,9 @@ import torch
 
 from megavlm.checkpoint import recovery
 from megavlm.checkpoint.copies import Copies, _CopyWriter
-from megavlm.checkpoint.storage import CheckpointWriter
-from megavlm.config.engines import MegatronSettings
+from megavlm.checkpoint.storage import CheckpointWriter, file_name, folder_name
+from megavlm.config.engines import Fsdp2Settings, MegatronSettings
+from megavlm.engine.fsdp2 import Fsdp2Engine
 from megavlm.train.events import EVENTS_FILE, read_events
 from megavlm.train.goodput import goodput_of
 from megavlm.train.loop import train
@@ -149,6 +150,47 @@ def test_fewer_ranks_and_another_engine_go_on_from_memory(tiny_run):
     for (step, *actual), (other, *expected) in zip(losses(run), losses(alone), strict=True):
         assert step == other
         assert actual == pytest.approx(expected, rel=5e-6)  # as the test of all engines has it
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", ["state.json", file_name(1, 2)])
+@pytest.mark.parametrize("copied", [True, False])
+def test_a_damaged_checkpoint_is_passed(tiny_run, file, copied):
+    run = run_of(tiny_run, asynchronous=False, on_damage="earlier", every=2, keep_last=3)
+    run = replace(run, checkpoint=replace(run.checkpoint, memory_every=1 if copied else None))
+    killed(run, 2, 1, MetricsLog, "step", 6)  # 5 is in memory, 4 on the disk
+    path = run.run_folder / "checkpoints" / folder_name(4) / file
+    content = bytearray(path.read_bytes())
+    content[-9] ^= 1
+    path.write_bytes(content)
+    trained(run, 2)
+    assert [event["step"] for event in events_of(run, "recovered")] == ([5] if copied else [])
+    assert [event["step"] for event in events_of(run, "resumed")] == [5 if copied else 2]
+    assert len(events_of(run, "damaged")) == (not copied)
+
+
+@pytest.mark.slow
+def test_copies_of_a_model_that_has_drifted_apart_are_not_used(tiny_run):
+    run = run_of(tiny_run, asynchronous=False)
+    run = replace(run, fsdp2=Fsdp2Settings(shard_ranks=1))
+
+    def prepare(rank):
+        update = Fsdp2Engine.step
+
+        def step(engine, *arguments):
+            result = update(engine, *arguments)
+            if rank == 0:
+                with torch.no_grad():
+                    next(iter(engine._own_shards.values())).view(-1)[0] += 1
+            return result
+
+        Fsdp2Engine.step = step
+
+    with pytest.raises(AssertionError, match="copies of the model differ"):
+        trained(run, 2, prepare=prepare)
+    assert [event["step"] for event in events_of(run, "memory_copy_made")] == [1, 2, 3]
+    trained(run, 2)
+    assert not events_of(run, "recovered", "resumed")
 
 
 @pytest.mark.slow

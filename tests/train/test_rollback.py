@@ -1,16 +1,19 @@
 """Bad steps in real runs: one sample's loss is no number."""
 
+import gc
+import os
 from dataclasses import replace
 
 import pytest
 import torch
 
-from megavlm.checkpoint.storage import folder_name
+from megavlm.checkpoint.storage import CheckpointWriter, folder_name
 from megavlm.config.engines import MegatronSettings
 from megavlm.config.guard import GuardSettings
 from megavlm.data.sources import id_of, training_sources
-from megavlm.errors import DivergenceError
+from megavlm.errors import CheckpointError, DivergenceError
 from megavlm.stages.language import LanguageObjective
+from megavlm.train.guard import Guard
 from megavlm.train.loop import train
 from megavlm.train.metrics import read_metrics
 from tests.ranks import run_on_ranks
@@ -39,6 +42,36 @@ def trained(run, ranks, *, poisoned):
         train(plan_of(run))
 
     return run_on_ranks(ranks, on_rank, groups=False)
+
+
+def test_a_run_goes_back_after_a_failed_save_and_holds_no_more_than_before(tiny_run):
+    """The save of step 4 fails; steps 2 to 5 are done four times."""
+    run = run_of(tiny_run, "fsdp2", on_nonfinite="rollback")
+    run = replace(run, checkpoint=replace(run.checkpoint, on_failure="continue"))
+
+    def on_rank(_):
+        write, fault_of, calls, files = CheckpointWriter.write_data, Guard._fault_of, [], []
+
+        def failing(writer, plan, planner):
+            if writer._state["step"] == 4:
+                raise CheckpointError("no space")
+            return write(writer, plan, planner)
+
+        def fault(guard, result):
+            calls.append(1)
+            bad = len(calls) in (6, 10, 14)
+            if bad:
+                gc.collect()  # errors hold on to what they come from
+                files.append(len(os.listdir("/proc/self/fd")))
+            return "nonfinite" if bad else fault_of(guard, result)
+
+        CheckpointWriter.write_data, Guard._fault_of = failing, fault
+        train(plan_of(run))
+        return files
+
+    for _, second, third in run_on_ranks(2, on_rank, groups=False):
+        assert third <= second
+    assert [step for step, *_ in losses(run)] == list(range(6))
 
 
 def run_of(tiny_run, engine, **guard):
