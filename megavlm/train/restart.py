@@ -5,14 +5,16 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
 
 from megavlm.checkpoint.state import checkpoint_root
 from megavlm.checkpoint.storage import read_state
-from megavlm.checkpoint.store import latest_checkpoint
+from megavlm.checkpoint.store import newest_checkpoint
 from megavlm.config.plan import Plan
 from megavlm.dist.launch import check_ranks, hostfile_text, launch_command, read_hostfile
 from megavlm.errors import ConfigError, LaunchError
@@ -22,14 +24,15 @@ from megavlm.train.stop import SIGNALS
 
 HOSTFILE = "hostfile"
 """In the run folder: the hosts of the newest start, where some are lost."""
-ANSWER_SECONDS = 10
+ANSWER_SECONDS = 20
+"""From asking a host over ssh to its answer."""
 
 
 class Restarts:
     """Runs the launcher until a run is done.
 
-    A signal that ends runs in good order (`StopSignals`) is passed to all ranks of this machine,
-    and nothing is started afterwards.
+    A signal that ends runs in good order (`StopSignals`) is passed to all ranks of this machine, or
+    to the launcher where there are none, and nothing is started afterwards.
     """
 
     def __init__(self, plan: Plan, hostfile: Path, run_file: Path, overrides: Sequence[str]):
@@ -65,6 +68,8 @@ class Restarts:
                 _tell(f"{told}, for the {failures}. time without a new checkpoint: given up")
                 return code or 1
             slots_by_host = self._hosts_left()
+            if self._stopped:  # meanwhile
+                return code or 1
             _tell(
                 f"{told}; started again on {len(slots_by_host)} of {len(self._slots_by_host)} "
                 f"hosts ({failures} of {most_failures} failures without a new checkpoint)"
@@ -84,10 +89,16 @@ class Restarts:
         alive = "-o ServerAliveInterval=10 -o ServerAliveCountMax=3"
         environment = {"PDSH_SSH_ARGS_APPEND": alive, **os.environ}
         self._launcher = subprocess.Popen([program, *command[1:]], env=environment)
-        return self._launcher.wait()
+        try:
+            if self._stopped:  # while it was started
+                self._launcher.terminate()
+            return self._launcher.wait()
+        finally:
+            self._launcher = None
 
     def _steps_done(self) -> int:
-        checkpoint = latest_checkpoint(checkpoint_root(self._plan.first))
+        run = self._plan.first
+        checkpoint = newest_checkpoint(checkpoint_root(run), run.checkpoint)
         return 0 if checkpoint is None else read_state(checkpoint)["step"]
 
     def _silent_hosts(self) -> list[str]:
@@ -95,6 +106,7 @@ class Restarts:
         if len(self._slots_by_host) == 1:
             return []
         options = ["-o", "BatchMode=yes", "-o", f"ConnectTimeout={ANSWER_SECONDS}"]
+        given_up = time.monotonic() + ANSWER_SECONDS
         asked = {
             host: subprocess.Popen(
                 ["ssh", *options, host, "true"],
@@ -104,7 +116,7 @@ class Restarts:
             )
             for host in self._slots_by_host
         }
-        return [host for host, process in asked.items() if process.wait()]
+        return [host for host, process in asked.items() if not _succeeds(process, given_up)]
 
     def _hosts_left(self) -> dict[str, int]:
         """The most of those that answer that the run divides over, the first ones first."""
@@ -130,12 +142,36 @@ class Restarts:
         self._stopped = True
         if self._launcher is None or number == signal.SIGINT:  # which the terminal sends to all
             return
-        for process in psutil.Process(self._launcher.pid).children(recursive=True):
-            try:
-                if "megavlm" in process.cmdline() and "RANK" in process.environ():
+        run_file, overrides = self._command
+        words = ["train", str(run_file), *overrides]
+        told = False
+        # Over ssh they are no children of the launcher, also on this machine.
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):
+                command = process.cmdline()
+                ours = command[-len(words) :] == words and process.cwd() == os.getcwd()
+                if ours and _is_rank(process):
                     process.send_signal(number)
-            except psutil.Error:
-                pass
+                    told = True
+        if not told:
+            _tell(f"{signal.Signals(number).name}: no rank is on this machine, so it ends the run")
+            self._launcher.terminate()
+
+
+def _is_rank(process: psutil.Process) -> bool:
+    """And no worker of one, which has its words and its environment."""
+    parent = process.parent()
+    return "RANK" in process.environ() and (parent is None or "RANK" not in parent.environ())
+
+
+def _succeeds(process: "subprocess.Popen[bytes]", given_up: float) -> bool:
+    """Whether it does in time; it may wait for a disk that is gone."""
+    try:
+        return process.wait(max(0.0, given_up - time.monotonic())) == 0
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+        return False
 
 
 def _tell(text: str) -> None:
