@@ -25,8 +25,8 @@ class MetricsSettings:
     prometheus_host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0 lets everyone who reaches the host read the figures."""
     wandb_project: str | None = None
-    """Project of Weights & Biases; `pip install megavlm[wandb]`. Key, entity and mode are those of
-    the environment (`WANDB_API_KEY`, `WANDB_ENTITY`, `WANDB_MODE=offline`)."""
+    """Project of Weights & Biases; `pip install megavlm[monitoring]`. Key, entity and mode are
+    those of the environment (`WANDB_API_KEY`, `WANDB_ENTITY`, `WANDB_MODE=offline`)."""
 
     def __post_init__(self) -> None:
         for name in ("module_norms_every", "rank_times_every"):

@@ -317,7 +317,7 @@ def samples_per_micro_batch(train: TrainSettings, data_parallel: int) -> int:
     """
     shares = train.micro_batches * data_parallel
     if train.micro_batch_samples is not None:
-        if train.samples_per_step < shares:
+        if train.samples_per_step <= shares - data_parallel:  # a whole micro-batch would be empty
             raise ConfigError(
                 f"train.samples_per_step={train.samples_per_step} is too few for "
                 f"train.micro_batches={train.micro_batches} x data_parallel={data_parallel} = "

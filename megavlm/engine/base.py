@@ -103,7 +103,7 @@ def evaluate_on_each_rank(
         items += sum(objective.items(batch) for batch in group)
         for losses in losses_of(objective, forward, group, groups.device()):
             sums += losses.reported
-    *sums_of_all, items_of_all = groups.sum_over_ranks(*sums, items)
+    *sums_of_all, items_of_all = groups.sum_over_ranks(*sums.tolist(), items)
     return means(objective, sums_of_all, items_of_all)
 
 

@@ -77,7 +77,9 @@ class Fsdp2Engine:
             reported += losses.reported
         gradients = [_local(parameter.grad) for parameter in self._trained.values()]
         squared_norm = get_total_norm(gradients).double().square() / self._replicas
-        *sums, items_of_all, squared = groups.sum_over_ranks(*reported, items, squared_norm)
+        *sums, items_of_all, squared = groups.sum_over_ranks(
+            *reported.tolist(), items, squared_norm
+        )
         # The gradients are of the summed loss; we want those of the mean over the items.
         divisor = max(1.0, items_of_all)
         gradient_norm = math.sqrt(squared) / divisor

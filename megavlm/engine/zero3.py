@@ -103,7 +103,7 @@ class Zero3Engine:
         results: list[StepResult] = []
 
         def asked(gradient_norm: float) -> bool:
-            sums = groups.sum_over_ranks(*reported)
+            sums = groups.sum_over_ranks(*reported.tolist())
             results.append(step_result(objective, sums, items, gradient_norm))
             return accepts(results[0])
 

@@ -15,6 +15,7 @@ import psutil
 
 from megavlm.errors import MegavlmError
 from megavlm.redact import tree_without_secrets
+from megavlm.train.appended import Appended
 
 EVENTS_FILE = "events.jsonl"
 STEPS_SECONDS = 10.0
@@ -28,6 +29,7 @@ class Events:
 
     def __init__(self, folder: Path, *, enabled: bool) -> None:
         self._path = folder / EVENTS_FILE
+        self._file = Appended(self._path)
         self._enabled = enabled
         self._steps: Event | None = None
         self._steps_since = 0.0
@@ -100,8 +102,7 @@ class Events:
         if self._enabled:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             line = json.dumps(tree_without_secrets({**event, "unix_seconds": time.time()}))
-            with self._path.open("a") as file:
-                file.write(line + "\n")
+            self._file.write((line + "\n").encode())
 
     def _end_torn_line(self) -> None:
         """A crash in the middle of a line shall not cost the next one, too."""

@@ -2,7 +2,7 @@
 
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +117,8 @@ def _wandb(plan: Plan) -> Iterator[Sink]:
         yield record
         done = True
     finally:
-        run.finish(exit_code=0 if done else 1)
+        with suppress(Exception):  # W&B's own process may be gone, which is told before
+            run.finish(exit_code=0 if done else 1)
 
 
 def _wandb_id(run_folder: Path) -> str:

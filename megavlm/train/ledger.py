@@ -6,7 +6,6 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +17,7 @@ from megavlm.config.run import RunSettings
 from megavlm.data.sources import id_of, places_of, training_sources
 from megavlm.errors import DataError
 from megavlm.redact import without_secrets
+from megavlm.train.appended import Appended
 from megavlm.train.start import left_out_before
 
 FILE = "samples.ledger"
@@ -34,13 +34,13 @@ class Ledger:
     """
 
     def __init__(self, run: RunSettings, first_step: int, *, enabled: bool) -> None:
-        self._file: IO[bytes] | None = None
+        self._file: Appended | None = None
         if enabled:
             path = run.run_folder / FILE
             path.touch()
             kept = [end for step, *_, end in _records(path) if step < first_step]
             os.truncate(path, kept[-1] if kept else 0)
-            self._file = path.open("ab", buffering=0)
+            self._file = Appended(path)
 
     def write(self, step: int, ids_n: NDArray[np.int64]) -> None:
         """Add the samples of a step."""
@@ -52,7 +52,7 @@ class Ledger:
     def sync(self) -> None:
         """Have what was written on the disk."""
         if self._file is not None:
-            os.fsync(self._file.fileno())
+            self._file.sync()
 
 
 def read_ledger(run_folder: Path) -> Iterator[tuple[int, NDArray[np.int64]]]:

@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,6 +19,7 @@ from rich.progress import (
 from torch.utils.tensorboard import SummaryWriter
 
 from megavlm.redact import without_secrets
+from megavlm.train.appended import Appended
 from megavlm.train.events import Events
 from megavlm.train.exporters import Sink
 
@@ -43,7 +44,7 @@ class MetricsLog:
     ) -> None:
         """sinks: take all that is recorded, too."""
         self.events = events
-        self._sinks = sinks
+        self._sinks = [self._to_tensorboard, *sinks]
         self._enabled = enabled
         if not enabled:
             return
@@ -84,12 +85,14 @@ class MetricsLog:
         rewritten = path.with_suffix(".partial")
         rewritten.write_text("".join(json.dumps(line) + "\n" for line in kept))
         rewritten.rename(path)
-        self._file = path.open("a", buffering=1)
+        self._file = Appended(path)
         self._tensorboard = SummaryWriter(self._folder / "tensorboard", purge_step=first_step)
 
     def _close(self) -> None:
-        self._file.close()
-        self._tensorboard.close()
+        try:
+            self._tensorboard.close()
+        except Exception as error:
+            self.say(f"TensorBoard's file is not complete: {error}")
 
     def go_back(self, step: int) -> None:
         """Steps from this one on will be done again."""
@@ -119,9 +122,16 @@ class MetricsLog:
             return
         # JSON has no NaN.
         values = {name: None if _is_nonfinite(value) else value for name, value in values.items()}
-        self._file.write(json.dumps({**values, "unix_seconds": time.time()}) + "\n")
+        line = json.dumps({**values, "unix_seconds": time.time()})
+        self._file.write(f"{line}\n".encode())
         for sink in self._sinks:
-            sink(values)
+            try:
+                sink(values)
+            except Exception as error:  # of whatever they are, none is worth a run
+                self._sinks = [other for other in self._sinks if other is not sink]
+                self.say(f"{sink.__qualname__} gets no more figures of this run: {error!r}")
+
+    def _to_tensorboard(self, values: Mapping[str, Any]) -> None:
         for name, value in values.items():
             if isinstance(value, int | float) and name not in ("step", "last"):
                 self._tensorboard.add_scalar(name, value, values["step"])

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from megavlm.checkpoint.state import checkpoint_root
+from megavlm.checkpoint.together import warn
 from megavlm.config.load import plan_as_tree
 from megavlm.config.plan import Plan
 from megavlm.data.sources import training_sources
@@ -79,7 +80,15 @@ def write_record(plan: Plan, start: Start, restarts: int) -> None:
 def read_record(run_folder: Path) -> list[dict[str, Any]]:
     """What was recorded of each start of a run; nothing before the first."""
     path = run_folder / RECORD_FILE
-    return json.loads(path.read_text())["starts"] if path.is_file() else []
+    try:
+        return json.loads(path.read_text())["starts"]
+    except FileNotFoundError:
+        return []
+    except (ValueError, KeyError, TypeError):  # a crash of the machine may empty it
+        broken = path.with_suffix(".broken.json")
+        path.rename(broken)
+        warn(f"{path} cannot be read, and is {broken.name} now; a new one begins")
+        return []
 
 
 def _packages() -> dict[str, str]:

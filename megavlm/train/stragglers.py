@@ -154,8 +154,11 @@ class Stragglers:
             "ranks": [rank._asdict() for rank in ranks],
         }
         partial = self._path.with_suffix(".partial")
-        partial.write_text(json.dumps(found))
-        partial.rename(self._path)
+        try:
+            partial.write_text(json.dumps(found))
+            partial.rename(self._path)
+        except OSError as error:
+            self._log.say(f"cannot write {self._path}: {error.strerror}; it stays as it was")
 
 
 def read_ranks(run_folder: Path) -> dict[str, Any] | None:

@@ -175,6 +175,9 @@ def test_the_same_batch_on_any_number_of_ranks():
     assert shapes == {128: (8, 2), 120: (9, 2), 64: (16, 2), 100: (11, 2), 1: (1024, 2)}
     with pytest.raises(ConfigError, match=r"too few for train.micro_batches=8 x data_parallel=512"):
         samples_per_micro_batch(on_ranks(run, 512).train, 512)
+    run = load_run(RUN, ["engine=fsdp2", *batch[:1], "train.micro_batch_samples=1"])
+    one_by_one = on_ranks(run, 120).train
+    assert (one_by_one.micro_batches, samples_per_micro_batch(one_by_one, 120)) == (18, 1)
     interleaved = [
         "megatron={pipeline_parallel: 4, virtual_pipeline: 2}",
         "model.decoder.self_layers=8",

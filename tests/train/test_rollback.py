@@ -52,18 +52,18 @@ def test_a_run_goes_back_after_a_failed_save_and_holds_no_more_than_before(tiny_
     def on_rank(_):
         write, fault_of, calls, files = CheckpointWriter.write_data, Guard._fault_of, [], []
 
-        def failing(writer, plan, planner):
-            if writer._state["step"] == 4:
+        def failing(self, plan, planner):
+            if self._state["step"] == 4:
                 raise CheckpointError("no space")
-            return write(writer, plan, planner)
+            return write(self, plan, planner)
 
-        def fault(guard, result):
+        def fault(self, result):
             calls.append(1)
             bad = len(calls) in (6, 10, 14)
             if bad:
                 gc.collect()  # errors hold on to what they come from
                 files.append(len(os.listdir("/proc/self/fd")))
-            return "nonfinite" if bad else fault_of(guard, result)
+            return "nonfinite" if bad else fault_of(self, result)
 
         CheckpointWriter.write_data, Guard._fault_of = failing, fault
         train(plan_of(run))

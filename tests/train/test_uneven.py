@@ -54,3 +54,19 @@ def test_three_copies_share_eight_samples(tiny_run, tmp_path, engine, objectives
         for folder in (run.run_folder, tmp_path / "alone")
     ]
     assert ledgers[0] == ledgers[1] and len(ledgers[0]) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["fsdp2", "zero3", "megatron"])
+def test_three_copies_share_seven_samples_one_by_one(tiny_run, tmp_path, engine):
+    """Two of the copies have nothing in the third micro-batch."""
+    train_settings = replace(
+        tiny_run.train, steps=2, samples_per_step=7, micro_batches=1, micro_batch_samples=1
+    )
+    run = replace(tiny_run, train=train_settings)
+    alone = trained(replace(run, run_folder=tmp_path / "alone"), 1)
+    for ours, expected in zip(trained(replace(run, engine=engine), 3), alone, strict=True):
+        assert ours["samples"] == expected["samples"] == 7
+        # Worst measured: 7e-8 and 3e-7.
+        assert ours["loss"] == pytest.approx(expected["loss"], rel=1e-6)
+        assert ours["gradient_norm"] == pytest.approx(expected["gradient_norm"], rel=1e-5)
