@@ -370,7 +370,7 @@ def _drill(options: argparse.Namespace, layout: str, rng: random.Random) -> list
 
 def _steps(injections: int) -> str:
     """More than it takes."""
-    return f"train.steps={(LATEST_STEPS + 20) * injections + 20}"
+    return f"train.steps={LATEST_STEPS * injections + 100}"
 
 
 def _tell(injection: Injection, number: int, of: int) -> None:
