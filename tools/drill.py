@@ -43,7 +43,7 @@ LAYOUTS = {
     "TP2 x PP2": (4, ["engine=megatron", "megatron={tensor_parallel: 2, pipeline_parallel: 2}"]),
 }
 LONGEST_SECONDS = 240
-LATEST_STEPS = 30
+LATEST_STEPS = 18
 """A fault comes so many steps after the last one has passed, at most."""
 DISK_BYTES = 64 << 20
 SHARES = {
@@ -180,7 +180,7 @@ class Drill:
     def inject(self, fault: str) -> Injection:
         """Wait for a random moment, inject a fault, and wait until the run has recovered."""
         run, rng = self._run, self._rng
-        target = run.step() + rng.randint(6, LATEST_STEPS)
+        target = run.step() + rng.randint(4, LATEST_STEPS)
         run.until(lambda: run.step() >= target, f"step {target}")
         time.sleep(rng.random())
         before, step = time.time(), run.step()

@@ -15,6 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from threading import Thread
 from typing import Any, cast
 from uuid import uuid4
 
@@ -40,7 +41,13 @@ from megavlm.checkpoint.tensor_file import DTYPES
 from megavlm.checkpoint.together import failures_told, on_all_ranks, warn
 from megavlm.config.run import CheckpointSettings
 from megavlm.dist import groups
-from megavlm.errors import CheckpointError, DivergenceError, StoppedError, StorageError
+from megavlm.errors import (
+    CheckpointError,
+    DivergenceError,
+    MegavlmError,
+    StoppedError,
+    StorageError,
+)
 from megavlm.files.folder import Folder
 
 CHECKERS = 4
@@ -92,7 +99,6 @@ class CheckpointSaver:
         # Of its own: the training goes on meanwhile, over its own groups.
         self._group: dist.ProcessGroup = cast(Any, dist.new_group(backend="gloo"))
         self._staging = _Staging()
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._running: Future[None] | None = None
         self._planner = ShardsSavePlanner()
         self._newest = _Save(0, to_disk=False, to_memory=False, begun=0.0)
@@ -104,16 +110,16 @@ class CheckpointSaver:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Finish the save in the background, also when the training ends with an error.
+        """Finish the save in the background, also when the training ends with an error of ours.
 
-        Copies are deleted where all ranks come here alike: it goes on from the disk.
+        Others are raised, too, where a rank is gone that the save needs, and others wait for this
+        one. Copies are deleted where all ranks come here alike: it goes on from the disk.
         """
         if kind is None:
             self._settle()
-        elif issubclass(kind, Exception):
+        elif issubclass(kind, MegavlmError | StoppedError):
             with suppress(Exception):  # the first error is the one to tell
                 self.wait()
-        self._thread.shutdown(wait=False)
         if kind is None or issubclass(kind, StoppedError | DivergenceError):
             if self._copies is not None:
                 on_all_ranks(self._copies.delete)  # none ends before all are gone
@@ -146,7 +152,7 @@ class CheckpointSaver:
             self._tell("checkpoint_begun", step=step)
         if self._settings.asynchronous:
             tensors = self._staging.copy(shards)
-            self._running = self._thread.submit(self._write, now, tensors, state)
+            self._running = _in_background(lambda: self._write(now, tensors, state))
         else:
             self._finish(lambda: self._write(now, shards, state))
             self._go_on()
@@ -263,6 +269,20 @@ class CheckpointSaver:
                 free = shutil.disk_usage(self._root.local_path).free
                 return f"{needed}, {free / 1e9:.3g} GB are free in {self._root}"
         return f"{needed} in {self._root}"
+
+
+def _in_background(write: Callable[[], None]) -> Future[None]:
+    """In a thread that no process waits for when it ends."""
+    written: Future[None] = Future()
+
+    def run() -> None:
+        try:
+            written.set_result(write())
+        except BaseException as error:
+            written.set_exception(error)
+
+    Thread(target=run, name="checkpoint", daemon=True).start()
+    return written
 
 
 def delete_partial(folder: Folder) -> None:

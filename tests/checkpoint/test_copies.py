@@ -15,7 +15,7 @@ from megavlm.checkpoint.recovery import candidates, recover, shares
 from megavlm.checkpoint.storage import file_name, folder_name, read_state
 from megavlm.checkpoint.store import CheckpointSaver, claim, latest_checkpoint
 from megavlm.config.run import CheckpointSettings
-from megavlm.errors import CheckpointError, ConfigError, DivergenceError, StoppedError
+from megavlm.errors import CheckpointError, ConfigError, DataError, DivergenceError, StoppedError
 from megavlm.files.folder import Folder
 from tests.checkpoint.test_store import assert_loads, held
 from tests.ranks import run_on_ranks
@@ -196,9 +196,9 @@ def test_a_copy_that_fails_is_told_once_and_training_goes_on(tmp_path, capfd):
 def test_a_run_that_is_saved_deletes_its_copies(tmp_path):
     def on_rank(rank):
         copies, left = open_copies(tmp_path, rank), []
-        ends = None, StoppedError("a signal"), DivergenceError("copies differ"), ValueError("a bug")
+        ends = None, StoppedError("a signal"), DivergenceError("copies differ"), DataError("mine")
         for error in ends:
-            with suppress(StoppedError, DivergenceError, ValueError):
+            with suppress(StoppedError, DivergenceError, DataError):
                 with CheckpointSaver(Folder(tmp_path / "root"), SETTINGS, copies=copies) as saver:
                     saver.save(1, held(rank, 2, 1), {}, to_disk=False, to_memory=True)
                     if error is not None:

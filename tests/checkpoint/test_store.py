@@ -21,7 +21,7 @@ from megavlm.checkpoint.store import (
     load_present,
 )
 from megavlm.config.run import CheckpointSettings
-from megavlm.errors import CheckpointError
+from megavlm.errors import CheckpointError, DivergenceError
 from megavlm.files.folder import Folder
 from megavlm.model.params import Parameter
 from tests.ranks import run_on_ranks
@@ -266,13 +266,24 @@ def test_the_first_error_is_the_one_to_tell(tmp_path):
 
 def test_a_save_is_finished_when_training_ends_with_an_error(tmp_path):
     def on_rank(rank):
-        with pytest.raises(ValueError, match="diverged"):
+        with pytest.raises(DivergenceError):
             with CheckpointSaver(Folder(tmp_path), CheckpointSettings(every=1)) as saver:
                 saver.save(1, held(rank, 2, 1), {})
-                raise ValueError("diverged")
+                raise DivergenceError("all ranks raise it")
 
     run_on_ranks(2, on_rank)
     assert_loads(latest_checkpoint(Folder(tmp_path)), 1, 2)
+
+
+def test_no_save_is_waited_for_where_a_rank_may_be_gone(tmp_path):
+    def on_rank(_):
+        with pytest.raises(RuntimeError, match="closed by peer"):
+            with CheckpointSaver(Folder(tmp_path), CheckpointSettings(every=1)) as saver:
+                saver._write = lambda *_: time.sleep(3600)  # as it waits for one that is gone
+                saver.save(1, held(0, 1, 1), {})
+                raise RuntimeError("closed by peer")
+
+    run_on_ranks(1, on_rank)
 
 
 def test_a_failed_save_is_told_on_all_ranks_at_the_same_step(tmp_path):
