@@ -114,7 +114,7 @@ class Run:
         """The ranks, in order; those that are just starting or ending may be missing."""
         found: dict[int, psutil.Process] = {}
         for process in self._launcher.children():
-            with suppress(psutil.Error):
+            with suppress(psutil.Error, KeyError):  # it has no environment of its own yet
                 found[int(process.environ()["RANK"])] = process
         return [found[rank] for rank in sorted(found)]
 
