@@ -133,9 +133,9 @@ def _page(injections: Sequence[dict[str, Any]], picture: Path) -> str:
         f"| until a copy counts | {done:.0f} s | at the {DONE_BYTES_PER_SECOND / 1e6:.0f} MB/s of "
         "the demo's, on two cores that also train |",
         "",
-        "The formula is `predicted_goodput` in [failures.py](../megavlm/planner/failures.py); copies",
-        "come as often as is best (Young 1974). Runs played through with random failures differ by",
-        "0.0003 at most (tests/planner/test_failures.py).",
+        "The formula is `predicted_goodput` in [failures.py](../megavlm/planner/failures.py); the",
+        "copies come as often as is best (Young 1974). Runs played through with random failures",
+        "differ by 0.0003 at most (tests/planner/test_failures.py).",
         "",
     ]
     return "\n".join(lines)
