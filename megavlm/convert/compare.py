@@ -3,6 +3,7 @@
 transformers is imported where it is used: conversions work without it.
 """
 
+import os
 from importlib.util import find_spec
 from typing import Any
 
@@ -41,6 +42,8 @@ def compared(kind: str, folder: Folder, ours: Tensors, sizes: Sizes) -> dict[str
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
+    # Its threads would be new to torch, and now and then two of them fail to set its own at once.
+    os.environ.setdefault("HF_DEACTIVATE_ASYNC_LOAD", "1")
     generator = torch.Generator().manual_seed(SEED)
     with groups.process_groups(seed=SEED), torch.no_grad():
         pairs = compare(folder, ours, sizes, generator)
