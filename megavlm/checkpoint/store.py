@@ -418,14 +418,16 @@ def _tells(folder: Folder) -> bool:
 
 def newest_step(root: Folder) -> int:
     """Of the newest complete checkpoint, by its name, as it may be damaged; 0 if there is none."""
-    steps = (step for step in reversed(_steps(root)) if (root / folder_name(step)).has(STATE_FILE))
-    return next(steps, 0)
+    return next(_whole_steps(root), 0)
 
 
 def whole_checkpoints(root: Folder) -> Iterator[Folder]:
     """The complete checkpoints of a run, the newest first."""
-    folders = (root / folder_name(step) for step in reversed(_steps(root)))
-    return (folder for folder in folders if folder.has(STATE_FILE))
+    return (root / folder_name(step) for step in _whole_steps(root))
+
+
+def _whole_steps(root: Folder) -> Iterator[int]:
+    return (s for s in reversed(_steps(root)) if (root / folder_name(s)).has(STATE_FILE))
 
 
 def delete_old(root: Folder, settings: CheckpointSettings, keep: Collection[int] = ()) -> None:
