@@ -5,10 +5,10 @@
 Each engine trains `configs/drill.yaml` (or another run file of captioning) once without a fault,
 and once under torchrun, which starts again what fails, with faults at random moments. At the end
 the weights must be bit for bit those of the first. A further run has its gradients spoiled and goes
-back each time; it must end as one whose `data.skip_samples` names what that left out. Full disks
-are tried on a small tmpfs, which takes root. The detection time of what kills ranks lasts until all
-ranks of the start are gone, otherwise until the run tells the fault; the recovery time, from the
-injection to the end of the first step (or checkpoint) after it.
+back each time; it must end as one whose `data.skip_samples` names what that left out. The first of
+them lies on a small tmpfs, which is filled now and then, and takes root. The detection time of what
+kills ranks lasts until all ranks of the start are gone, otherwise until the run tells the fault;
+the recovery time, from the injection to the end of the first step (or checkpoint) after it.
 """
 
 import argparse
@@ -32,10 +32,13 @@ import psutil
 import torch
 import yaml
 
+from megavlm.checkpoint.copies import is_whole, union
 from megavlm.checkpoint.storage import STATE_FILE, CheckpointReader, read_state
 from megavlm.checkpoint.store import latest_checkpoint, lazy_tensors
 from megavlm.files.folder import Folder
 from megavlm.train.events import EVENTS_FILE, Event, read_events
+from megavlm.train.ledger import read_ledger
+from megavlm.train.metrics import read_metrics
 
 LAYOUTS = {
     "ZeRO-3": (2, ["engine=zero3"]),
@@ -46,18 +49,22 @@ LONGEST_SECONDS = 240
 LATEST_STEPS = 18
 """A fault comes so many steps after the last one has passed, at most."""
 DISK_BYTES = 64 << 20
+PAGE_BYTES = 4096
 SHARES = {
     "SIGKILL of a rank": 18,
     "SIGKILL while starting": 6,
     "hang of a rank": 8,
-    "newest checkpoint truncated": 6,
-    "newest checkpoint corrupt": 6,
+    "copies lost, newest checkpoint truncated": 4,
+    "copies lost, newest checkpoint corrupt": 4,
+    "newest checkpoint damaged": 4,
     "full disk": 6,
     "SIGTERM to a rank": 8,
     "NaN in a gradient": 6,
     "spike of a gradient": 4,
 }
 """Of 68 injections an engine has so many."""
+FAILED_SAVE = "training goes on to the next"
+"""What a run prints of it."""
 SPOILED = {"NaN in a gradient": "nan", "spike of a gradient": "spike"}
 
 
@@ -152,9 +159,20 @@ class Run:
         return found
 
     def finish(self) -> None:
-        """Wait for the end; raises DrillError where it is a failure."""
-        if self._launcher.wait():
+        """Wait for the end; raises DrillError where it is a failure, or steps come no more."""
+        step = -2
+        while self._launcher.poll() is None:
+            before, step = step, self.step()
+            if step == before:
+                raise DrillError(f"{self.folder}: no end after step {step}; see {self._log}")
+            with suppress(psutil.TimeoutExpired):
+                self._launcher.wait(LONGEST_SECONDS)
+        if self._launcher.returncode:
             raise DrillError(f"{self.folder}: ended with {self._launcher.returncode}, {self._log}")
+
+    def told(self) -> str:
+        """What its processes have printed."""
+        return self._log.read_text(errors="replace")
 
     def newest(self) -> Folder | None:
         return latest_checkpoint(Folder(self.folder / "checkpoints"))
@@ -168,13 +186,18 @@ class Drill:
         self._layout = layout
         self._rng = rng
         self._memory = memory
-        self._hurt: dict[str, Callable[[], None]] = {
+        self._damaged: set[int] = set()
+        """Inodes of their `state.json`; one that is written again has another."""
+        self._hurt: dict[str, Callable[[], int]] = {
             "SIGKILL of a rank": lambda: self._signal(signal.SIGKILL),
-            "SIGKILL while starting": self._kill_twice,
+            "SIGKILL while starting": lambda: self._signal(signal.SIGKILL),
             "hang of a rank": lambda: self._signal(signal.SIGSTOP),
             "SIGTERM to a rank": lambda: self._signal(signal.SIGTERM),
-            "newest checkpoint truncated": lambda: self._kill_and(_truncate),
-            "newest checkpoint corrupt": lambda: self._kill_and(_flip_a_bit),
+            "copies lost, newest checkpoint truncated": lambda: self._damage(_truncate),
+            "copies lost, newest checkpoint corrupt": lambda: self._damage(_flip_a_bit),
+            "newest checkpoint damaged": lambda: self._damage(
+                rng.choice((_truncate, _flip_a_bit)), copies_stay=True
+            ),
         }
 
     def inject(self, fault: str) -> Injection:
@@ -182,6 +205,7 @@ class Drill:
         run, rng = self._run, self._rng
         target = run.step() + rng.randint(4, LATEST_STEPS)
         run.until(lambda: run.step() >= target, f"step {target}")
+        run.until(lambda: len(self._whole()) > 1, "two checkpoints")
         time.sleep(rng.random())
         before, step = time.time(), run.step()
         if fault == "full disk":
@@ -189,58 +213,88 @@ class Drill:
         if fault in SPOILED:
             return self._spoil(fault, before, step)
         old = {process.pid for process in run.processes()}
-        self._hurt[fault]()
+        kept = self._hurt[fault]()
         run.until(lambda: not any(map(psutil.pid_exists, old)), "end of all ranks")
-        detected = time.time()
-        first = run.until(lambda: run.events("first_step_done", before), "first step")[-1]
-        back = run.events("resumed", before)[-1]["step"]
+        detected, last_step = time.time(), run.step()
+        since = self._kill_again() if fault == "SIGKILL while starting" else before
+        first = run.until(lambda: run.events("first_step_done", since), "first step")[-1]
+        back = run.events("resumed", since)[-1]["step"]
+        if fault == "SIGTERM to a rank":
+            kept = last_step + 1  # which it has saved
+        if back < kept:
+            raise DrillError(f"{run.folder}: {fault}: back to step {back}, not to {kept}")
         return Injection(
             layout=self._layout,
             fault=fault,
             step=step,
             detected_seconds=detected - before,
             recovered_seconds=first["unix_seconds"] - before,
-            repeated_steps=max(0, step + 1 - back),
+            repeated_steps=max(0, last_step + 1 - back),
         )
 
-    def _signal(self, number: signal.Signals) -> None:
-        processes = self._run.processes()
-        self._rng.choice(processes).send_signal(number)
+    def _signal(self, number: signal.Signals) -> int:
+        """Returns the step that the run goes back to at most, as are those below."""
+        kept = max(self._copied(), _step_of(self._whole()[-1]))
+        self._rng.choice(self._run.processes()).send_signal(number)
+        return kept
 
-    def _kill_twice(self) -> None:
-        """The second time while the ranks are starting."""
-        old = {process.pid for process in self._run.processes()}
-        self._signal(signal.SIGKILL)
-        self._run.until(lambda: not any(map(psutil.pid_exists, old)), "end of all ranks")
-        self._run.until(self._run.processes, "new ranks")
-        time.sleep(8 * self._rng.random())
-        with suppress(psutil.Error, IndexError):
-            self._signal(signal.SIGKILL)
-
-    def _kill_and(self, damage: Callable[[Path, random.Random], None]) -> None:
-        """A crash that costs the copies in memory, and damages the newest checkpoint."""
+    def _kill_again(self) -> float:
+        """While the ranks are starting; returns when."""
         run = self._run
-        run.until(lambda: len(self._whole()) > 1, "two checkpoints")
-        for process in run.processes():
+        starting = run.until(run.processes, "new ranks")
+        time.sleep(8 * self._rng.random())
+        before = time.time()
+        self._rng.choice(starting).send_signal(signal.SIGKILL)
+        if run.events("first_step_done", starting[0].create_time()):
+            raise DrillError(f"{run.folder}: started before it was killed again; kill it earlier")
+        return before
+
+    def _damage(
+        self, damage: Callable[[Path, random.Random], None], copies_stay: bool = False
+    ) -> int:
+        """A crash that damages the newest checkpoint, and may cost the copies in memory."""
+        processes = self._run.processes()
+        for process in processes:
             process.kill()
-        shutil.rmtree(self._memory, ignore_errors=True)
-        self._memory.mkdir()
-        damage(self._whole()[-1], self._rng)
+        psutil.wait_procs(processes, timeout=LONGEST_SECONDS)
+        if not copies_stay:
+            shutil.rmtree(self._memory, ignore_errors=True)
+            self._memory.mkdir()
+        *_, earlier, newest = self._whole()
+        self._damaged.add((newest / STATE_FILE).stat().st_ino)
+        damage(newest, self._rng)
+        return max(self._copied(), _step_of(earlier))
 
     def _whole(self) -> list[Path]:
-        folders = sorted((self._run.folder / "checkpoints").glob("step-*"))
-        return [folder for folder in folders if (folder / STATE_FILE).is_file()]
+        """Checkpoints that are as they were written."""
+        found: list[Path] = []
+        for folder in sorted((self._run.folder / "checkpoints").glob("step-*")):
+            with suppress(FileNotFoundError):
+                if (folder / STATE_FILE).stat().st_ino not in self._damaged:
+                    found.append(folder)
+        return found
+
+    def _copied(self) -> int:
+        """Step of the newest whole copy in memory; 0 if there is none."""
+        steps = [0]
+        for folder in self._memory.glob("megavlm-*/*/*/step-*"):
+            with suppress(OSError, ValueError):
+                copy = union(json.loads(path.read_bytes()) for path in folder.glob("*.json"))
+                if copy is not None and is_whole(copy):
+                    steps.append(copy["step"])
+        return max(steps)
 
     def _fill_disk(self, before: float, step: int) -> Injection:
-        run, filler = self._run, self._run.folder / "checkpoints" / "filler"
-        free = shutil.disk_usage(filler.parent).free
-        with suppress(OSError), filler.open("wb") as file:
-            for _ in range(free // 65536 + 1):
-                file.write(bytes(65536))
-        try:
-            [failed, *_] = run.until(lambda: run.events("checkpoint_failed", before), "failed save")
+        run, filler = self._run, self._run.folder / "filler"
+        failures = run.told().count(FAILED_SAVE)
+        with suppress(OSError), filler.open("wb", buffering=0) as file:
+            for _ in range(DISK_BYTES // PAGE_BYTES):
+                file.write(bytes(PAGE_BYTES))
+        try:  # events are kept back until there is room
+            run.until(lambda: run.told().count(FAILED_SAVE) > failures, "failed save")
         finally:
             filler.unlink()
+        [failed, *_] = run.until(lambda: run.events("checkpoint_failed", before), "its event")
         since = failed["unix_seconds"]
         [saved, *_] = run.until(lambda: run.events("checkpoint_committed", since), "good save")
         return Injection(
@@ -269,13 +323,17 @@ class Drill:
         )
 
 
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
+
+
 def _truncate(checkpoint: Path, rng: random.Random) -> None:
-    path = rng.choice(sorted(checkpoint.glob("*.safetensors")))
+    path = rng.choice(sorted(checkpoint.iterdir()))
     os.truncate(path, rng.randrange(path.stat().st_size))
 
 
 def _flip_a_bit(checkpoint: Path, rng: random.Random) -> None:
-    path = rng.choice(sorted(checkpoint.glob("*.safetensors")))
+    path = rng.choice(sorted(checkpoint.iterdir()))
     with path.open("r+b") as file:
         position = rng.randrange(path.stat().st_size)
         file.seek(position)
@@ -312,6 +370,23 @@ def _differing(run: Run, expected: dict[str, torch.Tensor]) -> list[str]:
     return [name for name, tensor in found.items() if not torch.equal(tensor, expected[name])]
 
 
+def _compare_lines(run: Run, expected: Run) -> None:
+    """Raise DrillError unless metrics and samples of all steps are there, once each."""
+    if _losses(run) != _losses(expected):
+        raise DrillError(
+            f"{run.folder}/metrics.jsonl has other steps or losses than without faults"
+        )
+    ledgers = zip(read_ledger(run.folder), read_ledger(expected.folder), strict=True)
+    for (step, ids_n), (expected_step, expected_n) in ledgers:
+        if step != expected_step or ids_n.tolist() != expected_n.tolist():
+            raise DrillError(f"{run.folder}: step {step} has other samples than without faults")
+
+
+def _losses(run: Run) -> list[tuple[int, float]]:
+    lines = read_metrics(run.folder)
+    return [(line["step"], line["loss"]) for line in lines if "gradient_norm" in line]
+
+
 def _schedule(injections: int, rng: random.Random) -> list[str]:
     total = sum(SHARES.values())
     faults = [f for f, share in SHARES.items() for _ in range(round(share * injections / total))]
@@ -342,7 +417,7 @@ def _drill(options: argparse.Namespace, layout: str, rng: random.Random) -> list
     steps = _steps(len(wanted))
     with start("whole", steps) as whole:
         whole.finish()
-    with start("hurt", steps) as run, _small_disk(run.folder / "checkpoints") as mounted:
+    with _small_disk(place / "hurt") as mounted, start("hurt", steps) as run:
         if not mounted:
             wanted = [fault for fault in wanted if fault != "full disk"]
             print(f"{layout}: no full disks, which take root", flush=True)
@@ -352,6 +427,7 @@ def _drill(options: argparse.Namespace, layout: str, rng: random.Random) -> list
         print(f"{layout}: {len(different)} tensors differ from the run without faults", flush=True)
         if different:
             raise DrillError(f"{layout}: {', '.join(different[:5])} differ")
+        _compare_lines(run, whole)
     wanted = [fault for fault in faults if fault in SPOILED]
     steps = _steps(len(wanted))
     with start("spoiled", steps) as run:
@@ -413,7 +489,10 @@ def _page(injections: Sequence[Injection], options: argparse.Namespace) -> str:
 
 
 def main() -> None:
-    """Drill each layout; writes a table, and all injections beside it as JSON."""
+    """Drill layouts; writes a table, and all injections beside it as JSON.
+
+    What stands there of other layouts stays.
+    """
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("run_file", type=Path, nargs="?", default=Path("configs/drill.yaml"))
     parser.add_argument("overrides", nargs="*")
@@ -423,17 +502,17 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("runs/drill"), help="for the runs")
     parser.add_argument("--out", type=Path, required=True, help="Markdown file of the table")
     options = parser.parse_args()
-    rng = random.Random(options.seed)
-    injections: list[Injection] = []
+    figures = options.out.with_suffix(".json")
+    before = json.loads(figures.read_text()) if figures.is_file() else []
+    done = [Injection(**one) for one in before if one["layout"] not in options.layouts]
     for layout in options.layouts:
         try:
-            injections += _drill(options, layout, rng)
+            done += _drill(options, layout, random.Random(f"{options.seed} {layout}"))
         except DrillError as error:
             sys.exit(f"{layout}: {error}")
-    options.out.write_text(_page(injections, options))
-    figures = json.dumps([asdict(injection) for injection in injections], indent=1)
-    options.out.with_suffix(".json").write_text(figures + "\n")
-    print(f"{len(injections)} injections: {options.out}")
+        options.out.write_text(_page(done, options))
+        figures.write_text(json.dumps([asdict(injection) for injection in done], indent=1) + "\n")
+    print(f"{len(done)} injections: {options.out}")
 
 
 if __name__ == "__main__":
