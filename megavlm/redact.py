@@ -7,8 +7,9 @@ from typing import Any, cast
 HIDDEN = "***"
 
 _USER = re.compile(
-    # A password may hold slashes, as keys of object stores do; a port holds digits alone.
-    r"""([a-z][a-z0-9+.-]*://)(?:[^\s/?#"'<>:@]*:(?!\d+(?:[/\s"',]|$))(?:(?!://)[^\s"'<>])*@|[^\s/?#"'<>]*@)""",
+    # A password may hold slashes, as keys of object stores do. What looks like one behind a port
+    # (`http://host:80/a@b`) is hidden, too: rather that than a key that starts with digits.
+    r"""([a-z][a-z0-9+.-]*://)(?:[^\s/?#"'<>:@]*:(?:(?!://)[^\s"'<>])*@|[^\s/?#"'<>]*@)""",
     re.IGNORECASE,
 )
 _QUERY = re.compile(r"""([a-z][a-z0-9+.-]*://[^\s?#"'<>]*)[?#][^\s"'<>,)\]}]+""", re.IGNORECASE)

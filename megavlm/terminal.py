@@ -1,13 +1,27 @@
-"""What people read on a terminal: counts, names that others have chosen, and progress."""
+"""What people read on a terminal: lines, counts, names that others have chosen, and progress."""
 
+import sys
 import unicodedata
 from collections.abc import Iterable
 from typing import TypeVar
+
+from megavlm.redact import without_secrets
 
 Item = TypeVar("Item")
 
 JOINERS = "\u200c\u200d"
 """Of letters in some scripts, and of emoji; they have no shape, and do no harm."""
+
+
+def tell(text: str) -> None:
+    """Print lines on standard error, each at once, so that those of several ranks stay whole."""
+    for line in without_secrets(text).splitlines():
+        print(f"megavlm: {line}\n", end="", file=sys.stderr, flush=True)
+
+
+def warn(text: str) -> None:
+    """Tell what a run goes on without."""
+    tell(f"warning: {text}")
 
 
 def counted(count: int, one: str, many: str = "") -> str:

@@ -9,6 +9,7 @@ from megavlm.redact import tree_without_secrets, without_secrets
     [
         ("https://user:pass@host/path", "https://***@host/path"),
         ("see s3://AKIA:ab/cd+ef@bucket/run, say", "see s3://***@bucket/run, say"),
+        ("s3://AKIA:12/cd@bucket/run", "s3://***@bucket/run"),
         ("https://token@host:443/a", "https://***@host:443/a"),
         ("https://host/a?X-Amz-Signature=abc&b=c", "https://host/a?***"),
         ("https://host/a#token=abc", "https://host/a?***"),

@@ -29,6 +29,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
+from megavlm.checkpoint.listing import OWNER_FILE
 from megavlm.checkpoint.neighbours import Incoming, Outgoing, TakesBlock, neighbours, pass_on
 from megavlm.checkpoint.planners import ShardsSavePlanner
 from megavlm.checkpoint.shards import State
@@ -41,14 +42,13 @@ from megavlm.checkpoint.storage import (
     write_state,
 )
 from megavlm.checkpoint.tensor_file import NAMES, as_bytes, is_count
-from megavlm.checkpoint.together import failures_told, on_all_ranks, warn
+from megavlm.checkpoint.together import failures_told, on_all_ranks
 from megavlm.config.run import CheckpointSettings
 from megavlm.dist import groups
 from megavlm.errors import CheckpointError
 from megavlm.files.folder import Folder
+from megavlm.terminal import warn
 
-OWNER_FILE = "run.json"
-"""Whose checkpoints a folder holds; a folder that is made anew has another one."""
 KEPT = 2
 """Copies that lie in memory at once: the newest may be half written."""
 REMEDY = (

@@ -12,12 +12,13 @@ from typing import Any, NamedTuple, cast
 import torch.distributed as dist
 
 from megavlm.checkpoint.copies import Copies, Piece, is_whole, union
+from megavlm.checkpoint.listing import delete_partial, newest_step
 from megavlm.checkpoint.storage import folder_name, make_empty, write_state
-from megavlm.checkpoint.store import delete_partial, newest_step
-from megavlm.checkpoint.together import on_all_ranks, warn
+from megavlm.checkpoint.together import on_all_ranks
 from megavlm.dist import groups
 from megavlm.errors import CheckpointError
 from megavlm.files.folder import Folder, sync
+from megavlm.terminal import warn
 
 BLOCK_BYTES = 16 << 20
 """Copied at once."""
@@ -146,18 +147,21 @@ def _write_files(folder: Folder, candidate: Candidate, copies: Copies) -> bool:
     # NCCL's ranks wait ten minutes for each other, gloo's thirty.
     group: dist.ProcessGroup = cast(Any, dist.new_group(backend="gloo"))
     left = set(files)
-    while left:
-        by_file = shares({name: files[name]["bytes"] for name in left}, holders, copies.hosts)
-        if by_file is None:
-            return False
+    try:
+        while left:
+            by_file = shares({name: files[name]["bytes"] for name in left}, holders, copies.hosts)
+            if by_file is None:
+                return False
 
-        def write_mine(by_file: dict[str, int] = by_file) -> list[str]:
-            mine = [name for name, rank in by_file.items() if rank == dist.get_rank()]
-            return [name for name in mine if not _copy(source, folder, name, files[name])]
+            def write_mine(by_file: dict[str, int] = by_file) -> list[str]:
+                mine = [name for name, rank in by_file.items() if rank == dist.get_rank()]
+                return [name for name in mine if not _copy(source, folder, name, files[name])]
 
-        damaged = groups.from_all_ranks(on_all_ranks(write_mine, group))
-        left = {name for names in damaged for name in names}
-        holders = {name: {*holders[name]} - {copies.hosts[by_file[name]]} for name in left}
+            damaged = groups.from_all_ranks(on_all_ranks(write_mine, group))
+            left = {name for names in damaged for name in names}
+            holders = {name: {*holders[name]} - {copies.hosts[by_file[name]]} for name in left}
+    finally:  # all ranks come here alike
+        dist.destroy_process_group(group)
     return True
 
 

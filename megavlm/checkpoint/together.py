@@ -1,6 +1,5 @@
 """What all ranks do together, and whose errors all of them raise."""
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar, cast
@@ -37,8 +36,3 @@ def failures_told() -> Iterator[None]:
         if isinstance(error, MegavlmError):
             raise error from failed
         raise CheckpointError(f"rank {rank}: {error!r}\n{''.join(trace.format())}") from failed
-
-
-def warn(text: str) -> None:
-    """Tell what the run goes on without."""
-    print(f"warning: {text}\n", end="", file=sys.stderr, flush=True)

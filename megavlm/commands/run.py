@@ -153,8 +153,8 @@ def _eval(plan: Plan, options: argparse.Namespace) -> None:
 
 
 def _report(plan: Plan, options: argparse.Namespace) -> None:
+    from megavlm.checkpoint.listing import latest_checkpoint
     from megavlm.checkpoint.state import check_checkpoint, checkpoint_root
-    from megavlm.checkpoint.store import latest_checkpoint
     from megavlm.data.tokenizer import Tokenizer
     from megavlm.eval.report import write_report
     from megavlm.train.goodput import goodput_of

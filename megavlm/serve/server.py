@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import socket
-import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -31,6 +30,7 @@ from megavlm.serve.engine_thread import EngineThread, Loaded, started
 from megavlm.serve.limits import ServeLimits
 from megavlm.serve.metrics import Metrics
 from megavlm.serve.refusals import Refusal
+from megavlm.terminal import tell
 
 KEEP_ALIVE_SECONDS = 30
 """That an idle connection is kept."""
@@ -100,15 +100,15 @@ def serve(
     host, port, *_ = listener.getsockname()
     where = f"[{host}]" if ":" in host else host
     compiling = ", and compiling it for some minutes" if compiled else ""
-    _say(f"http://{where}:{port} is open; loading {model_name}{compiling}")
+    tell(f"http://{where}:{port} is open; loading {model_name}{compiling}")
     if api_key is None and not ipaddress.ip_address(host).is_loopback:
-        _say(f"there is no API key: whoever reaches {host} may ask (--api-key-file)")
+        tell(f"there is no API key: whoever reaches {host} may ask (--api-key-file)")
     try:
         server.run(sockets=[listener])
     finally:
         has_ended = all([engine.stop(CLOSING_SECONDS), service.close()])
     if isinstance(engine.failure, RanksError):
-        _say(f"error: {engine.failure}")
+        tell(f"error: {engine.failure}")
         os._exit(1)  # other ranks may hold up an orderly end, and miss this one when it is gone
     if engine.failure:
         raise engine.failure
@@ -172,13 +172,13 @@ class _Server(uvicorn.Server):
         self._drained_at = time.monotonic() + seconds + CLOSING_SECONDS
         self._service.drain()
         name = signal.Signals(sig).name
-        _say(f"{name}: {self._service.in_hand} answers have {seconds} seconds left")
+        tell(f"{name}: {self._service.in_hand} answers have {seconds} seconds left")
 
     async def on_tick(self, counter: int) -> bool:
         engine = self._service.engine
         if not self._is_ready and engine.loaded is not None:
             self._is_ready = True
-            _say(f"{self._service.model_name} is ready")
+            tell(f"{self._service.model_name} is ready")
         is_drained = self._drained_at is not None and (
             self._service.in_hand == 0 or time.monotonic() > self._drained_at
         )
@@ -257,7 +257,3 @@ class _Connection(H11Protocol):
 def _cancelled(timer: asyncio.TimerHandle | None) -> None:
     if timer is not None:
         timer.cancel()
-
-
-def _say(line: str) -> None:
-    print(f"megavlm: {line}", file=sys.stderr, flush=True)

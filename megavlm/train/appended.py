@@ -4,7 +4,7 @@ import errno
 import os
 from pathlib import Path
 
-from megavlm.checkpoint.together import warn
+from megavlm.terminal import warn
 
 
 class Appended:

@@ -70,98 +70,118 @@ def goodput(events: Sequence[Event]) -> Goodput | None:
     starts = [number for number, event in enumerate(events) if event["event"] == "start"]
     if not starts:
         return None
-    events = events[starts[0] :]
-    uses: dict[Use, float] = dict.fromkeys(get_args(Use), 0.0)
-    kept: list[_Steps] = []
-    skipped: list[int] = []
-    rollbacks: list[Event] = []
-    repeated = 0
-    begins = _began(events[0])
-    last = begins
-    ended: str | None = None
-    process_began: float | None = None
-    """Until its first step."""
-    stops_before = 0.0
+    account = _Account(_began(events[starts[0]]))
+    for event in events[starts[0] :]:
+        account.add(event)
+    return account.closed(starts=len(starts))
 
-    def lose_from(step: int) -> None:
-        nonlocal repeated
-        skipped[:] = [other for other in skipped if other < step]
-        for steps in [steps for steps in kept if steps.stop > step]:
-            kept.remove(steps)
-            stays = max(0, step - steps.first) / (steps.stop - steps.first)
-            if stays:
-                kept.append(
-                    _Steps(steps.first, step, steps.seconds * stays, steps.data_seconds * stays)
-                )
-            repeated += steps.stop - max(step, steps.first)
-            uses["repeated steps"] += steps.seconds * (1 - stays)
 
-    def known_stops() -> float:
-        return uses["loading"] + uses["saving"] + uses["evaluation"]
+class _Account:
+    """Adds up a run's events, in order."""
 
-    def end_start_up(now: float) -> None:
-        nonlocal process_began
-        if process_began is not None:
-            uses["start-up"] += max(0.0, now - process_began - (known_stops() - stops_before))
-        process_began = None
+    def __init__(self, began: float) -> None:
+        self._began = self._last = began
+        self._uses: dict[Use, float] = dict.fromkeys(get_args(Use), 0.0)
+        self._kept: list[_Steps] = []
+        self._skipped: list[int] = []
+        self._rollbacks: list[Event] = []
+        self._repeated = 0
+        self._ended: str | None = None
+        self._process_began: float | None = None
+        """Until its first step."""
+        self._stops_before = 0.0
+        """Of those that are told by themselves, before the process began."""
 
-    for event in events:
+    def add(self, event: Event) -> None:
+        """Count an event, which is later than those before."""
         now, seconds = float(event["unix_seconds"]), float(event.get("seconds", 0.0))
-        uses["saving"] += float(event.get("stalled_seconds", 0.0))
-        if event["event"] in ("first_step_done", "steps", "step_skipped", "bad_step"):
-            end_start_up(now - seconds)
+        self._uses["saving"] += float(event.get("stalled_seconds", 0.0))
         match event["event"]:
             case "start":
-                end_start_up(last)
-                process_began = max(last, _began(event))
-                uses["down"] += process_began - last
-                stops_before = known_stops()
-                ended = None
+                self._start(_began(event))
             case "built":
-                uses["start-up"] += seconds if process_began is None else 0.0
+                self._uses["start-up"] += seconds if self._process_began is None else 0.0
             case "loaded" | "recovered":
-                uses["loading"] += seconds
+                self._uses["loading"] += seconds
             case "resumed":
-                lose_from(event["step"])
+                self._lose_from(event["step"])
             case "held_out" | "evaluated":
-                uses["evaluation"] += seconds
-            case "steps":
-                lose_from(event["first"])
-                kept.append(
-                    _Steps(event["first"], event["stop"], seconds, event.get("data_seconds", 0.0))
-                )
-            case "step_skipped":
-                lose_from(event["step"])
-                skipped.append(event["step"])
-                uses["skipped steps"] += seconds
-            case "bad_step":
-                uses["repeated steps"] += seconds
-                repeated += 1
+                self._uses["evaluation"] += seconds
+            case "first_step_done":
+                self._end_start_up(now - seconds)
+            case "steps" | "step_skipped" | "bad_step":
+                self._end_start_up(now - seconds)
+                self._add_steps(event, seconds)
             case "rolled_back":
-                lose_from(event["to"])
-                rollbacks.append(event)
+                self._lose_from(event["to"])
+                self._rollbacks.append(event)
             case "ended":
-                ended = event["how"]
+                self._ended = event["how"]
             case _:
                 pass
-        last = max(last, now)
-    end_start_up(last)
-    wall = last - begins
-    uses["productive"] = sum(steps.seconds for steps in kept)
-    # Between steps, and what no event tells of.
-    uses["other"] = max(0.0, wall - sum(uses.values()))
-    return Goodput(
-        wall_seconds=wall,
-        seconds=uses,
-        data_wait_seconds=sum(steps.data_seconds for steps in kept),
-        starts=len(starts),
-        steps=sum(steps.stop - steps.first for steps in kept),
-        repeated_steps=repeated,
-        skipped=skipped,
-        rollbacks=rollbacks,
-        ended=ended,
-        last_unix_seconds=last,
-    )
+        self._last = max(self._last, now)
+
+    def closed(self, *, starts: int) -> Goodput:
+        """What it adds up to."""
+        self._end_start_up(self._last)
+        wall, uses = self._last - self._began, self._uses
+        uses["productive"] = sum(steps.seconds for steps in self._kept)
+        # Between steps, and what no event tells of.
+        uses["other"] = max(0.0, wall - sum(uses.values()))
+        return Goodput(
+            wall_seconds=wall,
+            seconds=uses,
+            data_wait_seconds=sum(steps.data_seconds for steps in self._kept),
+            starts=starts,
+            steps=sum(steps.stop - steps.first for steps in self._kept),
+            repeated_steps=self._repeated,
+            skipped=self._skipped,
+            rollbacks=self._rollbacks,
+            ended=self._ended,
+            last_unix_seconds=self._last,
+        )
+
+    def _start(self, began: float) -> None:
+        self._end_start_up(self._last)
+        self._process_began = max(self._last, began)
+        self._uses["down"] += self._process_began - self._last
+        self._stops_before = self._known_stops()
+        self._ended = None
+
+    def _end_start_up(self, now: float) -> None:
+        if self._process_began is not None:
+            stops = self._known_stops() - self._stops_before
+            self._uses["start-up"] += max(0.0, now - self._process_began - stops)
+        self._process_began = None
+
+    def _known_stops(self) -> float:
+        return self._uses["loading"] + self._uses["saving"] + self._uses["evaluation"]
+
+    def _add_steps(self, event: Event, seconds: float) -> None:
+        match event["event"]:
+            case "steps":
+                self._lose_from(event["first"])
+                waited = event.get("data_seconds", 0.0)
+                self._kept.append(_Steps(event["first"], event["stop"], seconds, waited))
+            case "step_skipped":
+                self._lose_from(event["step"])
+                self._skipped.append(event["step"])
+                self._uses["skipped steps"] += seconds
+            case _:  # a bad one, because of which the run goes back
+                self._repeated += 1
+                self._uses["repeated steps"] += seconds
+
+    def _lose_from(self, step: int) -> None:
+        self._skipped[:] = [other for other in self._skipped if other < step]
+        for steps in [steps for steps in self._kept if steps.stop > step]:
+            self._kept.remove(steps)
+            stays = max(0, step - steps.first) / (steps.stop - steps.first)
+            if stays:
+                self._kept.append(
+                    _Steps(steps.first, step, steps.seconds * stays, steps.data_seconds * stays)
+                )
+            self._repeated += steps.stop - max(step, steps.first)
+            self._uses["repeated steps"] += steps.seconds * (1 - stays)
 
 
 def goodput_of(run_folder: Path) -> Goodput | None:

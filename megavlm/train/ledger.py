@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from megavlm.checkpoint.listing import latest_checkpoint
 from megavlm.checkpoint.state import checkpoint_root
-from megavlm.checkpoint.store import latest_checkpoint
 from megavlm.config.plan import Plan
 from megavlm.config.run import RunSettings
 from megavlm.data.sources import id_of, places_of, training_sources

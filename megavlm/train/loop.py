@@ -4,7 +4,6 @@ import fcntl
 import gc
 import itertools
 import socket
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -15,9 +14,10 @@ import numpy as np
 import torch
 
 from megavlm.checkpoint.copies import Copies
+from megavlm.checkpoint.listing import claim
 from megavlm.checkpoint.state import checkpoint_root, checkpoint_state
 from megavlm.checkpoint.storage import folder_name
-from megavlm.checkpoint.store import CheckpointSaver, claim
+from megavlm.checkpoint.store import CheckpointSaver
 from megavlm.config.objectives import Part
 from megavlm.config.plan import Plan, Stage
 from megavlm.config.run import RunSettings
@@ -36,6 +36,7 @@ from megavlm.ops import library
 from megavlm.redact import without_secrets
 from megavlm.stages.base import Objective, weighted
 from megavlm.stages.start import objective_of
+from megavlm.terminal import tell
 from megavlm.train.events import Events
 from megavlm.train.exporters import exporters
 from megavlm.train.figures import StepFigures
@@ -409,7 +410,7 @@ def _log_heldout_loss(
 def _name_skipped(batch: Any) -> tuple[str, ...]:
     """Tell which samples were bad, once for each copy of the model."""
     for name in batch.skipped if groups.is_first_model_rank() else ():
-        print(f"rank {groups.rank()}: skipped {name}", file=sys.stderr, flush=True)
+        tell(f"rank {groups.rank()}: skipped {name}")
     return batch.skipped
 
 

@@ -18,6 +18,7 @@ from rich.progress import (
 )
 from torch.utils.tensorboard import SummaryWriter
 
+from megavlm.files.folder import Folder
 from megavlm.redact import without_secrets
 from megavlm.train.appended import Appended
 from megavlm.train.events import Events
@@ -42,7 +43,7 @@ class MetricsLog:
         *,
         enabled: bool,
     ) -> None:
-        """sinks: take all that is recorded, too."""
+        """sinks: take all that is recorded, too. Raises StorageError where it cannot be."""
         self.events = events
         self._sinks = [self._to_tensorboard, *sinks]
         self._enabled = enabled
@@ -80,12 +81,10 @@ class MetricsLog:
         self._close()
 
     def _open(self, first_step: int) -> None:
-        path = self._folder / METRICS_FILE
         kept = [line for line in read_metrics(self._folder) if _stays(line, first_step)]
-        rewritten = path.with_suffix(".partial")
-        rewritten.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        rewritten.rename(path)
-        self._file = Appended(path)
+        content = "".join(json.dumps(line) + "\n" for line in kept)
+        Folder(self._folder).write_atomically(METRICS_FILE, content.encode())
+        self._file = Appended(self._folder / METRICS_FILE)
         self._tensorboard = SummaryWriter(self._folder / "tensorboard", purge_step=first_step)
 
     def _close(self) -> None:

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from megavlm.checkpoint.listing import newest_checkpoint
 from megavlm.checkpoint.state import (
     check_checkpoint,
     check_data_position,
@@ -10,7 +11,6 @@ from megavlm.checkpoint.state import (
     checkpoint_root,
 )
 from megavlm.checkpoint.storage import STATE_FILE, read_state
-from megavlm.checkpoint.store import newest_checkpoint
 from megavlm.config.plan import Plan, Stage
 from megavlm.config.run import RunSettings, data_parallel_ranks, samples_per_micro_batch
 from megavlm.data.loader import most_pictures

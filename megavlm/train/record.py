@@ -15,13 +15,14 @@ from typing import Any
 import torch
 
 from megavlm.checkpoint.state import checkpoint_root
-from megavlm.checkpoint.together import warn
 from megavlm.config.load import plan_as_tree
 from megavlm.config.plan import Plan
 from megavlm.data.sources import training_sources
 from megavlm.data.tokenizer import Tokenizer
 from megavlm.dist import groups
+from megavlm.files.folder import Folder
 from megavlm.redact import tree_without_secrets
+from megavlm.terminal import warn
 from megavlm.train.start import Start, left_out_before
 
 RECORD_FILE = "record.json"
@@ -38,7 +39,7 @@ ENVIRONMENT = (
 
 
 def write_record(plan: Plan, start: Start, restarts: int) -> None:
-    """Add a start to the file, on the first rank; collective."""
+    """Add a start to the file, on the first rank, which raises StorageError; collective."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     ranks = groups.from_all_ranks({"host": socket.gethostname(), "gpu": gpu})
     if groups.rank() != 0:
@@ -70,11 +71,9 @@ def write_record(plan: Plan, start: Start, restarts: int) -> None:
         "packages": _packages(),
         "git": _git(Path(__file__).parents[2]),
     }
-    path = run.run_folder / RECORD_FILE
     starts = [*read_record(run.run_folder), tree_without_secrets(record)]
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps({"starts": starts}, indent=1) + "\n")
-    partial.rename(path)
+    content = json.dumps({"starts": starts}, indent=1) + "\n"
+    Folder(run.run_folder).write_atomically(RECORD_FILE, content.encode())
 
 
 def read_record(run_folder: Path) -> list[dict[str, Any]]:

@@ -6,9 +6,9 @@ from megavlm.checkpoint.copies import Copies
 from megavlm.checkpoint.damage import leave_damaged
 from megavlm.checkpoint.recovery import recover, step_on_disk
 from megavlm.checkpoint.state import checkpoint_bytes, checkpoint_root
-from megavlm.checkpoint.together import warn
 from megavlm.config.plan import Plan
 from megavlm.dist import groups
+from megavlm.terminal import warn
 from megavlm.train.events import Events
 from megavlm.train.preflight import check_newest
 

@@ -12,13 +12,14 @@ from pathlib import Path
 
 import psutil
 
+from megavlm.checkpoint.listing import newest_checkpoint
 from megavlm.checkpoint.state import checkpoint_root
 from megavlm.checkpoint.storage import read_state
-from megavlm.checkpoint.store import newest_checkpoint
 from megavlm.config.plan import Plan
 from megavlm.dist.launch import check_ranks, hostfile_text, launch_command, read_hostfile
 from megavlm.errors import ConfigError, LaunchError
 from megavlm.redact import without_secrets
+from megavlm.terminal import tell
 from megavlm.train.preflight import check_plan
 from megavlm.train.stop import SIGNALS
 
@@ -65,12 +66,12 @@ class Restarts:
             failures = 1 if now > done else failures + 1
             told = f"the launcher ended with code {code} after step {now} of {self._plan.steps}"
             if failures > most_failures:
-                _tell(f"{told}, for the {failures}. time without a new checkpoint: given up")
+                tell(f"{told}, for the {failures}. time without a new checkpoint: given up")
                 return code or 1
             slots_by_host = self._hosts_left()
             if self._stopped:  # meanwhile
                 return code or 1
-            _tell(
+            tell(
                 f"{told}; started again on {len(slots_by_host)} of {len(self._slots_by_host)} "
                 f"hosts ({failures} of {most_failures} failures without a new checkpoint)"
             )
@@ -129,7 +130,7 @@ class Restarts:
                 check_ranks(self._plan, slots_by_host)
                 check_plan(self._plan.on(ranks), ranks)
             except (ConfigError, LaunchError) as error:
-                _tell(f"not on {many} hosts: {error}")
+                tell(f"not on {many} hosts: {error}")
             else:
                 return slots_by_host
         raise LaunchError(
@@ -154,7 +155,7 @@ class Restarts:
                     process.send_signal(number)
                     told = True
         if not told:
-            _tell(f"{signal.Signals(number).name}: no rank is on this machine, so it ends the run")
+            tell(f"{signal.Signals(number).name}: no rank is on this machine, so it ends the run")
             self._launcher.terminate()
 
 
@@ -172,7 +173,3 @@ def _succeeds(process: "subprocess.Popen[bytes]", given_up: float) -> bool:
         process.kill()
         process.wait()
         return False
-
-
-def _tell(text: str) -> None:
-    print(f"megavlm: {without_secrets(text)}", file=sys.stderr, flush=True)

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable
 from threading import Thread
@@ -10,6 +9,7 @@ from typing import Any
 
 from megavlm.dist import groups
 from megavlm.errors import StoppedError
+from megavlm.terminal import tell
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 SECONDS_APART = 5.0
@@ -83,12 +83,13 @@ class StopSignals:
                 groups.Hand.raised = True
                 self._on_heard()
                 if groups.local_rank() == 0:
-                    _tell(f"{name}: this step is finished and saved; a second signal ends at once")
+                    tell(
+                        f"rank {groups.rank()}: {name}: this step is finished and saved; a second "
+                        "signal ends at once"
+                    )
             elif now - heard_at > SECONDS_APART and not self._ended:
-                _tell(f"a second signal, {name}: ended before the step is saved")
+                tell(
+                    f"rank {groups.rank()}: a second signal, {name}: ended before the step is saved"
+                )
                 os._exit(128 + number)
         os.close(reading)
-
-
-def _tell(text: str) -> None:
-    print(f"megavlm: rank {groups.rank()}: {text}\n", end="", file=sys.stderr, flush=True)

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch._C import _distributed_c10d
 
 from megavlm.dist import groups
+from megavlm.terminal import tell
 
 HUNG = 124  # as of timeout(1)
 LAST_COLLECTIVES = 20
@@ -100,7 +101,7 @@ class Watch:
         standing = f"{self._where}; in {_own_frame()}; last collective: {(last or ['unknown'])[-1]}"
         with suppress(OSError):
             self._write_stacks(standing, last)
-        _tell(
+        tell(
             f"rank {groups.rank()} on {socket.gethostname()}: no rank has come further for "
             f"{seconds:g} s; at {standing}; stacks in {self._folder}/{_file_name()}"
         )
@@ -109,7 +110,7 @@ class Watch:
             text = _summary(standings)
             with suppress(OSError):
                 (self._folder / SUMMARY_FILE).write_text(text + "\n")
-            _tell(text)
+            tell(text)
         else:  # whose end would have the launcher end the one that writes
             time.sleep(1)
 
@@ -237,8 +238,3 @@ def _last_collectives() -> list[str]:
 
 def _file_name() -> str:
     return f"rank-{groups.rank()}.txt"
-
-
-def _tell(text: str) -> None:
-    for line in text.splitlines():
-        print(f"megavlm: {line}\n", end="", file=sys.stderr, flush=True)

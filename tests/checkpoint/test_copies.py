@@ -11,9 +11,10 @@ import pytest
 import torch.distributed as dist
 
 from megavlm.checkpoint.copies import Copies, is_whole, union
+from megavlm.checkpoint.listing import claim, latest_checkpoint
 from megavlm.checkpoint.recovery import candidates, recover, shares
 from megavlm.checkpoint.storage import file_name, folder_name, read_state
-from megavlm.checkpoint.store import CheckpointSaver, claim, latest_checkpoint
+from megavlm.checkpoint.store import CheckpointSaver
 from megavlm.config.run import CheckpointSettings
 from megavlm.errors import CheckpointError, ConfigError, DataError, DivergenceError, StoppedError
 from megavlm.files.folder import Folder

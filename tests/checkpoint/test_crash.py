@@ -8,9 +8,10 @@ import time
 import pytest
 import torch
 
+from megavlm.checkpoint.listing import latest_checkpoint
 from megavlm.checkpoint.shards import shards_of_range
 from megavlm.checkpoint.storage import read_state
-from megavlm.checkpoint.store import CheckpointSaver, latest_checkpoint, load_checkpoint
+from megavlm.checkpoint.store import CheckpointSaver, load_checkpoint
 from megavlm.config.run import CheckpointSettings
 from megavlm.files.folder import Folder
 from megavlm.model.params import Parameter

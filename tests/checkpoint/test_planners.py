@@ -4,9 +4,9 @@ import random
 import pytest
 import torch
 
+from megavlm.checkpoint.listing import latest_checkpoint
 from megavlm.checkpoint.planners import check_boxes
 from megavlm.checkpoint.shards import Shards, boxes_of_range
-from megavlm.checkpoint.store import latest_checkpoint
 from megavlm.errors import CheckpointError
 from megavlm.files.folder import Folder
 from tests.checkpoint.test_store import SYNCHRONOUS

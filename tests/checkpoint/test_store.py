@@ -10,16 +10,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict_loader import load
 
+from megavlm.checkpoint.listing import claim, latest_checkpoint
 from megavlm.checkpoint.shards import Shards, shards_of_range, whole
 from megavlm.checkpoint.storage import CheckpointReader, folder_name, read_state
-from megavlm.checkpoint.store import (
-    CheckpointSaver,
-    claim,
-    latest_checkpoint,
-    lazy_tensors,
-    load_checkpoint,
-    load_present,
-)
+from megavlm.checkpoint.store import CheckpointSaver, lazy_tensors, load_checkpoint, load_present
 from megavlm.config.run import CheckpointSettings
 from megavlm.errors import CheckpointError, DivergenceError
 from megavlm.files.folder import Folder
@@ -329,7 +323,11 @@ def test_a_run_can_go_on_without_a_checkpoint(tmp_path, capfd):
 
     first = [folder_name(1)]
     assert run_on_ranks(2, on_rank)[0] == [first, first, first, [folder_name(4)]]
-    told = [line for line in capfd.readouterr().err.splitlines() if line.startswith("warning: ")]
+    told = [
+        line
+        for line in capfd.readouterr().err.splitlines()
+        if line.startswith("megavlm: warning: ")
+    ]
     gigabytes = sum(box.nbytes for s in held(0, 1).values() for box in s.boxes.values()) / 1e9
     for line, step, failures in zip(told, (2, 3), (1, 2), strict=True):
         assert f"no checkpoint of step {step}, the {failures}. failure in a row; training" in line

@@ -8,8 +8,8 @@ import time
 
 import pytest
 
+from megavlm.checkpoint.listing import latest_checkpoint
 from megavlm.checkpoint.storage import read_state
-from megavlm.checkpoint.store import latest_checkpoint
 from megavlm.files.folder import Folder
 from megavlm.train.metrics import read_metrics
 
