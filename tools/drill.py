@@ -93,7 +93,7 @@ class Run:
         self.folder = folder
         self._words = [
             *(str(Path(sys.executable).with_name("torchrun")), "--standalone"),
-            *(f"--nproc-per-node={ranks}", "--max-restarts=1000", "--shutdown-timeout=15"),
+            *(f"--nproc-per-node={ranks}", "--max-restarts=1000"),
             *(str(Path(__file__).with_name("drill_rank.py")), "train", str(run_file)),
             *(f"run_folder={folder}", *overrides),
         ]
@@ -472,8 +472,12 @@ def _page(injections: Sequence[Injection], options: argparse.Namespace) -> str:
         f"`python tools/drill.py --seed {options.seed}` on {os.cpu_count()} cores without a GPU, "
         f"over gloo: `{options.run_file}`, checkpoints every {settings['every']} steps, copies in "
         f"memory every {settings['memory_every']}. All runs ended, each with the weights and "
-        "moments of a run without faults, bit for bit; those whose gradients were spoiled, of a "
-        "run that leaves out the same samples. Seconds: median, and most.",
+        "moments of a run without faults, bit for bit, and with its losses and samples in "
+        "`metrics.jsonl` and the ledger; those whose gradients were spoiled, with the weights of a "
+        "run that leaves out the same samples. None went back further than to the newest whole "
+        "copy in memory, or the newest whole checkpoint where copies were lost. Seconds: median, "
+        "and most; those of a hang have `guard.hang_seconds` in them, and torchrun's 30 s for a "
+        "rank that is stopped.",
         "",
         "| engine | fault | times | detected (s) | recovered (s) | steps again, at most |",
         "|---|---|---|---|---|---|",

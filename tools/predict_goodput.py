@@ -124,7 +124,7 @@ def _page(injections: Sequence[dict[str, Any]], picture: Path) -> str:
         *(f"| mean time to failure | {days} days | {of} |" for days, of in MTTF_DAYS.items()),
         f"| detection | {HANG_SECONDS:.0f} s | `guard.hang_seconds`, as if every failure were a "
         f"hang; in the drill a killed rank was known after {_median(killed):.1f} s, a stopped one "
-        f"after {_median(hung):.1f} s with 8 s set |",
+        f"after {_median(hung):.1f} s with 8 s set and torchrun's 30 s |",
         f"| restart | 1 to 30 min | an assumption: {restart:.1f} s in the drill, where little is "
         "to be loaded |",
         f"| standing still for a copy | {stall:.2f} s | {RANK_BYTES / 1e9} GB of a rank, at "

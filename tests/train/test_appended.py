@@ -5,6 +5,9 @@ import resource
 import signal
 from pathlib import Path
 
+import pytest
+
+from megavlm.errors import StorageError
 from megavlm.train import appended
 from megavlm.train.appended import Appended
 from megavlm.train.events import Events
@@ -65,6 +68,20 @@ def test_neither_a_full_disk_nor_a_sink_ends_a_run(tmp_path):
     said = "broken gets no more figures of this run: ConnectionResetError"
     assert sum(said in line for line in told) == 1, "TensorBoard may be told of, too"
     assert [line["step"] for line in read_metrics(tmp_path)] == [*range(9)]
+
+
+def test_a_start_on_a_full_disk_is_told_and_loses_nothing(tmp_path):
+    lines = tmp_path / "metrics.jsonl"
+    lines.write_text('{"step": 0}\n{"step": 1}\n')
+
+    def on_rank(_):
+        full_at(6)
+        with pytest.raises(StorageError, match=r"cannot write .*/metrics.jsonl.* Free space"):
+            MetricsLog(tmp_path, 2, 9, Events(tmp_path, enabled=True), enabled=True)
+        resource.setrlimit(resource.RLIMIT_FSIZE, WITHOUT)
+
+    run_on_ranks(1, on_rank, groups=False)
+    assert read_metrics(tmp_path) == [{"step": 0}, {"step": 1}]
 
 
 def test_a_broken_record_is_put_aside(tmp_path, capfd):
