@@ -482,7 +482,7 @@ def _page(injections: Sequence[Injection], options: argparse.Namespace) -> str:
         "| engine | fault | times | detected (s) | recovered (s) | steps again, at most |",
         "|---|---|---|---|---|---|",
     ]
-    for (layout, fault), those in rows.items():
+    for (layout, fault), those in sorted(rows.items(), key=_place):
         detected = [i.detected_seconds for i in those]
         recovered = [i.recovered_seconds for i in those]
         repeated = [i.repeated_steps for i in those if i.repeated_steps is not None]
@@ -491,6 +491,12 @@ def _page(injections: Sequence[Injection], options: argparse.Namespace) -> str:
             f"{median(recovered):.1f}, {max(recovered):.1f} | {max(repeated, default='none')} |"
         )
     return "\n".join([*lines, ""])
+
+
+def _place(row: tuple[tuple[str, str], list[Injection]]) -> tuple[int, int]:
+    """In the order of the lists above."""
+    (layout, fault), _ = row
+    return list(LAYOUTS).index(layout), list(SHARES).index(fault)
 
 
 def main() -> None:
