@@ -44,6 +44,7 @@ def trained(run, ranks, *, poisoned):
     return run_on_ranks(ranks, on_rank, groups=False)
 
 
+@pytest.mark.slow
 def test_a_run_goes_back_after_a_failed_save_and_holds_no_more_than_before(tiny_run):
     """The save of step 4 fails; steps 2 to 5 are done four times."""
     run = run_of(tiny_run, "fsdp2", on_nonfinite="rollback")

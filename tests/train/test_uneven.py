@@ -17,15 +17,16 @@ def trained(run, ranks):
     return [m for m in read_metrics(run.run_folder) if "loss" in m]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("engine", "objectives"),
     [
         ("fsdp2", {"captioning": 1.0}),
-        pytest.param("zero3", {"captioning": 1.0}, marks=pytest.mark.slow),
-        pytest.param("megatron", {"captioning": 1.0}, marks=pytest.mark.slow),
-        pytest.param("megatron pipeline", {"captioning": 1.0}, marks=pytest.mark.slow),
-        pytest.param("fsdp2", {"contrastive": 1.0, "mim": 1.0}, marks=pytest.mark.slow),
-        pytest.param("zero3", {"contrastive": 1.0, "mim": 1.0}, marks=pytest.mark.slow),
+        ("zero3", {"captioning": 1.0}),
+        ("megatron", {"captioning": 1.0}),
+        ("megatron pipeline", {"captioning": 1.0}),
+        ("fsdp2", {"contrastive": 1.0, "mim": 1.0}),
+        ("zero3", {"contrastive": 1.0, "mim": 1.0}),
     ],
 )
 def test_three_copies_share_eight_samples(tiny_run, tmp_path, engine, objectives):
