@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from megavlm.commands import convert, data, generate, plan, run, serve, tokenizer
 from megavlm.config.load import load_plan
 from megavlm.errors import ConfigError, MegavlmError, StoppedError
+from megavlm.terminal import tell
 
 USER_ERROR = 2
 INTERRUPTED = 130
@@ -43,11 +44,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return USER_ERROR
     except StoppedError as stopped:
         if os.environ.get("RANK", "0") == "0":
-            print(f"megavlm: {stopped}\n", end="", file=sys.stderr, flush=True)
+            tell(str(stopped))
         return STOPPED
     except KeyboardInterrupt:
         if os.environ.get("RANK", "0") == "0":
-            print("megavlm: interrupted", file=sys.stderr, flush=True)
+            tell("interrupted")
         return INTERRUPTED
     return 0
 

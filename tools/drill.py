@@ -234,7 +234,7 @@ class Drill:
         )
 
     def _signal(self, number: signal.Signals) -> int:
-        """Returns the step that the run goes back to at most, as are those below."""
+        """Returns the step before which the run must not go back, as `_damage` does."""
         kept = max(self._copied(), _step_of(self._whole()[-1]))
         self._rng.choice(self._run.processes()).send_signal(number)
         return kept
@@ -377,15 +377,17 @@ def _compare_lines(run: Run, expected: Run) -> None:
         raise DrillError(
             f"{run.folder}/metrics.jsonl has other steps or losses than without faults"
         )
-    ledgers = zip(read_ledger(run.folder), read_ledger(expected.folder), strict=True)
-    for (step, ids_n), (expected_step, expected_n) in ledgers:
-        if step != expected_step or ids_n.tolist() != expected_n.tolist():
-            raise DrillError(f"{run.folder}: step {step} has other samples than without faults")
+    if _samples(run) != _samples(expected):
+        raise DrillError(f"{run.folder}: its ledger has other steps or samples than without faults")
 
 
 def _losses(run: Run) -> list[tuple[int, float]]:
     lines = read_metrics(run.folder)
     return [(line["step"], line["loss"]) for line in lines if "gradient_norm" in line]
+
+
+def _samples(run: Run) -> list[tuple[int, list[int]]]:
+    return [(step, ids_n.tolist()) for step, ids_n in read_ledger(run.folder)]
 
 
 def _schedule(injections: int, rng: random.Random) -> list[str]:
@@ -401,7 +403,8 @@ def _drill(options: argparse.Namespace, layout: str, rng: random.Random) -> list
     shutil.rmtree(place, ignore_errors=True)
     memory = place / "memory"
     memory.mkdir(parents=True)
-    overrides = [*overrides, f"checkpoint.memory_folder={memory}", *options.overrides]
+    overrides = [*overrides, f"checkpoint.memory_folder={memory}", "data.ledger=true"]
+    overrides += options.overrides
     faults = _schedule(options.injections, rng)
     done: list[Injection] = []
 

@@ -17,6 +17,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
+from megavlm.config.guard import GuardSettings
 from megavlm.planner.failures import FailureCosts, best_interval_seconds, predicted_goodput
 from megavlm.planner.picture import PICTURE_STYLE, save_picture
 
@@ -34,7 +35,7 @@ COPY_BYTES_PER_SECOND = 3.4e9
 """Measured: 17 MB of a rank stood still for 5.1 ms, by a CPU that copies (docs/checkpoints.md)."""
 DONE_BYTES_PER_SECOND = 58e6
 """Measured: 17 MB of a rank were with their neighbour after 0.30 s, on two cores that train."""
-HANG_SECONDS = 540.0  # guard.hang_seconds
+HANG_SECONDS = GuardSettings().hang_seconds
 
 
 def main() -> None:
@@ -50,10 +51,10 @@ def main() -> None:
     options.out.write_text(_page(injections, picture.relative_to(options.out.parent)))
 
 
-def costs(restart_seconds: float, detected_seconds: float = HANG_SECONDS) -> FailureCosts:
-    """Of `vlm-30b` on 128 GPUs; every failure is found as late as a hang, if not told otherwise."""
+def costs(restart_seconds: float) -> FailureCosts:
+    """Of `vlm-30b` on 128 GPUs; every failure is found as late as a hang."""
     return FailureCosts(
-        detected_seconds=detected_seconds,
+        detected_seconds=HANG_SECONDS,
         restart_seconds=restart_seconds,
         stall_seconds=RANK_BYTES / COPY_BYTES_PER_SECOND,
         done_seconds=RANK_BYTES / DONE_BYTES_PER_SECOND,

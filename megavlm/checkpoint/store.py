@@ -36,12 +36,7 @@ from megavlm.checkpoint.tensor_file import DTYPES
 from megavlm.checkpoint.together import failures_told, on_all_ranks
 from megavlm.config.run import CheckpointSettings
 from megavlm.dist import groups
-from megavlm.errors import (
-    CheckpointError,
-    DivergenceError,
-    MegavlmError,
-    StoppedError,
-)
+from megavlm.errors import CheckpointError, DivergenceError, MegavlmError, StoppedError
 from megavlm.files.folder import Folder
 from megavlm.terminal import warn
 

@@ -96,6 +96,8 @@ class _Account:
         """Count an event, which is later than those before."""
         now, seconds = float(event["unix_seconds"]), float(event.get("seconds", 0.0))
         self._uses["saving"] += float(event.get("stalled_seconds", 0.0))
+        if event["event"] in ("first_step_done", "steps", "step_skipped", "bad_step"):
+            self._end_start_up(now - seconds)
         match event["event"]:
             case "start":
                 self._start(_began(event))
@@ -107,11 +109,17 @@ class _Account:
                 self._lose_from(event["step"])
             case "held_out" | "evaluated":
                 self._uses["evaluation"] += seconds
-            case "first_step_done":
-                self._end_start_up(now - seconds)
-            case "steps" | "step_skipped" | "bad_step":
-                self._end_start_up(now - seconds)
-                self._add_steps(event, seconds)
+            case "steps":
+                self._lose_from(event["first"])
+                waited = event.get("data_seconds", 0.0)
+                self._kept.append(_Steps(event["first"], event["stop"], seconds, waited))
+            case "step_skipped":
+                self._lose_from(event["step"])
+                self._skipped.append(event["step"])
+                self._uses["skipped steps"] += seconds
+            case "bad_step":
+                self._repeated += 1
+                self._uses["repeated steps"] += seconds
             case "rolled_back":
                 self._lose_from(event["to"])
                 self._rollbacks.append(event)
@@ -156,20 +164,6 @@ class _Account:
 
     def _known_stops(self) -> float:
         return self._uses["loading"] + self._uses["saving"] + self._uses["evaluation"]
-
-    def _add_steps(self, event: Event, seconds: float) -> None:
-        match event["event"]:
-            case "steps":
-                self._lose_from(event["first"])
-                waited = event.get("data_seconds", 0.0)
-                self._kept.append(_Steps(event["first"], event["stop"], seconds, waited))
-            case "step_skipped":
-                self._lose_from(event["step"])
-                self._skipped.append(event["step"])
-                self._uses["skipped steps"] += seconds
-            case _:  # a bad one, because of which the run goes back
-                self._repeated += 1
-                self._uses["repeated steps"] += seconds
 
     def _lose_from(self, step: int) -> None:
         self._skipped[:] = [other for other in self._skipped if other < step]
