@@ -7,9 +7,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megavlm.checkpoint.save import CheckpointSaver
 from megavlm.checkpoint.shards import State
 from megavlm.checkpoint.storage import folder_name
-from megavlm.checkpoint.store import CheckpointSaver
 from megavlm.config.run import CheckpointSettings
 from megavlm.engine.base import Engine
 from megavlm.files.folder import Folder

@@ -26,8 +26,8 @@ import torch
 from torch.multiprocessing.spawn import spawn
 
 from megavlm.checkpoint.lazy import LazyTensor
+from megavlm.checkpoint.save import CheckpointSaver
 from megavlm.checkpoint.shards import shards_of_range
-from megavlm.checkpoint.store import CheckpointSaver
 from megavlm.config.presets import PRESETS
 from megavlm.config.run import CheckpointSettings
 from megavlm.config.sizes import ModelSizes

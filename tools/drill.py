@@ -34,8 +34,8 @@ import yaml
 
 from megavlm.checkpoint.copies import is_whole, union
 from megavlm.checkpoint.listing import latest_checkpoint
+from megavlm.checkpoint.load import lazy_tensors
 from megavlm.checkpoint.storage import STATE_FILE, CheckpointReader, read_state
-from megavlm.checkpoint.store import lazy_tensors
 from megavlm.files.folder import Folder
 from megavlm.train.events import EVENTS_FILE, Event, read_events
 from megavlm.train.ledger import read_ledger

@@ -3,8 +3,8 @@
 import torch.distributed as dist
 
 from megavlm.checkpoint.listing import whole_checkpoints
+from megavlm.checkpoint.load import check_files
 from megavlm.checkpoint.storage import STATE_FILE, CheckpointReader
-from megavlm.checkpoint.store import check_files
 from megavlm.checkpoint.together import on_all_ranks
 from megavlm.dist import groups
 from megavlm.errors import CheckpointError, StorageError

@@ -55,7 +55,11 @@ def whole_checkpoints(root: Folder) -> Iterator[Folder]:
 
 
 def _whole_steps(root: Folder) -> Iterator[int]:
-    return (s for s in reversed(_steps(root)) if (root / folder_name(s)).has(STATE_FILE))
+    return (step for step in reversed(_steps(root)) if _is_whole(root / folder_name(step)))
+
+
+def _is_whole(folder: Folder) -> bool:
+    return folder.has(STATE_FILE)
 
 
 def delete_old(root: Folder, settings: CheckpointSettings, keep: Collection[int] = ()) -> None:
@@ -65,7 +69,7 @@ def delete_old(root: Folder, settings: CheckpointSettings, keep: Collection[int]
     """
     try:
         steps = _steps(root)
-        complete = [step for step in steps if (root / folder_name(step)).has(STATE_FILE)]
+        complete = [step for step in steps if _is_whole(root / folder_name(step))]
     except CheckpointError as error:
         warn(str(error))
         return
@@ -92,7 +96,7 @@ def _steps(root: Folder) -> list[int]:
 def delete_partial(folder: Folder) -> None:
     """Delete what is no whole checkpoint; all ranks must have stopped writing there."""
     try:
-        if folder.names() and not folder.has(STATE_FILE):
+        if folder.names() and not _is_whole(folder):
             folder.delete()
     except CheckpointError as error:
         warn(str(error))

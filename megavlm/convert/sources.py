@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megavlm.checkpoint.lazy import LazyTensor, Tensors
+from megavlm.checkpoint.load import check_files, lazy_tensors
 from megavlm.checkpoint.state import checkpoint_state
 from megavlm.checkpoint.storage import STATE_FILE, CheckpointReader, read_state
-from megavlm.checkpoint.store import check_files, lazy_tensors
 from megavlm.config.objectives import Part
 from megavlm.config.plan import Plan, Stage
 from megavlm.config.sizes import DecoderSizes, EncoderSizes, ModelSizes

@@ -8,10 +8,10 @@ from megatron.core import parallel_state
 from torch import nn
 
 from megavlm.checkpoint.listing import latest_checkpoint
+from megavlm.checkpoint.load import load_present
 from megavlm.checkpoint.shards import shards_of_range
 from megavlm.checkpoint.state import check_model, check_weights, checkpoint_root
 from megavlm.checkpoint.storage import read_state
-from megavlm.checkpoint.store import load_present
 from megavlm.config.engines import UNDIVIDED, MegatronSettings
 from megavlm.config.objectives import is_pretraining
 from megavlm.config.plan import Plan, Stage

@@ -15,9 +15,9 @@ import torch
 
 from megavlm.checkpoint.copies import Copies
 from megavlm.checkpoint.listing import claim
+from megavlm.checkpoint.save import CheckpointSaver
 from megavlm.checkpoint.state import checkpoint_root, checkpoint_state
 from megavlm.checkpoint.storage import folder_name
-from megavlm.checkpoint.store import CheckpointSaver
 from megavlm.config.objectives import Part
 from megavlm.config.plan import Plan, Stage
 from megavlm.config.run import RunSettings

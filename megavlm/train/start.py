@@ -5,10 +5,10 @@ from functools import partial
 from typing import NamedTuple
 
 from megavlm.checkpoint.listing import latest_checkpoint
+from megavlm.checkpoint.load import load_checkpoint, load_present
 from megavlm.checkpoint.shards import MOMENTS, Shards, State
 from megavlm.checkpoint.state import changes, checkpoint_root
 from megavlm.checkpoint.storage import folder_name, read_state
-from megavlm.checkpoint.store import load_checkpoint, load_present
 from megavlm.config.objectives import Part
 from megavlm.config.plan import Plan, Stage
 from megavlm.config.run import RunSettings

@@ -13,12 +13,12 @@ import torch.distributed as dist
 from megavlm.checkpoint.copies import Copies, is_whole, union
 from megavlm.checkpoint.listing import claim, latest_checkpoint
 from megavlm.checkpoint.recovery import candidates, recover, shares
+from megavlm.checkpoint.save import CheckpointSaver
 from megavlm.checkpoint.storage import file_name, folder_name, read_state
-from megavlm.checkpoint.store import CheckpointSaver
 from megavlm.config.run import CheckpointSettings
 from megavlm.errors import CheckpointError, ConfigError, DataError, DivergenceError, StoppedError
 from megavlm.files.folder import Folder
-from tests.checkpoint.test_store import assert_loads, held
+from tests.checkpoint.written import assert_loads, held
 from tests.ranks import run_on_ranks
 
 SETTINGS = CheckpointSettings(every=100, memory_every=1)

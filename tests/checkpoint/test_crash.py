@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from megavlm.checkpoint.listing import latest_checkpoint
+from megavlm.checkpoint.load import load_checkpoint
+from megavlm.checkpoint.save import CheckpointSaver
 from megavlm.checkpoint.shards import shards_of_range
 from megavlm.checkpoint.storage import read_state
-from megavlm.checkpoint.store import CheckpointSaver, load_checkpoint
 from megavlm.config.run import CheckpointSettings
 from megavlm.files.folder import Folder
 from megavlm.model.params import Parameter

@@ -7,8 +7,8 @@ import torch
 
 from megavlm.checkpoint.damage import leave_damaged
 from megavlm.checkpoint.listing import whole_checkpoints
+from megavlm.checkpoint.save import CheckpointSaver
 from megavlm.checkpoint.shards import Shards
-from megavlm.checkpoint.store import CheckpointSaver
 from megavlm.config.run import CheckpointSettings
 from megavlm.errors import CheckpointError
 from megavlm.files.folder import Folder

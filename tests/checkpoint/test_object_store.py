@@ -16,15 +16,16 @@ import torch
 
 from megavlm.checkpoint import storage
 from megavlm.checkpoint.listing import latest_checkpoint
+from megavlm.checkpoint.load import load_checkpoint
+from megavlm.checkpoint.save import CheckpointSaver
 from megavlm.checkpoint.shards import whole
-from megavlm.checkpoint.storage import read_state
-from megavlm.checkpoint.store import CheckpointSaver, folder_name, load_checkpoint
+from megavlm.checkpoint.storage import folder_name, read_state
 from megavlm.config.run import CheckpointSettings
 from megavlm.errors import CheckpointError
 from megavlm.files import folder as folders
 from megavlm.files.folder import Folder
 from megavlm.train.loop import train
-from tests.checkpoint.test_store import SYNCHRONOUS, assert_loads, held, save
+from tests.checkpoint.written import SYNCHRONOUS, assert_loads, held, save
 from tests.object_store import count, object_store
 from tests.ranks import run_on_ranks
 from tests.runs import plan_of

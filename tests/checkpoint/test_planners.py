@@ -9,7 +9,7 @@ from megavlm.checkpoint.planners import check_boxes
 from megavlm.checkpoint.shards import Shards, boxes_of_range
 from megavlm.errors import CheckpointError
 from megavlm.files.folder import Folder
-from tests.checkpoint.test_store import SYNCHRONOUS
+from tests.checkpoint.written import SYNCHRONOUS
 from tests.ranks import run_on_ranks
 from tests.states import save_checkpoint
 

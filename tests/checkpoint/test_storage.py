@@ -12,7 +12,7 @@ from megavlm.checkpoint.storage import CheckpointReader, CheckpointWriter, read_
 from megavlm.checkpoint.tensor_file import write_tensors
 from megavlm.errors import CheckpointError
 from megavlm.files.folder import Folder
-from tests.checkpoint.test_store import SYNCHRONOUS
+from tests.checkpoint.written import SYNCHRONOUS
 from tests.ranks import run_on_ranks
 from tests.states import save_checkpoint
 

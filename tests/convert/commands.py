@@ -7,8 +7,8 @@ import torch
 
 from megavlm.__main__ import main
 from megavlm.checkpoint.lazy import in_memory
+from megavlm.checkpoint.load import lazy_tensors
 from megavlm.checkpoint.storage import CheckpointReader
-from megavlm.checkpoint.store import lazy_tensors
 from megavlm.convert.files import write_native
 from megavlm.files.folder import Folder
 from megavlm.model.params import parameters

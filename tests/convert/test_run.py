@@ -20,8 +20,8 @@ from transformers import (
 )
 
 from megavlm.checkpoint.lazy import LazyTensor, in_memory
+from megavlm.checkpoint.load import load_checkpoint, load_present
 from megavlm.checkpoint.storage import read_state
-from megavlm.checkpoint.store import load_checkpoint, load_present
 from megavlm.config.run import CheckpointSettings
 from megavlm.convert import compare
 from megavlm.convert.certificate import Record

@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 
-from megavlm.checkpoint.store import load_checkpoint
+from megavlm.checkpoint.load import load_checkpoint
 from megavlm.engine.start import start_engine
 from megavlm.files.folder import Folder
 from tests.memory import live_bytes

@@ -5,8 +5,8 @@ from functools import partial
 import pytest
 import torch
 
+from megavlm.checkpoint.load import load_checkpoint
 from megavlm.checkpoint.shards import whole
-from megavlm.checkpoint.store import load_checkpoint
 from megavlm.engine.ema import Ema
 from megavlm.engine.start import start_engine
 from megavlm.errors import ConfigError

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
-from megavlm.checkpoint.store import load_checkpoint
+from megavlm.checkpoint.load import load_checkpoint
 from megavlm.config.run import CheckpointSettings, RunSettings
 from megavlm.config.schedule import learning_rate_at
 from megavlm.config.sizes import EncoderSizes, ModelSizes

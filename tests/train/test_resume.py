@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from megavlm.checkpoint.load import lazy_tensors
 from megavlm.checkpoint.storage import CheckpointReader, folder_name
-from megavlm.checkpoint.store import lazy_tensors
 from megavlm.config.engines import MegatronSettings
 from megavlm.data.shards import ShardFolder
 from megavlm.files.folder import Folder
