@@ -155,14 +155,11 @@ class _Board:
         return dict(standings)
 
     def _exchange(self, standings: dict[int, str]) -> None:
-        self._store.set(f"standing-{groups.rank()}", standings[groups.rank()])
-        missing = set(range(groups.world_size())) - standings.keys()
-        while missing:
-            for rank in sorted(missing):
-                if self._store.check([f"standing-{rank}"]):
-                    standings[rank] = self._store.get(f"standing-{rank}").decode()
-                    missing.discard(rank)
+        mine = json.dumps([groups.rank(), standings[groups.rank()]])
+        self._store.append("standings", f"{mine}\n")
+        while len(standings) < groups.world_size():
             time.sleep(0.1)
+            standings.update(map(json.loads, self._store.get("standings").splitlines()))
 
 
 def _within(seconds: float, call: Callable[[], Value]) -> Value | None:
