@@ -99,7 +99,8 @@ def _page(injections: Sequence[dict[str, Any]], picture: Path) -> str:
         "",
         "(Without what guards and metrics take of a step; every failure is found like a hang.)",
         "",
-        "| time to failure | restart | copies every | goodput, found after 9 min | after 1 s |",
+        "| time to failure | restart | copies every | goodput, failures found after 9 min | "
+        "after 1 s |",
         "|---|---|---|---|---|",
     ]
     for days in MTTF_DAYS:

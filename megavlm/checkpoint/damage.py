@@ -4,7 +4,7 @@ import torch.distributed as dist
 
 from megavlm.checkpoint.listing import whole_checkpoints
 from megavlm.checkpoint.load import check_files
-from megavlm.checkpoint.storage import STATE_FILE, CheckpointReader
+from megavlm.checkpoint.storage import STATE_FILE, CheckpointReader, to_go_on
 from megavlm.checkpoint.together import on_all_ranks
 from megavlm.dist import groups
 from megavlm.errors import CheckpointError, StorageError
@@ -49,5 +49,5 @@ def _damage(folder: Folder, rank: int, ranks: int) -> str:
     except StorageError:
         raise
     except CheckpointError as error:
-        return str(error)
+        return str(error).removesuffix(to_go_on(folder))
     return ""

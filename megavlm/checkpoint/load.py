@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from megavlm.checkpoint.lazy import LazyTensor
 from megavlm.checkpoint.planners import ShardsLoadPlanner
 from megavlm.checkpoint.shards import State, whole
-from megavlm.checkpoint.storage import CheckpointReader, read_state, state_sha256
+from megavlm.checkpoint.storage import CheckpointReader, read_state, state_sha256, to_go_on
 from megavlm.checkpoint.tensor_file import DTYPES
 from megavlm.checkpoint.together import failures_told, on_all_ranks
 from megavlm.dist import groups
@@ -105,8 +105,8 @@ def check_files(
     for name, found in zip(names, digests, strict=True):
         if found != reader.state["files"][name]["sha256"]:
             raise CheckpointError(
-                f"checkpoint file {reader.folder}/{name} is corrupt (its SHA-256 does not match); "
-                f"delete {reader.folder} to go on from an earlier one"
+                f"checkpoint file {reader.folder}/{name} is corrupt (its SHA-256 does not match)"
+                + to_go_on(reader.folder)
             )
 
 

@@ -116,7 +116,7 @@ def check_sizes(checkpoint: Folder, saved: dict[str, Any], sizes: ModelSizes) ->
             if have[name] != value:
                 raise CheckpointError(
                     f"checkpoint {checkpoint} has model.{part}.{name}={have[name]}, the run file "
-                    f"says {value}; match them or take another checkpoint"
+                    f"says {value}; match them, or choose another run_folder or checkpoint"
                 )
 
 

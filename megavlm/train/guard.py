@@ -49,10 +49,11 @@ class Guard:
         in_a_row = self._bad_in_a_row if action == "skip" else times_before + 1
         if action != "stop" and in_a_row <= self._settings.most_in_a_row:
             return action == "rollback"
-        several = f", for the {in_a_row}th time in a row" if in_a_row > 1 else ""
+        times = "steps in a row" if action == "skip" else "times from the same checkpoint"
+        several = f" ({in_a_row} {times})" if in_a_row > 1 else ""
         raise DivergenceError(
-            f"step {step}: {self.told(result)}{several}; nothing of it is saved. Run again to go "
-            "on from the last checkpoint, with a lower optimizer.learning_rate, a longer "
+            f"step {step + 1}: {self.told(result)}{several}; nothing of it is saved. Run again to "
+            "go on from the last checkpoint, with a lower optimizer.learning_rate, a longer "
             f"optimizer.warmup_fraction, or another guard.on_{self.fault}"
         )
 

@@ -334,8 +334,9 @@ def _check_items(step: int, result: StepResult) -> None:
     """Stop before weights that nothing has taught are saved."""
     if result.items == 0:
         raise DataError(
-            f"step {step}: nothing is to be learned from any of its samples; do they have texts of "
-            "the tasks that data.train names, and does data.row_tokens leave room for an answer?"
+            f"step {step + 1}: nothing is to be learned from any of its samples; do they have "
+            "texts of the tasks that data.train names, and does data.row_tokens leave room for an "
+            "answer?"
         )
 
 

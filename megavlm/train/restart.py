@@ -64,7 +64,7 @@ class Restarts:
             if self._stopped or now == self._plan.steps:
                 return code
             failures = 1 if now > done else failures + 1
-            told = f"the launcher ended with code {code} after step {now} of {self._plan.steps}"
+            told = f"the launcher ended with {_named(code)} after step {now} of {self._plan.steps}"
             if failures > most_failures:
                 tell(f"{told}, for the {failures}. time without a new checkpoint: given up")
                 return code or 1
@@ -157,6 +157,11 @@ class Restarts:
         if not told:
             tell(f"{signal.Signals(number).name}: no rank is on this machine, so it ends the run")
             self._launcher.terminate()
+
+
+def _named(code: int) -> str:
+    """DeepSpeed's launcher ends as a rank did, and by a signal with 256 less its number."""
+    return f"code {code}" + (f" (signal {256 - code})" if code > 192 else "")
 
 
 def _is_rank(process: psutil.Process) -> bool:

@@ -84,8 +84,8 @@ class StopSignals:
                 self._on_heard()
                 if groups.local_rank() == 0:
                     tell(
-                        f"rank {groups.rank()}: {name}: this step is finished and saved; a second "
-                        "signal ends at once"
+                        f"rank {groups.rank()}: {name}: ends when this step is finished and "
+                        "saved; a second signal ends at once"
                     )
             elif now - heard_at > SECONDS_APART and not self._ended:
                 tell(

@@ -55,3 +55,4 @@ def test_the_newest_that_is_whole(tmp_path):
     assert first == second and len(first) == 2
     assert "step-00000003/tensors-00001-of-00002.safetensors has" in first[0]
     assert "step-00000002/tensors-00002-of-00002.safetensors is corrupt" in first[1]
+    assert all("delete" not in line for line in first), "it is done"

@@ -17,5 +17,5 @@ def test_two_runs_cannot_share_a_folder(tmp_path, monkeypatch):
 
 def test_a_step_that_teaches_nothing_ends_the_run():
     numbers = {"loss": 0.0, "gradient_norm": 0.0, "items": 0, "losses": {}}
-    with pytest.raises(DataError, match="step 7: nothing is to be learned from any of its samples"):
+    with pytest.raises(DataError, match="step 8: nothing is to be learned from any of its samples"):
         _check_items(7, StepResult(**numbers))
