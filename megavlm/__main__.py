@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from megavlm.commands import convert, data, generate, plan, run, serve, tokenizer
 from megavlm.config.load import load_plan
 from megavlm.errors import ConfigError, MegavlmError, StoppedError
-from megavlm.terminal import tell
+from megavlm.terminal import tell, tell_error
 
 USER_ERROR = 2
 INTERRUPTED = 130
@@ -37,10 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ConfigError(_without_run_file(options))
         options.command(settings, options)
     except MegavlmError as error:
-        rank = os.environ.get("RANK")
-        where = f" (rank {rank})" if rank else ""
-        # In one write, so that lines of several ranks do not run into each other.
-        print(f"megavlm: error{where}: {error}\n", end="", file=sys.stderr, flush=True)
+        if not error.is_told:
+            tell_error(error)
         return USER_ERROR
     except StoppedError as stopped:
         if os.environ.get("RANK", "0") == "0":

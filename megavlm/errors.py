@@ -7,6 +7,9 @@ from megavlm.terminal import printable
 class MegavlmError(Exception):
     """Base of the errors that the user can mend; the message names value, rule and remedy."""
 
+    is_told = False
+    """Whether people have read it; then it only ends what it has to end."""
+
     def __str__(self) -> str:
         """Harmless to a terminal, whatever the message quotes of a user's files; no credentials."""
         return without_secrets("\n".join(map(printable, super().__str__().split("\n"))))

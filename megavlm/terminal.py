@@ -1,5 +1,6 @@
 """What people read on a terminal: lines, counts, names that others have chosen, and progress."""
 
+import os
 import sys
 import unicodedata
 from collections.abc import Iterable
@@ -17,6 +18,14 @@ def tell(text: str) -> None:
     """Print lines on standard error, each at once, so that those of several ranks stay whole."""
     for line in without_secrets(text).splitlines():
         print(f"megavlm: {line}\n", end="", file=sys.stderr, flush=True)
+
+
+def tell_error(error: Exception) -> None:
+    """Tell what ends a command, in one write, and which rank says so."""
+    rank = os.environ.get("RANK")
+    where = f" (rank {rank})" if rank else ""
+    text = without_secrets(str(error))
+    print(f"megavlm: error{where}: {text}\n", end="", file=sys.stderr, flush=True)
 
 
 def warn(text: str) -> None:

@@ -28,6 +28,7 @@ from megavlm.data.sources import Sources, training_sources
 from megavlm.data.tokenizer import Tokenizer
 from megavlm.dist import groups
 from megavlm.dist.launch import check_hosts
+from megavlm.dist.told import told_once
 from megavlm.engine.base import DTYPES, Accepts, Engine, StepResult
 from megavlm.engine.ema import Ema
 from megavlm.engine.start import start_engine
@@ -83,7 +84,7 @@ def train(
     first = groups.rank() == 0
     hold = _alone_in(run.run_folder) if first else nullcontext()
     events = Events(run.run_folder, enabled=first)
-    with hold, events, exporters(plan, enabled=first) as sinks, groups.world_group():
+    with hold, events, exporters(plan, enabled=first) as sinks, groups.world_group(), told_once():
         events.start(ranks=groups.world_size(), engine=run.engine)
         claim(checkpoint_root(run), run.run_folder)
         copies = open_copies(plan, events)
