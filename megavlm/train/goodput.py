@@ -41,7 +41,8 @@ class Goodput:
     """Done, and lost: with those that a rollback left out, and its bad step."""
     skipped: list[int]
     """Steps whose gradients were left out, of those that stayed."""
-    rollbacks: list[Event] = field(default_factory=list[Event])
+    recoveries: list[Event] = field(default_factory=list[Event])
+    """What is not as usual about where the run went on: rollbacks, damage, copies in memory."""
     ended: str | None = None
     """How the last process ended; None while it runs, or if it was killed."""
     last_unix_seconds: float = 0.0
@@ -84,7 +85,7 @@ class _Account:
         self._uses: dict[Use, float] = dict.fromkeys(get_args(Use), 0.0)
         self._kept: list[_Steps] = []
         self._skipped: list[int] = []
-        self._rollbacks: list[Event] = []
+        self._recoveries: list[Event] = []
         self._repeated = 0
         self._ended: str | None = None
         self._process_began: float | None = None
@@ -98,6 +99,8 @@ class _Account:
         self._uses["saving"] += float(event.get("stalled_seconds", 0.0))
         if event["event"] in ("first_step_done", "steps", "step_skipped", "bad_step"):
             self._end_start_up(now - seconds)
+        if event["event"] in ("rolled_back", "damaged", "recovered"):
+            self._recoveries.append(event)
         match event["event"]:
             case "start":
                 self._start(_began(event))
@@ -122,7 +125,6 @@ class _Account:
                 self._uses["repeated steps"] += seconds
             case "rolled_back":
                 self._lose_from(event["to"])
-                self._rollbacks.append(event)
             case "ended":
                 self._ended = event["how"]
             case _:
@@ -144,7 +146,7 @@ class _Account:
             steps=sum(steps.stop - steps.first for steps in self._kept),
             repeated_steps=self._repeated,
             skipped=self._skipped,
-            rollbacks=self._rollbacks,
+            recoveries=self._recoveries,
             ended=self._ended,
             last_unix_seconds=self._last,
         )

@@ -198,6 +198,8 @@ def test_where_the_time_went(plan):
         {"event": "step_skipped", "unix_seconds": 1070.0, "step": 2, "seconds": 10.0},
         {"event": "bad_step", "unix_seconds": 1080.0, "step": 3, "seconds": 10.0},
         {"event": "rolled_back", "unix_seconds": 1080.0, "from": 3, "to": 3, "left_out": [[6, 8]]},
+        {"event": "damaged", "unix_seconds": 1080.0, "message": "file <x> is missing"},
+        {"event": "recovered", "unix_seconds": 1080.0, "step": 3, "on_disk": 2, "seconds": 0.0},
         {"event": "steps", "unix_seconds": 1100.0, "first": 3, "stop": 5, "seconds": 20.0},
     ]
     (folder / EVENTS_FILE).write_text("".join(json.dumps(event) + "\n" for event in events))
@@ -206,8 +208,10 @@ def test_where_the_time_went(plan):
     says = "productive 60.0 s, start-up 20.0 s, repeated steps 10.0 s, skipped steps 10.0 s"
     assert bar["aria-label"] == says
     text = " ".join(" ".join(part for parts in page.texts.values() for part in parts).split())
-    assert "60.0 %" in text and "Skipped steps, whose gradients were left out: 2." in text
-    assert "Rolled back from step 3 to step 3; samples 6 to 8 are left out." in text
+    assert "60.0 %" in text and "Skipped steps, whose gradients were left out: 3." in text
+    assert "Rolled back from step 4 to after step 3; samples 6 to 8 are left out." in text
+    assert "Left a damaged checkpoint behind: file <x> is missing." in text
+    assert "Went on after step 3 from copies in memory; the newest checkpoint was of" in text
     assert "ended:" not in text and "1970-01-01 00:18:20 UTC" in text
     assert {"1,234", "400", "41.2 %", "25.0 %", "3.00"} <= set(page.texts["dd"])
     # All steps of the stage are behind it, though one of them taught nothing.

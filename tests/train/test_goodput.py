@@ -109,7 +109,7 @@ def test_a_rollback_and_a_skipped_step():
     assert found.seconds["skipped steps"] == 10.0  # both times
     assert found.skipped == [10]
     assert found.seconds["repeated steps"] == 16.0 and found.repeated_steps == 3
-    assert [(event["from"], event["to"]) for event in found.rollbacks] == [(13, 10)]
+    assert [(event["from"], event["to"]) for event in found.recoveries] == [(13, 10)]
     assert found.steps == 11 and found.seconds["productive"] == 51.0
 
 
