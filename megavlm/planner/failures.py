@@ -16,8 +16,6 @@ class FailureCosts:
     """That the training stands still for each copy, or checkpoint."""
     done_seconds: float
     """From the beginning of a copy until it can be gone on from."""
-    guard_share: float = 0.0
-    """Of the time of steps, that watching and measuring take."""
 
 
 def best_interval_seconds(costs: FailureCosts, mttf_seconds: float) -> float:
@@ -31,11 +29,13 @@ def best_interval_seconds(costs: FailureCosts, mttf_seconds: float) -> float:
 def predicted_goodput(costs: FailureCosts, mttf_seconds: float, interval_seconds: float) -> float:
     """Productive time over wall time, 0 to 1, where failures come after `mttf_seconds` on average.
 
+    What watching and measuring take of a step counts as productive, as in `goodput`.
+
     A failure costs its detection, the restart, and the steps since the newest copy: half an
     interval on average, and what the copy took. Failures while a run recovers are left out.
     """
     lost_seconds = (
         costs.detected_seconds + costs.restart_seconds + costs.done_seconds + interval_seconds / 2
     )
-    overhead = costs.stall_seconds / interval_seconds + costs.guard_share
-    return max(0.0, 1 - lost_seconds / mttf_seconds) / (1 + overhead)
+    stalls = costs.stall_seconds / interval_seconds
+    return max(0.0, 1 - lost_seconds / mttf_seconds) / (1 + stalls)

@@ -8,20 +8,17 @@ import pytest
 from megavlm.planner.failures import FailureCosts, best_interval_seconds, predicted_goodput
 
 HOUR = 3600.0
-COSTS = FailureCosts(
-    detected_seconds=550, restart_seconds=300, stall_seconds=2, done_seconds=20, guard_share=0.005
-)
+COSTS = FailureCosts(detected_seconds=550, restart_seconds=300, stall_seconds=2, done_seconds=20)
 
 
 def played_goodput(costs, mttf_seconds, interval_seconds, failures=20_000):
-    """Between failures training, copies and guards go by; each failure goes back to a copy."""
+    """Between failures training and copies go by; each failure goes back to a copy."""
     generator = np.random.default_rng(1)
     useful = wall = 0.0
     for until_failure in generator.exponential(mttf_seconds, failures):
         wall += until_failure
         ready = until_failure - costs.detected_seconds - costs.restart_seconds
-        rate = 1 + costs.guard_share
-        cycle = interval_seconds * rate + costs.stall_seconds
+        cycle = interval_seconds + costs.stall_seconds
         # A copy counts from when it is done.
         copies = max(0.0, (ready - costs.done_seconds) // cycle)
         useful += copies * interval_seconds
