@@ -132,7 +132,7 @@ def test_a_skipped_step_changes_nothing(tiny_run, engine):
 
 def test_a_run_that_is_to_stop_saves_nothing_of_it(tiny_run):
     run = run_of(tiny_run, "fsdp2", on_nonfinite="stop")
-    with pytest.raises(AssertionError, match=rf"{DivergenceError.__name__}: step {BAD_STEP}: "):
+    with pytest.raises(AssertionError, match=rf"{DivergenceError.__name__}: step {BAD_STEP + 1}: "):
         trained(run, 2, poisoned=True)
     assert [*saved(run, 2)]
     assert not (run.run_folder / "checkpoints" / folder_name(4)).exists()
