@@ -1,6 +1,7 @@
 """Errors that all ranks raise alike, and that one of them tells."""
 
 import hashlib
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, cast
@@ -9,6 +10,9 @@ import torch.distributed as dist
 
 from megavlm.errors import MegavlmError
 from megavlm.terminal import tell_error
+
+ASKED_SECONDS = 1.0
+"""Rank 0, whose process has the ranks' store, stays so long for others to ask it."""
 
 
 @contextmanager
@@ -21,12 +25,28 @@ def told_once() -> Iterator[None]:
     try:
         yield
     except MegavlmError as error:
-        said_before = False
-        with suppress(Exception):  # where the ranks' store is gone, each speaks for itself
-            store = cast(Any, dist).distributed_c10d._get_default_store()
-            digest = hashlib.sha256(str(error).encode()).hexdigest()
-            said_before = store.add(f"told/{digest}", 1) > 1
-        if not said_before:
+        if _comes_first(str(error)):
             tell_error(error)
         error.is_told = True
+        if dist.get_rank() == 0:
+            _stay(str(error))
         raise
+
+
+def _comes_first(text: str) -> bool:
+    with suppress(Exception):  # where the store is gone, each speaks for itself
+        return _count(text, 1) == 1
+    return True
+
+
+def _stay(text: str) -> None:
+    given_up = time.monotonic() + ASKED_SECONDS
+    with suppress(Exception):
+        while _count(text, 0) < dist.get_world_size() and time.monotonic() < given_up:
+            time.sleep(0.02)
+
+
+def _count(text: str, more: int) -> int:
+    """Of ranks that have this to tell."""
+    store = cast(Any, dist).distributed_c10d._get_default_store()
+    return store.add(f"told/{hashlib.sha256(text.encode()).hexdigest()}", more)
