@@ -52,7 +52,7 @@ class Event(NamedTuple):
 class _Row:
     number: int
     asked: Request
-    draws: np.random.Generator
+    draws: torch.Generator
     tokens: int = 0
     """In the cache."""
     last: int = PADDING
@@ -133,7 +133,7 @@ class Engine:
                 f"{pictures} pictures exceed the limit of {self.limits.pictures}; show fewer"
             )
         self._requests += 1
-        draws = np.random.default_rng(request.sampling.seed)
+        draws = torch.Generator(self.decoder.device).manual_seed(request.sampling.seed)
         self._waiting.append(_Row(self._requests, request, draws))
         return self._requests
 
@@ -221,7 +221,7 @@ class Engine:
 
     def _next(self, rows: Sequence[_Row], logits_bv: torch.Tensor) -> list[Event]:
         sampling = [row.asked.sampling for row in rows]
-        chosen = choose(logits_bv, sampling, [row.draws.random() for row in rows]).tolist()
+        chosen = choose(logits_bv, sampling, [row.draws for row in rows]).tolist()
         events: list[Event] = []
         for row, token in zip(rows, chosen, strict=True):
             if token == END:

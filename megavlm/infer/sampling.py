@@ -41,37 +41,42 @@ class Sampling:
 GREEDY = Sampling()
 
 
-def choose(logits_bv: Tensor, sampling: Sequence[Sampling], uniform_b: Sequence[float]) -> Tensor:
+def choose(
+    logits_bv: Tensor, sampling: Sequence[Sampling], draws: Sequence[torch.Generator]
+) -> Tensor:
     """The next token of each row, int64 (b,).
 
-    uniform_b: a random number in [0, 1) for each row; greedy rows do not need theirs.
+    draws: where each row's random numbers come from, on the device of the logits; greedy rows take
+    none. The numbers race (Gumbel-max, Maddison et al. 2014, section 2), each token with its own,
+    so that rounding changes a token only where the first two are as close; walking down a sorted
+    row, it would wherever two of the tokens on the way are.
     """
     chosen_b = logits_bv.argmax(-1)
     drawn = [row for row, of_row in enumerate(sampling) if of_row.temperature > 0]
     if not drawn:
         return chosen_b
-    device = logits_bv.device
     of_rows = [sampling[row] for row in drawn]
-    like: dict[str, Any] = {"dtype": torch.float64, "device": device}
+    like: dict[str, Any] = {"dtype": torch.float64, "device": logits_bv.device}
     temperatures_b1 = torch.tensor([[of_row.temperature] for of_row in of_rows], **like)
-    uniform_b1 = torch.tensor([[uniform_b[row]] for row in drawn], **like)
-    sorted_bv, tokens_bv = logits_bv[drawn].double().sort(descending=True, stable=True)
-    probabilities_bv = _restricted((sorted_bv / temperatures_b1).softmax(-1), of_rows)
-    sums_bv = probabilities_bv.cumsum(-1)
-    # The first whose sum exceeds the random number's share of the last sum. That share may round
-    # to the whole of it, which the sum reaches at the last token that may be drawn.
-    is_before_bv = (sums_bv <= uniform_b1 * sums_bv[:, -1:]) & (sums_bv < sums_bv[:, -1:])
-    ranks_b1 = is_before_bv.sum(-1, keepdim=True)
-    chosen_b[drawn] = tokens_bv.gather(1, ranks_b1)[:, 0]
+    scores_bv = logits_bv[drawn].double() / temperatures_b1
+    noise_bv = torch.empty_like(scores_bv)
+    for noise_v, row in zip(noise_bv, drawn, strict=True):
+        noise_v.exponential_(generator=draws[row])
+    raced_bv = scores_bv - noise_bv.log()
+    if any(of_row.top_k or of_row.top_p < 1 for of_row in of_rows):
+        raced_bv = raced_bv.masked_fill(~_allowed(scores_bv, of_rows), -torch.inf)
+    chosen_b[drawn] = raced_bv.argmax(-1)
     return chosen_b
 
 
-def _restricted(probabilities_bv: Tensor, sampling: Sequence[Sampling]) -> Tensor:
-    """Zero where top_k and then top_p leave a token out. Probabilities descend."""
-    size, device = probabilities_bv.shape[-1], probabilities_bv.device
+def _allowed(scores_bv: Tensor, sampling: Sequence[Sampling]) -> Tensor:
+    """Which tokens top_k and then top_p leave."""
+    size, device = scores_bv.shape[-1], scores_bv.device
+    sorted_bv, tokens_bv = scores_bv.sort(descending=True, stable=True)
     top_k_b1 = torch.tensor([[of_row.top_k or size] for of_row in sampling], device=device)
     top_p_b1 = torch.tensor([[of_row.top_p] for of_row in sampling], device=device)
-    probabilities_bv = probabilities_bv * (torch.arange(size, device=device) < top_k_b1)
-    probabilities_bv = probabilities_bv / probabilities_bv.sum(-1, keepdim=True)
+    is_top_k_bv = torch.arange(size, device=device) < top_k_b1
+    probabilities_bv = sorted_bv.masked_fill(~is_top_k_bv, -torch.inf).softmax(-1)
     before_bv = probabilities_bv.cumsum(-1) - probabilities_bv
-    return probabilities_bv * ((before_bv < top_p_b1) | (top_p_b1 >= 1))
+    is_left_bv = is_top_k_bv & ((before_bv < top_p_b1) | (top_p_b1 >= 1))
+    return torch.zeros_like(is_left_bv).scatter(1, tokens_bv, is_left_bv)
