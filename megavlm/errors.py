@@ -51,6 +51,20 @@ class CheckpointError(MegavlmError):
     """A checkpoint is missing, incomplete, or of another model."""
 
 
+class DamagedError(CheckpointError):
+    """A checkpoint is not as it was written; `damage` says what is wrong, without a remedy."""
+
+    @property
+    def damage(self) -> str:
+        return super().__str__()
+
+    def __str__(self) -> str:
+        return (
+            f"{self.damage}; delete that checkpoint's folder, or set checkpoint.on_damage=earlier "
+            "to go on from an earlier one"
+        )
+
+
 class StorageError(CheckpointError, DataError):
     """A disk or an object store cannot be read or written, whatever was to lie there."""
 

@@ -24,8 +24,7 @@ def tell_error(error: Exception) -> None:
     """Tell what ends a command, in one write, and which rank says so."""
     rank = os.environ.get("RANK")
     where = f" (rank {rank})" if rank else ""
-    text = without_secrets(str(error))
-    print(f"megavlm: error{where}: {text}\n", end="", file=sys.stderr, flush=True)
+    print(f"megavlm: error{where}: {error}\n", end="", file=sys.stderr, flush=True)
 
 
 def warn(text: str) -> None:

@@ -4,10 +4,10 @@ import torch.distributed as dist
 
 from megavlm.checkpoint.listing import whole_checkpoints
 from megavlm.checkpoint.load import check_files
-from megavlm.checkpoint.storage import STATE_FILE, CheckpointReader, to_go_on
+from megavlm.checkpoint.storage import STATE_FILE, CheckpointReader
 from megavlm.checkpoint.together import on_all_ranks
 from megavlm.dist import groups
-from megavlm.errors import CheckpointError, StorageError
+from megavlm.errors import CheckpointError, DamagedError, StorageError
 from megavlm.files.folder import Folder
 
 
@@ -48,6 +48,8 @@ def _damage(folder: Folder, rank: int, ranks: int) -> str:
         check_files(reader, sorted(reader.state["files"])[rank::ranks])
     except StorageError:
         raise
+    except DamagedError as error:
+        return error.damage
     except CheckpointError as error:
-        return str(error).removesuffix(to_go_on(folder))
+        return str(error)
     return ""

@@ -16,11 +16,11 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from megavlm.checkpoint.lazy import LazyTensor
 from megavlm.checkpoint.planners import ShardsLoadPlanner
 from megavlm.checkpoint.shards import State, whole
-from megavlm.checkpoint.storage import CheckpointReader, read_state, state_sha256, to_go_on
+from megavlm.checkpoint.storage import CheckpointReader, read_state, state_sha256
 from megavlm.checkpoint.tensor_file import DTYPES
 from megavlm.checkpoint.together import failures_told, on_all_ranks
 from megavlm.dist import groups
-from megavlm.errors import CheckpointError
+from megavlm.errors import CheckpointError, DamagedError
 from megavlm.files.folder import Folder
 
 CHECKERS = 4
@@ -104,9 +104,8 @@ def check_files(
         digests = list(pool.map(digest, names))
     for name, found in zip(names, digests, strict=True):
         if found != reader.state["files"][name]["sha256"]:
-            raise CheckpointError(
+            raise DamagedError(
                 f"checkpoint file {reader.folder}/{name} is corrupt (its SHA-256 does not match)"
-                + to_go_on(reader.folder)
             )
 
 

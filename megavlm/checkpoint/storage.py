@@ -50,7 +50,7 @@ from megavlm.checkpoint.tensor_file import (
     read_rows,
     write_tensors,
 )
-from megavlm.errors import CheckpointError
+from megavlm.errors import CheckpointError, DamagedError
 from megavlm.files.folder import Folder, is_plain, sync
 from megavlm.files.ranges import Range
 
@@ -182,11 +182,6 @@ def read_state(folder: Folder, name: str = STATE_FILE) -> dict[str, Any]:
     return parse_state(folder.read(name), folder, name)
 
 
-def to_go_on(folder: Folder) -> str:
-    """What to do about a damaged checkpoint, as the end of an error's message."""
-    return f"; delete {folder} or set checkpoint.on_damage=earlier to go on from an earlier one"
-
-
 def parse_state(content: bytes, folder: Folder, name: str = STATE_FILE) -> dict[str, Any]:
     """The same, from what the file holds."""
     try:
@@ -197,9 +192,8 @@ def parse_state(content: bytes, folder: Folder, name: str = STATE_FILE) -> dict[
                 f"checkpoint {folder} has format {version}; this version reads {FORMAT}"
             )
         if digest != state_sha256(state):
-            raise CheckpointError(
+            raise DamagedError(
                 f"checkpoint file {folder}/{name} is corrupt (its SHA-256 does not match)"
-                + to_go_on(folder)
             )
         _check_form(state)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -269,11 +263,10 @@ class CheckpointReader(StorageReader):
     def _header(self, sizes: dict[str, int], name: str) -> dict[str, Entry]:
         path, expected = f"{self.folder}/{name}", self.state["files"][name]["bytes"]
         if name not in sizes:
-            raise CheckpointError(f"checkpoint file {path} is missing" + to_go_on(self.folder))
+            raise DamagedError(f"checkpoint file {path} is missing")
         if sizes[name] != expected:
-            raise CheckpointError(
+            raise DamagedError(
                 f"checkpoint file {path} has {sizes[name]} bytes instead of {expected}"
-                + to_go_on(self.folder)
             )
         with self.folder.open(name, "rb") as file:
             return read_header(file, expected, path)

@@ -74,17 +74,27 @@ def train(
 
     after_stage: called on all ranks after each stage, also when the run goes on at its end.
     """
+    # The ranks meet before they check anything, so that they can agree on who tells a mistake.
+    with groups.world_group(), told_once():
+        _train_checked(_checked(plan), after_stage)
+
+
+def _checked(plan: Plan) -> Plan:
+    """The plan on this run's ranks, before they do anything that takes long."""
     plan = plan.on(groups.world_size())
     check_plan(plan, groups.world_size())
-    run = plan.first
     here = {socket.gethostname(): groups.local_world_size()}
     plan.check(lambda run: check_hosts(run, here, groups.world_size()))
-    if run.engine == "zero3":
-        run.zero3.check_device(has_gpu=torch.cuda.is_available())
-    first = groups.rank() == 0
+    if plan.first.engine == "zero3":
+        plan.first.zero3.check_device(has_gpu=torch.cuda.is_available())
+    return plan
+
+
+def _train_checked(plan: Plan, after_stage: Callable[[Plan, Stage], None]) -> None:
+    run, first = plan.first, groups.rank() == 0
     hold = _alone_in(run.run_folder) if first else nullcontext()
     events = Events(run.run_folder, enabled=first)
-    with hold, events, exporters(plan, enabled=first) as sinks, groups.world_group(), told_once():
+    with hold, events, exporters(plan, enabled=first) as sinks:
         events.start(ranks=groups.world_size(), engine=run.engine)
         claim(checkpoint_root(run), run.run_folder)
         copies = open_copies(plan, events)

@@ -62,7 +62,7 @@ def find_start(plan: Plan) -> Start:
     state = read_state(checkpoint)
     stage = plan.named(state["stage"])
     assert stage is not None, "check_plan has seen that it is there"
-    told = [f"resumed from {checkpoint}, in stage {stage.name}"]
+    told = [f"resuming from {checkpoint}, in stage {stage.name}"]
     if places:
         told.append("the run has begun already, so checkpoint.start_from is not used")
     if state["step"] < stage.end_step:

@@ -55,6 +55,6 @@ def test_a_killed_run_continues_from_its_last_checkpoint(tiny_run, tiny_run_file
     process = launch(tiny_run_file, hostfile, *overrides)
     output, _ = process.communicate(timeout=TIMEOUT_SECONDS)
     assert process.returncode == 0, output
-    assert f"resumed from {last}" in output
+    assert f"resuming from {last}" in output
     steps_logged = [m["step"] for m in read_metrics(tiny_run.run_folder) if "loss" in m]
     assert steps_logged == list(range(steps))

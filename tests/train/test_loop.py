@@ -1,9 +1,22 @@
 import pytest
 
+from megavlm.config.load import load_plan
 from megavlm.engine.base import StepResult
-from megavlm.errors import DataError, LaunchError
+from megavlm.errors import ConfigError, DataError, LaunchError
 from megavlm.train import loop
-from megavlm.train.loop import _alone_in, _check_items
+from megavlm.train.loop import _alone_in, _check_items, train
+from tests.ranks import run_on_ranks
+
+
+def test_a_mistake_of_the_settings_is_told_by_one_rank(tiny_run_file, capfd):
+    def on_rank(_):
+        with pytest.raises(ConfigError, match="is not divisible by") as raised:
+            train(load_plan(tiny_run_file, ["train.samples_per_step=8", "train.micro_batches=2"]))
+        return raised.value.is_told
+
+    assert run_on_ranks(3, on_rank, groups=False) == [True] * 3
+    lines = capfd.readouterr().err.splitlines()
+    assert len([line for line in lines if "megavlm: error (rank" in line]) == 1, lines
 
 
 def test_two_runs_cannot_share_a_folder(tmp_path, monkeypatch):
