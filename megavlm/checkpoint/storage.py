@@ -50,7 +50,7 @@ from megavlm.checkpoint.tensor_file import (
     read_rows,
     write_tensors,
 )
-from megavlm.errors import CheckpointError, DamagedError
+from megavlm.errors import CheckpointError, DamagedError, StorageError
 from megavlm.files.folder import Folder, is_plain, sync
 from megavlm.files.ranges import Range
 
@@ -182,6 +182,20 @@ def read_state(folder: Folder, name: str = STATE_FILE) -> dict[str, Any]:
     return parse_state(folder.read(name), folder, name)
 
 
+def checked_state(folder: Folder) -> dict[str, Any]:
+    """The same, where all files are there and as long as they were written."""
+    state, sizes = read_state(folder), folder.sizes()
+    for name, file in state["files"].items():
+        path, expected = f"{folder}/{name}", file["bytes"]
+        if name not in sizes:
+            raise DamagedError(f"checkpoint file {path} is missing")
+        if sizes[name] != expected:
+            raise DamagedError(
+                f"checkpoint file {path} has {sizes[name]} bytes instead of {expected}"
+            )
+    return state
+
+
 def parse_state(content: bytes, folder: Folder, name: str = STATE_FILE) -> dict[str, Any]:
     """The same, from what the file holds."""
     try:
@@ -197,7 +211,7 @@ def parse_state(content: bytes, folder: Folder, name: str = STATE_FILE) -> dict[
             )
         _check_form(state)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"cannot read checkpoint {folder}/{name}: {error}") from error
+        raise DamagedError(f"cannot read checkpoint {folder}/{name}: {error}") from error
     return state
 
 
@@ -228,7 +242,7 @@ class CheckpointReader(StorageReader):
 
     def __init__(self, folder: Folder) -> None:
         self.folder = folder
-        self.state = read_state(folder)
+        self.state = checked_state(folder)
         self._places: dict[tuple[str, Origin], tuple[str, Entry]] = {}
         tensors = {
             name: TensorStorageMetadata(
@@ -238,17 +252,16 @@ class CheckpointReader(StorageReader):
             )
             for name, fields in self.state["tensors"].items()
         }
-        header = partial(self._header, folder.sizes())
         with ThreadPoolExecutor(READERS) as pool:
-            headers = list(pool.map(header, self.state["files"]))
+            headers = list(pool.map(self._header, self.state["files"]))
         for file_name, entries in zip(self.state["files"], headers, strict=True):
             for box_name, entry in entries.items():
                 name, origin = _name_and_origin(box_name, len(entry.shape))
                 if name not in tensors:
-                    raise CheckpointError(f"{folder}/{file_name} holds {name}, which is not listed")
+                    raise DamagedError(f"{folder}/{file_name} holds {name}, which is not listed")
                 listed = tensors[name]
                 if entry.dtype != listed.properties.dtype or not _fits(origin, entry, listed.size):
-                    raise CheckpointError(
+                    raise DamagedError(
                         f"{folder}/{file_name} holds {box_name} of type {NAMES[entry.dtype]} and "
                         f"shape {list(entry.shape)}, which is no part of the tensor that is listed"
                     )
@@ -260,16 +273,15 @@ class CheckpointReader(StorageReader):
             check_boxes(f"the files of {folder} hold", name, tensor.size, boxes)
         self._metadata = Metadata(tensors)  # pyright: ignore[reportArgumentType]
 
-    def _header(self, sizes: dict[str, int], name: str) -> dict[str, Entry]:
-        path, expected = f"{self.folder}/{name}", self.state["files"][name]["bytes"]
-        if name not in sizes:
-            raise DamagedError(f"checkpoint file {path} is missing")
-        if sizes[name] != expected:
-            raise DamagedError(
-                f"checkpoint file {path} has {sizes[name]} bytes instead of {expected}"
-            )
-        with self.folder.open(name, "rb") as file:
-            return read_header(file, expected, path)
+    def _header(self, name: str) -> dict[str, Entry]:
+        try:
+            with self.folder.open(name, "rb") as file:
+                bytes_ = self.state["files"][name]["bytes"]
+                return read_header(file, bytes_, f"{self.folder}/{name}")
+        except StorageError:
+            raise
+        except CheckpointError as error:
+            raise DamagedError(str(error)) from error
 
     def reset(self, checkpoint_id: Any = None) -> None:
         pass

@@ -14,15 +14,17 @@ Value = TypeVar("Value")
 
 def on_all_ranks(step: Callable[[], Value], group: dist.ProcessGroup | None = None) -> Value:
     """What it returns; an error of one rank is raised, as CheckpointError, on all. Collective."""
-    value, error = None, ""
+    value, error = None, None
     try:
         value = step()
+    except CheckpointError as failed:
+        error = failed
     except Exception as failed:
-        error = str(failed) if isinstance(failed, MegavlmError) else repr(failed)
+        error = CheckpointError(str(failed) if isinstance(failed, MegavlmError) else repr(failed))
     errors: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(errors, error, group=group)
     for told in filter(None, errors):
-        raise CheckpointError(told)
+        raise told
     return cast(Value, value)
 
 

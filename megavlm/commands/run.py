@@ -153,7 +153,7 @@ def _eval(plan: Plan, options: argparse.Namespace) -> None:
 
 
 def _report(plan: Plan, options: argparse.Namespace) -> None:
-    from megavlm.checkpoint.listing import latest_checkpoint
+    from megavlm.checkpoint.listing import newest_checkpoint
     from megavlm.checkpoint.state import check_checkpoint, checkpoint_root
     from megavlm.data.tokenizer import Tokenizer
     from megavlm.eval.report import write_report
@@ -162,7 +162,7 @@ def _report(plan: Plan, options: argparse.Namespace) -> None:
     run = plan.first
     if not run.run_folder.is_dir():
         raise CheckpointError(f"{run.run_folder} is not there; train first with `megavlm train`")
-    newest = latest_checkpoint(checkpoint_root(run))
+    newest = newest_checkpoint(checkpoint_root(run), run.checkpoint)
     if newest is not None:  # the page would show other stages
         check_checkpoint(newest, plan, Tokenizer(run.data.tokenizer))
     print(f"report: {write_report(plan, options.run_file)}")

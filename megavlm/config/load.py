@@ -81,11 +81,20 @@ def _plan_of(tree: Tree, overrides: Sequence[str]) -> Plan:
         try:
             run = settings_of(RunSettings, _merged(tree, changes))
         except ConfigError as error:
-            where = f"stages.{name}: " if len(changes_by_stage) > 1 else ""
-            raise ConfigError(f"{where}{error}") from error
+            is_of_stage = len(changes_by_stage) > 1 and str(error) != _mistake(tree)
+            raise ConfigError(f"stages.{name}: {error}" if is_of_stage else str(error)) from error
         first = (stages[-1].end_step, stages[-1].end_sample) if stages else (0, 0)
         stages.append(Stage(name, run, *first))
     return Plan(tuple(stages))
+
+
+def _mistake(tree: Tree) -> str:
+    """What is wrong with the settings that all stages share."""
+    try:
+        settings_of(RunSettings, tree)
+    except ConfigError as error:
+        return str(error)
+    return ""
 
 
 def settings_of(kind: type[Settings], tree: Tree) -> Settings:

@@ -16,6 +16,7 @@ from torch.distributed.distributed_c10d import Store
 from megavlm.config.engines import UNDIVIDED, MegatronSettings
 from megavlm.dist import cpu
 from megavlm.errors import LaunchError
+from megavlm.terminal import counted
 
 Plain = TypeVar("Plain")
 
@@ -57,10 +58,9 @@ def data_ranks() -> int:
 
 def describe(parallel: MegatronSettings) -> str:
     """How this run's ranks are used, in words."""
-    return (
-        f"{world_size()} ranks: {data_ranks()} copies of the model, each on tensor "
-        f"{parallel.tensor_parallel} x pipeline {parallel.pipeline_parallel}"
-    )
+    ranks, copies = counted(world_size(), "rank"), counted(data_ranks(), "copy", "copies")
+    each = f"{parallel.tensor_parallel} x pipeline {parallel.pipeline_parallel}"
+    return f"{ranks}: {copies} of the model, each on tensor {each}"
 
 
 def copies_group() -> dist.ProcessGroup:

@@ -191,9 +191,14 @@ class Folder:
         processes may write the same one, of which those that are killed leave `NAME.*.partial`.
         """
         first_name = name if self._in_bucket else f"{name}.{uuid4().hex}.partial"
-        with self.open(first_name, "wb") as file:
-            file.write(content)
-            sync(file)
+        try:
+            with self.open(first_name, "wb") as file:
+                file.write(content)
+                sync(file)
+        except StorageError:
+            with suppress(StorageError):
+                self.delete_file(first_name)
+            raise
         with _told(f"cannot write {self}/{name}", self._write_remedy):
             if self.is_local:
                 os.replace(self._path(first_name), self._path(name))

@@ -19,14 +19,14 @@ WANDB_ID_FILE = "wandb-id"
 
 
 @contextmanager
-def exporters(plan: Plan, *, enabled: bool) -> Iterator[list[Sink]]:
+def exporters(plan: Plan, *, enabled: bool) -> Iterator[dict[str, Sink]]:
     """Open those that the settings name; raises ConfigError for what cannot be opened."""
-    settings, sinks = plan.first.metrics, list[Sink]()
+    settings, sinks = plan.first.metrics, dict[str, Sink]()
     with ExitStack() as stack:
         if enabled and settings.prometheus_port is not None:
-            sinks.append(stack.enter_context(_prometheus(settings)))
+            sinks["Prometheus"] = stack.enter_context(_prometheus(settings))
         if enabled and settings.wandb_project is not None:
-            sinks.append(stack.enter_context(_wandb(plan)))
+            sinks["Weights & Biases"] = stack.enter_context(_wandb(plan))
         yield sinks
 
 

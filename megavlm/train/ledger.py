@@ -17,7 +17,9 @@ from megavlm.config.run import RunSettings
 from megavlm.data.sources import id_of, places_of, training_sources
 from megavlm.errors import DataError
 from megavlm.redact import without_secrets
+from megavlm.terminal import counted
 from megavlm.train.appended import Appended
+from megavlm.train.events import EVENTS_FILE, read_events
 from megavlm.train.start import left_out_before
 
 FILE = "samples.ledger"
@@ -83,6 +85,17 @@ def _records(path: Path) -> Iterator[tuple[int, int, bytes, int]]:
             yield step, samples, packed, file.tell()
 
 
+def _left_out(run: RunSettings) -> list[tuple[int, int]]:
+    """Positions that rollbacks have left out, also those since the newest checkpoint."""
+    rolled_back = None
+    for event in read_events(run.run_folder / EVENTS_FILE):
+        if event["event"] == "start":
+            rolled_back = None
+        elif event["event"] == "rolled_back":
+            rolled_back = event["left_out"]
+    return rolled_back or left_out_before(latest_checkpoint(checkpoint_root(run)))
+
+
 def check_ledger(plan: Plan) -> list[str]:
     """What a run's ledger proves, in lines; raises DataError if it is not as planned.
 
@@ -93,7 +106,7 @@ def check_ledger(plan: Plan) -> list[str]:
         raise DataError(
             f"run {plan.first.run_folder} has no {FILE}; train with data.ledger=true to keep one"
         )
-    left_out = left_out_before(latest_checkpoint(checkpoint_root(plan.first)))
+    left_out = _left_out(plan.first)
     sources_of = {stage.name: training_sources(stage.run, left_out) for stage in plan.stages}
     fingerprints = {name: sources.fingerprint for name, sources in sources_of.items()}
     taken: dict[str, list[NDArray[np.uint32]]] = {
@@ -120,13 +133,13 @@ def check_ledger(plan: Plan) -> list[str]:
     times = Counter(steps)
     expected = range(min(steps, default=0), max(steps, default=0))
     for problem, of in (
-        ("have other samples than planned", wrong),
-        ("are missing", [step for step in expected if not times[step]]),
-        ("are there more than once", sorted(step for step in times if times[step] > 1)),
+        ("with other samples than planned", wrong),
+        ("missing", [step for step in expected if not times[step]]),
+        ("more than once", sorted(step for step in times if times[step] > 1)),
     ):
         if of:
             shown = ", ".join(map(str, of[:SHOWN])) + (", ..." if len(of) > SHOWN else "")
-            raise DataError(f"{len(of)} steps {problem} in {FILE}: {shown}")
+            raise DataError(f"in {FILE}, {counted(len(of), 'step')} {problem}: {shown}")
     lines = [f"steps {steps[0]} to {steps[-1]}: each loaded exactly its samples"] if steps else []
     for fingerprint, name in {fingerprints[name]: name for name in sources_of}.items():
         folders = sources_of[name].folders

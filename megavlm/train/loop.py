@@ -325,7 +325,7 @@ def _with_norms(
 ) -> Accepts:
     """What also fills in the norms of the parts' gradients, at steps where they are wanted."""
     every = run.metrics.module_norms_every
-    if every is None or step % every:
+    if every is None or (step + 1) % every:
         return accepts
 
     def measured(result: StepResult) -> bool:

@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -39,13 +39,16 @@ class MetricsLog:
         first_step: int,
         steps: int,
         events: Events,
-        sinks: Sequence[Sink] = (),
+        sinks: Mapping[str, Sink],
         *,
         enabled: bool,
     ) -> None:
-        """sinks: take all that is recorded, too. Raises StorageError where it cannot be."""
+        """sinks: by name, take all that is recorded, too.
+
+        Raises StorageError where it cannot be recorded.
+        """
         self.events = events
-        self._sinks = [self._to_tensorboard, *sinks]
+        self._sinks = {"TensorBoard": self._to_tensorboard, **sinks}
         self._enabled = enabled
         if not enabled:
             return
@@ -123,12 +126,12 @@ class MetricsLog:
         values = {name: None if _is_nonfinite(value) else value for name, value in values.items()}
         line = json.dumps({**values, "unix_seconds": time.time()})
         self._file.write(f"{line}\n".encode())
-        for sink in self._sinks:
+        for name, sink in [*self._sinks.items()]:
             try:
                 sink(values)
             except Exception as error:  # of whatever they are, none is worth a run
-                self._sinks = [other for other in self._sinks if other is not sink]
-                self.say(f"{sink.__qualname__} gets no more figures of this run: {error!r}")
+                del self._sinks[name]
+                self.say(f"{name} gets no more figures of this run: {error!r}")
 
     def _to_tensorboard(self, values: Mapping[str, Any]) -> None:
         for name, value in values.items():

@@ -10,16 +10,16 @@ from megavlm.checkpoint.state import (
     check_weights,
     checkpoint_root,
 )
-from megavlm.checkpoint.storage import STATE_FILE, read_state
+from megavlm.checkpoint.storage import STATE_FILE, checked_state, read_state
 from megavlm.config.plan import Plan, Stage
 from megavlm.config.run import RunSettings, data_parallel_ranks, samples_per_micro_batch
 from megavlm.data.loader import most_pictures
 from megavlm.data.sources import Sources, training_sources
 from megavlm.data.tokenizer import Tokenizer
-from megavlm.errors import CheckpointError, ConfigError
+from megavlm.errors import ConfigError, DamagedError
 from megavlm.files.folder import Folder
 from megavlm.train.profiler import check_profile
-from megavlm.train.start import last_checkpoint, stages_before
+from megavlm.train.start import needed_later, stages_before
 
 
 def check_plan(plan: Plan, ranks: int) -> None:
@@ -85,12 +85,10 @@ def _check_image_slots(run: RunSettings, training: Sources, copies: int) -> None
 
 def _check_resume(plan: Plan, stage: Stage, checkpoint: Folder) -> None:
     for earlier in stages_before(plan, stage):
-        last = last_checkpoint(earlier)
-        if not last.has(STATE_FILE):
-            raise CheckpointError(
-                f"the last checkpoint of stage {earlier.name}, {last}, is gone, and later stages "
-                "take weights from it; restore it or choose another run_folder"
-            )
+        with needed_later(earlier) as last:
+            if not last.has(STATE_FILE):
+                raise DamagedError(f"checkpoint {last} is gone")
+            checked_state(last)
     if read_state(checkpoint)["step"] < stage.end_step:
         check_data_position(checkpoint, stage.run, training_sources(stage.run))
         check_moments(checkpoint, stage.run)

@@ -1,5 +1,6 @@
 """Traces of some steps, by torch's profiler: open them in Perfetto or chrome://tracing."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ class ProfileWindow:
             activities = [ProfilerActivity.CPU]
             if torch.cuda.is_available():
                 activities.append(ProfilerActivity.CUDA)
+            os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or it says when it starts
             self._profile = profile(activities=activities)
             self._profile.start()
             self._first = step

@@ -1,6 +1,7 @@
 """Where a run starts from: its newest checkpoint, or what was trained before a stage."""
 
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ from megavlm.config.plan import Plan, Stage
 from megavlm.config.run import RunSettings
 from megavlm.dist import groups
 from megavlm.engine.ema import Ema
+from megavlm.errors import CheckpointError, DamagedError
 from megavlm.files.folder import Folder
 from megavlm.model.params import carried_parts, parameters_of, trained_parameters
 from megavlm.train.guard import Guard
@@ -90,7 +92,8 @@ def start_of(
     before = stages_before(plan, stage)
     steps_before: Mapping[Part, int] = {}
     if before:
-        steps = read_state(last_checkpoint(before[-1]))["optimizer_steps"]
+        with needed_later(before[-1]) as last:
+            steps = read_state(last)["optimizer_steps"]
         steps_before = {part: steps[part] for part in carried_parts(before[-1].run, stage.run)}
     carried = {e.name for e in parameters_of(stage.run) if e.setting in steps_before}
 
@@ -103,7 +106,8 @@ def start_of(
             if earlier == before[-1]:
                 for moment in MOMENTS:
                     wanted |= _named(state, f"{moment}/", carried)
-            load_present(last_checkpoint(earlier), wanted)
+            with needed_later(earlier) as last:
+                load_present(last, wanted)
 
     return fill_from_before, {part: steps_before.get(part, 0) for part in trained}
 
@@ -125,6 +129,21 @@ def stages_before(plan: Plan, stage: Stage) -> tuple[Stage, ...]:
 def last_checkpoint(stage: Stage) -> Folder:
     """Where a stage leaves its last checkpoint, which stays."""
     return checkpoint_root(stage.run) / folder_name(stage.end_step)
+
+
+@contextmanager
+def needed_later(stage: Stage) -> Iterator[Folder]:
+    """The last checkpoint of a stage; raises CheckpointError where it is damaged.
+
+    No earlier one will do in its place.
+    """
+    try:
+        yield last_checkpoint(stage)
+    except DamagedError as error:
+        raise CheckpointError(
+            f"{error.damage}; it is of the last checkpoint of stage {stage.name}, from which later "
+            "stages take weights: restore it, or choose another run_folder"
+        ) from error
 
 
 def load_average(start: Start, ema: Ema) -> None:

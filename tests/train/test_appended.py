@@ -54,7 +54,8 @@ def test_neither_a_full_disk_nor_a_sink_ends_a_run(tmp_path):
             raise ConnectionResetError("Connection lost")
 
         events = Events(tmp_path, enabled=True)
-        with MetricsLog(tmp_path, 0, 9, events, [broken, taken.append], enabled=True) as log:
+        sinks = {"X": broken, "Y": taken.append}
+        with MetricsLog(tmp_path, 0, 9, events, sinks, enabled=True) as log:
             for step in range(9):
                 if step == 3:
                     full_at(os.path.getsize(tmp_path / "metrics.jsonl") + 10)
@@ -65,7 +66,7 @@ def test_neither_a_full_disk_nor_a_sink_ends_a_run(tmp_path):
         return told
 
     [told] = run_on_ranks(1, on_rank, groups=False)
-    said = "broken gets no more figures of this run: ConnectionResetError"
+    said = "X gets no more figures of this run: ConnectionResetError"
     assert sum(said in line for line in told) == 1, "TensorBoard may be told of, too"
     assert [line["step"] for line in read_metrics(tmp_path)] == [*range(9)]
 
@@ -77,7 +78,7 @@ def test_a_start_on_a_full_disk_is_told_and_loses_nothing(tmp_path):
     def on_rank(_):
         full_at(6)
         with pytest.raises(StorageError, match=r"cannot write .*/metrics.jsonl.* Free space"):
-            MetricsLog(tmp_path, 2, 9, Events(tmp_path, enabled=True), enabled=True)
+            MetricsLog(tmp_path, 2, 9, Events(tmp_path, enabled=True), {}, enabled=True)
         resource.setrlimit(resource.RLIMIT_FSIZE, WITHOUT)
 
     run_on_ranks(1, on_rank, groups=False)

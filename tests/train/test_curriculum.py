@@ -9,10 +9,12 @@ from megavlm.checkpoint.storage import folder_name, read_state
 from megavlm.config.engines import MegatronSettings
 from megavlm.config.run import OptimizerSettings
 from megavlm.engine.ema import Ema
+from megavlm.errors import CheckpointError
 from megavlm.files.folder import Folder
 from megavlm.train import start
 from megavlm.train.loop import train
 from megavlm.train.metrics import read_metrics
+from megavlm.train.preflight import check_newest
 from tests.memory import live_bytes
 from tests.ranks import run_on_ranks
 from tests.runs import plan_of
@@ -95,6 +97,29 @@ def test_what_a_stage_freezes_keeps_its_precision(tiny_run, engine):
     for name in names:
         assert before[name].dtype == torch.float32
         assert torch.equal(before[name], after[name]), name
+
+
+@pytest.mark.parametrize("cut_short", [True, False])
+def test_damage_in_the_last_checkpoint_of_an_earlier_stage_cannot_be_left_behind(
+    tiny_run, cut_short
+):
+    """A length is seen at the start, a flipped bit where the checkpoint is read."""
+    settings = replace(tiny_run.checkpoint, on_damage="earlier")
+    plan = curriculum(replace(tiny_run, checkpoint=settings), "fsdp2", steps=1)
+    trained(plan, 1)
+    folder = plan.first.run_folder / "checkpoints"
+    (folder / folder_name(3) / "state.json").unlink()
+    [file] = (folder / folder_name(1)).glob("*.safetensors")
+    content = file.read_bytes()
+    file.write_bytes(content[:-1] if cut_short else content[:-1] + bytes([content[-1] ^ 1]))
+
+    def on_rank(_):
+        problem = "has .* bytes instead of" if cut_short else "is corrupt"
+        told = f"{file.name} {problem}.* stage mim_contrastive, .* take weights: restore it, or choose another"
+        with pytest.raises(CheckpointError, match=told):
+            check_newest(plan) if cut_short else train(plan)
+
+    run_on_ranks(1, on_rank, groups=False)
 
 
 def optimizer_steps(plan, step):

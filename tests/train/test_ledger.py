@@ -8,6 +8,7 @@ import pytest
 from megavlm.checkpoint.storage import folder_name
 from megavlm.data.sources import NUMBER_BITS, id_of, training_sources
 from megavlm.errors import DataError
+from megavlm.train.events import Events
 from megavlm.train.ledger import FILE, HEADER, Ledger, check_ledger, read_ledger
 from megavlm.train.loop import train
 from tests.ranks import run_on_ranks
@@ -32,7 +33,7 @@ def test_a_ledger_proves_that_a_resumed_run_skips_and_repeats_nothing(tiny_run):
         f"{run.data.train[0].folder}: 48 samples loaded out of 40, each of them 1 to 2 times",
     ]
     skipping = replace(run, data=replace(run.data, skip_samples=((8, 16),)))
-    with pytest.raises(DataError, match="5 steps have other samples than planned in"):
+    with pytest.raises(DataError, match="5 steps with other samples than planned: "):
         check_ledger(plan_of(skipping))
 
 
@@ -71,7 +72,7 @@ def written(tiny_run):
     stage, sources = plan_of(run).stages[0], training_sources(run)
     ledger = Ledger(run, 0, enabled=True)
 
-    def write(step):
+    def write(step, sources=sources):
         positions = np.arange(stage.sample_at(step), stage.sample_at(step + 1))
         ledger.write(step, np.array([id_of(place) for place in sources.shuffled(positions)]))
 
@@ -81,9 +82,9 @@ def written(tiny_run):
 @pytest.mark.parametrize(
     ("steps", "says"),
     [
-        ([0, 1, 3, 5], "2 steps are missing in samples.ledger: 2, 4"),
-        ([0, 1, 1, 2], "1 steps are there more than once in samples.ledger: 1"),
-        ([4, 5, 6, 7], "2 steps have other samples than planned in samples.ledger: 6, 7"),
+        ([0, 1, 3, 5], "in samples.ledger, 2 steps missing: 2, 4"),
+        ([0, 1, 1, 2], "in samples.ledger, 1 step more than once: 1"),
+        ([4, 5, 6, 7], "in samples.ledger, 2 steps with other samples than planned: 6, 7"),
     ],
 )
 def test_steps_that_are_not_as_planned_are_told(written, steps, says):
@@ -94,11 +95,25 @@ def test_steps_that_are_not_as_planned_are_told(written, steps, says):
         check_ledger(plan_of(run))
 
 
+def test_what_a_rollback_leaves_out_counts_until_the_run_starts_again(written):
+    """No checkpoint has been written since, which would tell."""
+    run, write = written
+    with Events(run.run_folder, enabled=True) as events:
+        events.start(ranks=1, engine=run.engine)
+        write(0)
+        events.write("rolled_back", **{"from": 1, "to": 1}, left_out=[[8, 16]])
+        write(1, training_sources(run, [(8, 16)]))
+        check_ledger(plan_of(run))
+        events.start(ranks=1, engine=run.engine)
+        with pytest.raises(DataError, match="1 step with other samples than planned: 1"):
+            check_ledger(plan_of(run))
+
+
 def test_a_ledger_of_more_samples_than_there_are(written):
     run, write = written
     write(0)
     Ledger(run, 1, enabled=True).write(1, np.array([10**6, 5 << NUMBER_BITS]))
-    with pytest.raises(DataError, match="1 steps have other samples than planned"):
+    with pytest.raises(DataError, match="1 step with other samples than planned"):
         check_ledger(plan_of(run))
 
 

@@ -6,7 +6,7 @@ from megavlm.train.metrics import METRICS_FILE, MetricsLog, read_metrics
 
 def log_steps(folder, first_step, steps, enabled=True):
     events = Events(folder, enabled=enabled)
-    with MetricsLog(folder, first_step, 10, events, enabled=enabled) as log:
+    with MetricsLog(folder, first_step, 10, events, {}, enabled=enabled) as log:
         for step in steps:
             values = {"step": step, "loss": 1.0 / (step + 1), "gradient_norm": 1.0}
             log.step(

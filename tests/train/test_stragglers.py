@@ -38,7 +38,7 @@ def measured(run, all_seconds):
     first = dist.get_rank() == 0
     found = []
     with Events(run.run_folder, enabled=first) as events:
-        log = MetricsLog(run.run_folder, 0, len(all_seconds), events, enabled=first)
+        log = MetricsLog(run.run_folder, 0, len(all_seconds), events, {}, enabled=first)
         with log:
             stragglers = Stragglers(run, log)
             for step, (work_seconds, data_seconds) in enumerate(all_seconds):
