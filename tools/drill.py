@@ -479,8 +479,8 @@ def _page(injections: Sequence[Injection], options: argparse.Namespace) -> str:
         "`metrics.jsonl` and the ledger; those whose gradients were spoiled, with the weights of a "
         "run that leaves out the same samples. None went back further than to the newest whole "
         "copy in memory, or the newest whole checkpoint where no newer copy was left. Seconds: "
-        "median, and most; those of a hang have `guard.hang_seconds` in them, and torchrun's 30 s for a "
-        "rank that is stopped.",
+        "median, and most; those of a hang have `guard.hang_seconds` in them, and torchrun's 30 s "
+        "for a rank that is stopped.",
         "",
         "| engine | fault | times | detected (s) | recovered (s) | steps again, at most |",
         "|---|---|---|---|---|---|",

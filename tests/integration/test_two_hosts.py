@@ -176,12 +176,14 @@ def test_slurm_hears_of_failures(slurm, tiny_run_file, tmp_path, hosts, code):
 
 def test_ranks_without_a_hostfile_check_their_own_host(tiny_run_file):
     def start(_):
-        os.environ.update(WORLD_SIZE="6", LOCAL_WORLD_SIZE="2")
-        overrides = ["engine=fsdp2", "fsdp2.shard_ranks=3", "train.samples_per_step=12"]
+        os.environ.update(LOCAL_WORLD_SIZE="1")
+        overrides = ["engine=megatron", "megatron.tensor_parallel=2"]
         with contextlib.redirect_stderr(io.StringIO()) as said:
             code = main(["train", str(tiny_run_file), *overrides])
         return code, said.getvalue()
 
-    [(code, said)] = run_on_ranks(1, start, groups=False)
-    assert code == 2 and said.count("\n") == 1, said
-    assert "has slots=2, not a multiple of fsdp2.shard_ranks=3" in said
+    (code, said), (other_code, other_said) = run_on_ranks(2, start, groups=False)
+    assert code == other_code == 2
+    told = (said + other_said).splitlines()
+    assert len(told) == 1, "one of them tells it"
+    assert "has slots=1, not a multiple of megatron.tensor_parallel=2" in told[0]
