@@ -52,17 +52,7 @@ class CheckpointError(MegavlmError):
 
 
 class DamagedError(CheckpointError):
-    """A checkpoint is not as it was written; `damage` says what is wrong, without a remedy."""
-
-    @property
-    def damage(self) -> str:
-        return super().__str__()
-
-    def __str__(self) -> str:
-        return (
-            f"{self.damage}; delete that checkpoint's folder, or set checkpoint.on_damage=earlier "
-            "to go on from an earlier one"
-        )
+    """A checkpoint is not as it was written. Who needs it knows what to do about it."""
 
 
 class StorageError(CheckpointError, DataError):

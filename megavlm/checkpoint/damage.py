@@ -7,7 +7,7 @@ from megavlm.checkpoint.load import check_files
 from megavlm.checkpoint.storage import STATE_FILE, CheckpointReader
 from megavlm.checkpoint.together import on_all_ranks
 from megavlm.dist import groups
-from megavlm.errors import CheckpointError, DamagedError, StorageError
+from megavlm.errors import CheckpointError, StorageError
 from megavlm.files.folder import Folder
 
 
@@ -48,8 +48,6 @@ def _damage(folder: Folder, rank: int, ranks: int) -> str:
         check_files(reader, sorted(reader.state["files"])[rank::ranks])
     except StorageError:
         raise
-    except DamagedError as error:
-        return error.damage
     except CheckpointError as error:
         return str(error)
     return ""

@@ -11,8 +11,9 @@ import hashlib
 import json
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -233,10 +234,21 @@ def _check_form(state: dict[str, Any]) -> None:
             raise ValueError(f"tensor {name}: {tensor}")
 
 
+@contextmanager
+def _as_damage() -> Iterator[None]:
+    """What is wrong with a file that was written here is damage."""
+    try:
+        yield
+    except StorageError:
+        raise
+    except CheckpointError as error:
+        raise DamagedError(str(error)) from error
+
+
 class CheckpointReader(StorageReader):
     """Reads one checkpoint folder; any program on torch Distributed Checkpoint can use it.
 
-    Raises CheckpointError for files that are missing or not what they should be. Their checksums
+    Raises DamagedError for files that are missing or not what they should be. Their checksums
     are another step, `check_files`: it reads everything.
     """
 
@@ -268,20 +280,16 @@ class CheckpointReader(StorageReader):
                 self._places[name, origin] = (file_name, entry)
                 chunk = ChunkStorageMetadata(torch.Size(origin), torch.Size(entry.shape))
                 listed.chunks.append(chunk)
-        for name, tensor in tensors.items():
-            boxes = [(chunk.offsets, chunk.sizes) for chunk in tensor.chunks]
-            check_boxes(f"the files of {folder} hold", name, tensor.size, boxes)
+        with _as_damage():
+            for name, tensor in tensors.items():
+                boxes = [(chunk.offsets, chunk.sizes) for chunk in tensor.chunks]
+                check_boxes(f"the files of {folder} hold", name, tensor.size, boxes)
         self._metadata = Metadata(tensors)  # pyright: ignore[reportArgumentType]
 
     def _header(self, name: str) -> dict[str, Entry]:
-        try:
-            with self.folder.open(name, "rb") as file:
-                bytes_ = self.state["files"][name]["bytes"]
-                return read_header(file, bytes_, f"{self.folder}/{name}")
-        except StorageError:
-            raise
-        except CheckpointError as error:
-            raise DamagedError(str(error)) from error
+        file_bytes = self.state["files"][name]["bytes"]
+        with _as_damage(), self.folder.open(name, "rb") as file:
+            return read_header(file, file_bytes, f"{self.folder}/{name}")
 
     def reset(self, checkpoint_id: Any = None) -> None:
         pass

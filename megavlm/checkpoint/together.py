@@ -13,7 +13,7 @@ Value = TypeVar("Value")
 
 
 def on_all_ranks(step: Callable[[], Value], group: dist.ProcessGroup | None = None) -> Value:
-    """What it returns; an error of one rank is raised, as CheckpointError, on all. Collective."""
+    """What it returns; an error of one rank is raised on all, as a CheckpointError. Collective."""
     value, error = None, None
     try:
         value = step()

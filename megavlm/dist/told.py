@@ -1,18 +1,33 @@
-"""Errors that all ranks raise alike, and that one of them tells."""
+"""Errors that all ranks raise, and that one of them tells."""
 
 import hashlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch.distributed as dist
 
+from megavlm.dist import groups
 from megavlm.errors import MegavlmError
 from megavlm.terminal import tell_error
 
+Value = TypeVar("Value")
+
 ASKED_SECONDS = 1.0
 """Rank 0, whose process has the ranks' store, stays so long for others to ask it."""
+
+
+def agreed(step: Callable[[], Value]) -> Value:
+    """What it returns; a user's mistake that one rank finds is raised on all. Collective."""
+    value, error = None, None
+    try:
+        value = step()
+    except MegavlmError as failed:
+        error = failed
+    for found in filter(None, groups.from_all_ranks(error)):
+        raise found
+    return cast(Value, value)
 
 
 @contextmanager

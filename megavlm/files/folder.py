@@ -196,8 +196,9 @@ class Folder:
                 file.write(content)
                 sync(file)
         except StorageError:
-            with suppress(StorageError):
-                self.delete_file(first_name)
+            if first_name != name:  # in a bucket that would be the file from before
+                with suppress(StorageError):
+                    self.delete_file(first_name)
             raise
         with _told(f"cannot write {self}/{name}", self._write_remedy):
             if self.is_local:

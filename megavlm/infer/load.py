@@ -7,7 +7,7 @@ import torch
 from megatron.core import parallel_state
 from torch import nn
 
-from megavlm.checkpoint.listing import latest_checkpoint
+from megavlm.checkpoint.listing import newest_checkpoint
 from megavlm.checkpoint.load import load_present
 from megavlm.checkpoint.shards import shards_of_range
 from megavlm.checkpoint.state import check_model, check_weights, checkpoint_root
@@ -54,7 +54,7 @@ def trained(
 
 def newest(plan: Plan) -> tuple[Stage, Folder | None]:
     """The newest checkpoint of a run, if it has one, and the stage that it is in."""
-    checkpoint = latest_checkpoint(checkpoint_root(plan.first))
+    checkpoint = newest_checkpoint(checkpoint_root(plan.first), plan.first.checkpoint)
     if checkpoint is None:
         return plan.stages[-1], None  # which has all that the run starts from
     return check_model(checkpoint, plan, Tokenizer(plan.first.data.tokenizer)), checkpoint

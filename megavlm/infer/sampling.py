@@ -24,7 +24,10 @@ class Sampling:
     top_p: float = 1.0
     """Only the likeliest tokens that together have this probability are (Holtzman et al. 2020)."""
     seed: int = 0
-    """The same request with the same seed has the same answer (`Engine` says how far)."""
+    """The same request with the same seed has the same answer (`Engine` says how far).
+
+    GPUs draw otherwise than CPUs, and these look at the lower 32 bits alone.
+    """
 
     def __post_init__(self) -> None:
         rules = {
@@ -58,7 +61,9 @@ def choose(
     of_rows = [sampling[row] for row in drawn]
     like: dict[str, Any] = {"dtype": torch.float64, "device": logits_bv.device}
     temperatures_b1 = torch.tensor([[of_row.temperature] for of_row in of_rows], **like)
-    scores_bv = logits_bv[drawn].double() / temperatures_b1
+    logits_bv = logits_bv[drawn].double()
+    # At tiny temperatures only the largest stays finite.
+    scores_bv = (logits_bv - logits_bv.amax(-1, keepdim=True)) / temperatures_b1
     noise_bv = torch.empty_like(scores_bv)
     for noise_v, row in zip(noise_bv, drawn, strict=True):
         noise_v.exponential_(generator=draws[row])
@@ -74,7 +79,7 @@ def _allowed(scores_bv: Tensor, sampling: Sequence[Sampling]) -> Tensor:
     size, device = scores_bv.shape[-1], scores_bv.device
     sorted_bv, tokens_bv = scores_bv.sort(descending=True, stable=True)
     top_k_b1 = torch.tensor([[of_row.top_k or size] for of_row in sampling], device=device)
-    top_p_b1 = torch.tensor([[of_row.top_p] for of_row in sampling], device=device)
+    top_p_b1 = scores_bv.new_tensor([[of_row.top_p] for of_row in sampling])
     is_top_k_bv = torch.arange(size, device=device) < top_k_b1
     probabilities_bv = sorted_bv.masked_fill(~is_top_k_bv, -torch.inf).softmax(-1)
     before_bv = probabilities_bv.cumsum(-1) - probabilities_bv

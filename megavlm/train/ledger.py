@@ -89,7 +89,7 @@ def _left_out(run: RunSettings) -> list[tuple[int, int]]:
     """Positions that rollbacks have left out, also those since the newest checkpoint."""
     rolled_back = None
     for event in read_events(run.run_folder / EVENTS_FILE):
-        if event["event"] == "start":
+        if event["event"] == "built":  # a checkpoint tells, where the run starts or a stage begins
             rolled_back = None
         elif event["event"] == "rolled_back":
             rolled_back = event["left_out"]

@@ -6,7 +6,7 @@ import itertools
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +28,7 @@ from megavlm.data.sources import Sources, training_sources
 from megavlm.data.tokenizer import Tokenizer
 from megavlm.dist import groups
 from megavlm.dist.launch import check_hosts
-from megavlm.dist.told import told_once
+from megavlm.dist.told import agreed, told_once
 from megavlm.engine.base import DTYPES, Accepts, Engine, StepResult
 from megavlm.engine.ema import Ema
 from megavlm.engine.start import start_engine
@@ -39,7 +39,7 @@ from megavlm.stages.base import Objective, weighted
 from megavlm.stages.start import objective_of
 from megavlm.terminal import tell
 from megavlm.train.events import Events
-from megavlm.train.exporters import exporters
+from megavlm.train.exporters import Sink, exporters
 from megavlm.train.figures import StepFigures
 from megavlm.train.guard import Guard
 from megavlm.train.ledger import Ledger
@@ -76,7 +76,7 @@ def train(
     """
     # The ranks meet before they check anything, so that they can agree on who tells a mistake.
     with groups.world_group(), told_once():
-        _train_checked(_checked(plan), after_stage)
+        _train_checked(agreed(lambda: _checked(plan)), after_stage)
 
 
 def _checked(plan: Plan) -> Plan:
@@ -92,9 +92,16 @@ def _checked(plan: Plan) -> Plan:
 
 def _train_checked(plan: Plan, after_stage: Callable[[Plan, Stage], None]) -> None:
     run, first = plan.first, groups.rank() == 0
-    hold = _alone_in(run.run_folder) if first else nullcontext()
     events = Events(run.run_folder, enabled=first)
-    with hold, events, exporters(plan, enabled=first) as sinks:
+    with ExitStack() as opened:
+
+        def open_outputs() -> dict[str, Sink]:
+            if first:
+                opened.enter_context(_alone_in(run.run_folder))
+            opened.enter_context(events)
+            return opened.enter_context(exporters(plan, enabled=first))
+
+        sinks = agreed(open_outputs)
         events.start(ranks=groups.world_size(), engine=run.engine)
         claim(checkpoint_root(run), run.run_folder)
         copies = open_copies(plan, events)

@@ -19,7 +19,14 @@ from megavlm.data.tokenizer import Tokenizer
 from megavlm.errors import ConfigError, DamagedError
 from megavlm.files.folder import Folder
 from megavlm.train.profiler import check_profile
-from megavlm.train.start import needed_later, stages_before
+from megavlm.train.start import (
+    OTHER_START,
+    TO_GO_ON,
+    damage_told,
+    last_checkpoint,
+    of_earlier_stage,
+    stages_before,
+)
 
 
 def check_plan(plan: Plan, ranks: int) -> None:
@@ -29,7 +36,8 @@ def check_plan(plan: Plan, ranks: int) -> None:
     run = plan.first
     if not check_newest(plan):
         for place in run.checkpoint.start_from:
-            check_weights(Folder(place), run.model, Tokenizer(run.data.tokenizer))
+            with damage_told(OTHER_START):
+                check_weights(Folder(place), run.model, Tokenizer(run.data.tokenizer))
     try:
         run.run_folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -42,8 +50,9 @@ def check_newest(plan: Plan) -> bool:
     run = plan.first
     checkpoint = newest_checkpoint(checkpoint_root(run), run.checkpoint)
     if checkpoint is not None:
-        tokenizer = Tokenizer(run.data.tokenizer)
-        _check_resume(plan, check_checkpoint(checkpoint, plan, tokenizer), checkpoint)
+        with damage_told(TO_GO_ON):
+            stage = check_checkpoint(checkpoint, plan, Tokenizer(run.data.tokenizer))
+        _check_resume(plan, stage, checkpoint)
     return checkpoint is not None
 
 
@@ -84,8 +93,10 @@ def _check_image_slots(run: RunSettings, training: Sources, copies: int) -> None
 
 
 def _check_resume(plan: Plan, stage: Stage, checkpoint: Folder) -> None:
-    for earlier in stages_before(plan, stage):
-        with needed_later(earlier) as last:
+    is_last = stage.name == plan.stages[-1].name
+    for earlier in () if is_last else stages_before(plan, stage):
+        last = last_checkpoint(earlier)
+        with damage_told(of_earlier_stage(earlier)):
             if not last.has(STATE_FILE):
                 raise DamagedError(f"checkpoint {last} is gone")
             checked_state(last)

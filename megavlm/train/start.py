@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from typing import NamedTuple
 
 from megavlm.checkpoint.listing import latest_checkpoint
@@ -19,6 +18,13 @@ from megavlm.errors import CheckpointError, DamagedError
 from megavlm.files.folder import Folder
 from megavlm.model.params import carried_parts, parameters_of, trained_parameters
 from megavlm.train.guard import Guard
+
+TO_GO_ON = (
+    "delete that checkpoint's folder, or set checkpoint.on_damage=earlier to go on from an earlier "
+    "one"
+)
+OTHER_START = "restore it, or name another in checkpoint.start_from"
+"""What to do about damage of the newest checkpoint, and of those that a run starts from."""
 
 
 class Start(NamedTuple):
@@ -61,7 +67,8 @@ def find_start(plan: Plan) -> Start:
     if not newest:
         return Start(plan.stages[0], 0, None, tuple(f"weights from {place}" for place in places))
     checkpoint = Folder(newest)
-    state = read_state(checkpoint)
+    with damage_told(TO_GO_ON):
+        state = read_state(checkpoint)
     stage = plan.named(state["stage"])
     assert stage is not None, "check_plan has seen that it is there"
     told = [f"resuming from {checkpoint}, in stage {stage.name}"]
@@ -86,28 +93,39 @@ def start_of(
     """
     trained = stage.run.trained_parts
     if start.checkpoint is not None and start.steps_done > stage.first_step:
-        steps = read_state(start.checkpoint)["optimizer_steps"]
-        fill = partial(load_checkpoint, start.checkpoint)
-        return fill, {part: steps.get(part, 0) for part in trained}
+        checkpoint = start.checkpoint
+        steps = read_state(checkpoint)["optimizer_steps"]
+
+        def fill_from_own(state: State) -> None:
+            with damage_told(TO_GO_ON):
+                load_checkpoint(checkpoint, state)
+
+        return fill_from_own, {part: steps.get(part, 0) for part in trained}
     before = stages_before(plan, stage)
+
+    def remedy_of(earlier: Stage) -> str:
+        is_newest = earlier.end_step == start.steps_done
+        return TO_GO_ON if is_newest else of_earlier_stage(earlier)
+
     steps_before: Mapping[Part, int] = {}
     if before:
-        with needed_later(before[-1]) as last:
-            steps = read_state(last)["optimizer_steps"]
+        with damage_told(remedy_of(before[-1])):
+            steps = read_state(last_checkpoint(before[-1]))["optimizer_steps"]
         steps_before = {part: steps[part] for part in carried_parts(before[-1].run, stage.run)}
     carried = {e.name for e in parameters_of(stage.run) if e.setting in steps_before}
 
     def fill_from_before(state: State) -> None:
         for place in stage.run.checkpoint.start_from:
-            load_present(Folder(place), _named(state, "weights/"))
+            with damage_told(OTHER_START):
+                load_present(Folder(place), _named(state, "weights/"))
         for earlier in before:
             # Some engines keep, and save, what is frozen in bf16 alone.
             wanted = _named(state, "weights/", trained_names(earlier.run))
             if earlier == before[-1]:
                 for moment in MOMENTS:
                     wanted |= _named(state, f"{moment}/", carried)
-            with needed_later(earlier) as last:
-                load_present(last, wanted)
+            with damage_told(remedy_of(earlier)):
+                load_present(last_checkpoint(earlier), wanted)
 
     return fill_from_before, {part: steps_before.get(part, 0) for part in trained}
 
@@ -132,18 +150,20 @@ def last_checkpoint(stage: Stage) -> Folder:
 
 
 @contextmanager
-def needed_later(stage: Stage) -> Iterator[Folder]:
-    """The last checkpoint of a stage; raises CheckpointError where it is damaged.
-
-    No earlier one will do in its place.
-    """
+def damage_told(remedy: str) -> Iterator[None]:
+    """Have damage of a checkpoint end in what to do about it."""
     try:
-        yield last_checkpoint(stage)
+        yield
     except DamagedError as error:
-        raise CheckpointError(
-            f"{error.damage}; it is of the last checkpoint of stage {stage.name}, from which later "
-            "stages take weights: restore it, or choose another run_folder"
-        ) from error
+        raise CheckpointError(f"{error}; {remedy}") from error
+
+
+def of_earlier_stage(stage: Stage) -> str:
+    """What to do about damage of a stage's last checkpoint, once a later one has begun."""
+    return (
+        f"later stages take weights from stage {stage.name}'s last checkpoint: restore it, or "
+        "choose another run_folder"
+    )
 
 
 def load_average(start: Start, ema: Ema) -> None:

@@ -43,18 +43,18 @@ def test_damage_is_told_on_all_ranks(tmp_path):
     good = file.read_bytes()
     for place in (0, 9, len(good) // 2, len(good) - 1):
         file.write_bytes(good[:place] + bytes([good[place] ^ 1]) + good[place + 1 :])
-        fails_to_load(checkpoint, rf"{file.name} is (corrupt|no safetensors file).*; delete that")
+        fails_to_load(checkpoint, rf"{file.name} is (corrupt|no safetensors file)")
     file.write_bytes(good[:-1])
     fails_to_load(checkpoint, f"{file.name} has {len(good) - 1} bytes instead of {len(good)}")
     file.unlink()
-    fails_to_load(checkpoint, f"{file.name} is missing; delete that checkpoint's folder, or set")
+    fails_to_load(checkpoint, f"{file.name} is missing")
     file.write_bytes(good)
     assert_loads(checkpoint, 2, 2)
     state = json.loads((folder / "state.json").read_text())
     (folder / "state.json").write_text(json.dumps({**state, "format": 99}))
     fails_to_load(checkpoint, "has format 99; this version reads 4")
     (folder / "state.json").write_text("{")
-    fails_to_load(checkpoint, "cannot read checkpoint.*; delete that")
+    fails_to_load(checkpoint, "cannot read checkpoint")
 
 
 def test_another_model_is_told(tmp_path):

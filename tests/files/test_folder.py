@@ -90,6 +90,23 @@ def test_only_what_is_in_a_folder_is_opened(tmp_path, name):
             use(name)
 
 
+@pytest.mark.parametrize("in_bucket", [False, True])
+def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch, in_bucket):
+    folder = Folder("memory://written") if in_bucket else Folder(tmp_path)
+    folder.write_atomically("a", b"old")
+    monkeypatch.setattr(folder, "_in_bucket", in_bucket)
+
+    def full(file):
+        raise StorageError("no room")
+
+    monkeypatch.setattr(folders, "sync", full)
+    if in_bucket:
+        monkeypatch.setattr(folder, "open", lambda *_: full(None))
+    with pytest.raises(StorageError, match="no room"):
+        folder.write_atomically("a", b"new")
+    assert folder.names() == ["a"] and folder.read("a") == b"old"
+
+
 def test_a_disk_that_cannot_be_read_is_told():
     """The kernel answers EIO where a process has no memory."""
     with Folder("/proc/self").open("mem", "rb") as file:

@@ -40,7 +40,7 @@ def test_tokens_are_drawn_as_by_transformers(sampling):
     deviations = (expected * (1 - expected) / DRAWS).sqrt()
     assert not shares[expected == 0].any()
     # 3.2 standard deviations were seen.
-    assert ((shares - expected).abs() <= 4 * deviations).all()
+    assert ((shares - expected).abs() <= 4 * deviations + 1 / DRAWS).all()
 
 
 def test_rows_are_drawn_by_their_own_settings():
@@ -61,7 +61,17 @@ def test_rounding_changes_no_draw():
     rounded = rows + 1e-4 * torch.randn(count, size, generator=noise)
     sampling = [Sampling(temperature=1.2)] * count
     drawn = choose(rows, sampling, generators(count))
-    assert torch.equal(choose(rounded, sampling, generators(count)), drawn)
+    # None was seen; 5 in 120,000 with other numbers.
+    assert (choose(rounded, sampling, generators(count)) != drawn).sum() <= 2
+
+
+@pytest.mark.parametrize("restricted", [{}, {"top_k": 3}, {"top_p": 0.5}])
+def test_extremes_choose_the_likeliest(restricted):
+    row = torch.tensor([[1.0, 5.0, 3.0, -2.0, -torch.inf]])
+    for temperature in (1e-300, 5e-324):
+        sampling = Sampling(temperature=temperature, **restricted)
+        assert choose(row, [sampling], generators(1)).item() == 1
+    assert choose(row, [Sampling(temperature=1, top_p=1e-300)], generators(1)).item() == 1
 
 
 @pytest.mark.parametrize(

@@ -99,25 +99,29 @@ def test_what_a_stage_freezes_keeps_its_precision(tiny_run, engine):
         assert torch.equal(before[name], after[name]), name
 
 
-@pytest.mark.parametrize("cut_short", [True, False])
-def test_damage_in_the_last_checkpoint_of_an_earlier_stage_cannot_be_left_behind(
-    tiny_run, cut_short
-):
-    """A length is seen at the start, a flipped bit where the checkpoint is read."""
-    settings = replace(tiny_run.checkpoint, on_damage="earlier")
-    plan = curriculum(replace(tiny_run, checkpoint=settings), "fsdp2", steps=1)
+@pytest.mark.parametrize("case", ["cut short", "corrupt", "corrupt and the newest"])
+def test_damage_in_the_last_checkpoint_of_a_stage(tiny_run, case):
+    """A length is seen at the start, a flipped bit where the checkpoint is read.
+
+    Once a later stage has a checkpoint, it cannot be left behind.
+    """
+    plan = curriculum(tiny_run, "fsdp2", steps=1)
     trained(plan, 1)
     folder = plan.first.run_folder / "checkpoints"
-    (folder / folder_name(3) / "state.json").unlink()
+    for step in (2, 3) if "newest" in case else (3,):
+        (folder / folder_name(step) / "state.json").unlink()
     [file] = (folder / folder_name(1)).glob("*.safetensors")
     content = file.read_bytes()
-    file.write_bytes(content[:-1] if cut_short else content[:-1] + bytes([content[-1] ^ 1]))
+    flipped = content[:-1] + bytes([content[-1] ^ 1])
+    file.write_bytes(content[:-1] if case == "cut short" else flipped)
 
     def on_rank(_):
-        problem = "has .* bytes instead of" if cut_short else "is corrupt"
-        told = f"{file.name} {problem}.* stage mim_contrastive, .* take weights: restore it, or"
-        with pytest.raises(CheckpointError, match=told):
-            check_newest(plan) if cut_short else train(plan)
+        problem = "has .* bytes instead of" if case == "cut short" else "is corrupt"
+        remedy = (
+            "on_damage=earlier" if "newest" in case else "stage mim_contrastive's last .*restore"
+        )
+        with pytest.raises(CheckpointError, match=f"{file.name} {problem}.*; .*{remedy}"):
+            check_newest(plan) if case == "cut short" else train(plan)
 
     run_on_ranks(1, on_rank, groups=False)
 

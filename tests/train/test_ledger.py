@@ -105,6 +105,8 @@ def test_what_a_rollback_leaves_out_counts_until_the_run_starts_again(written):
         write(1, training_sources(run, [(8, 16)]))
         check_ledger(plan_of(run))
         events.start(ranks=1, engine=run.engine)
+        check_ledger(plan_of(run))  # the start has failed, say
+        events.write("built", seconds=1.0)
         with pytest.raises(DataError, match="1 step with other samples than planned: 1"):
             check_ledger(plan_of(run))
 
