@@ -100,18 +100,23 @@ def test_a_host_that_is_gone_and_one_that_comes(tiny_run, tiny_run_file, tmp_pat
     train = ["train", tiny_run_file, *OVERRIDES, *batch, "train.steps=4000"]
     words = torchrun("--nnodes=1:2", "--rdzv-backend=c10d", "--shutdown-timeout=60")
     port = 29500 + os.getpid() % 1000
-    words[3:3] = [f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-conf=last_call_timeout=5"]
+    words.insert(3, f"--rdzv-endpoint=127.0.0.1:{port}")
     variables = dict([NEW_STORE.split("=")])
     log = tmp_path / "first.log"
-    first = start([*words, *train], log, **variables)
-    second = start([*words, *train], tmp_path / "second.log", **variables)
+
+    def host(log, *, has_store):  # which else whoever comes first has, as all are on one machine
+        settings = f"--rdzv-conf=last_call_timeout=5,is_host={has_store:d}"
+        return start([*words[:3], settings, *words[3:], *train], log, **variables)
+
+    first = host(log, has_store=True)
+    second = host(tmp_path / "second.log", has_store=False)
     third = None
     try:
         until(trains_past(tiny_run, 12), [first, second], log)
         end([second])
         until(lambda: len(resumed(tiny_run)) == 1, [first], log)
         until(trains_past(tiny_run, resumed(tiny_run)[0] + 10), [first], log)
-        third = start([*words, *train], tmp_path / "third.log", **variables)
+        third = host(tmp_path / "third.log", has_store=False)
         until(lambda: len(resumed(tiny_run)) == 2, [first, third], log)
         until(trains_past(tiny_run, resumed(tiny_run)[1] + 3), [first, third], log)
         for process in (first, third):
