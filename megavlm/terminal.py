@@ -21,7 +21,10 @@ def tell(text: str) -> None:
 
 
 def tell_error(error: Exception) -> None:
-    """Tell what ends a command, in one write, and which rank says so."""
+    """Tell what ends a command, in one write, and which rank says so.
+
+    error: a MegavlmError, whose own text hides secrets.
+    """
     rank = os.environ.get("RANK")
     where = f" (rank {rank})" if rank else ""
     print(f"megavlm: error{where}: {error}\n", end="", file=sys.stderr, flush=True)

@@ -2,11 +2,12 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar, cast
+from typing import TypeVar
 
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megavlm.dist.told import agreed
 from megavlm.errors import CheckpointError, MegavlmError
 
 Value = TypeVar("Value")
@@ -14,18 +15,17 @@ Value = TypeVar("Value")
 
 def on_all_ranks(step: Callable[[], Value], group: dist.ProcessGroup | None = None) -> Value:
     """What it returns; an error of one rank is raised on all, as a CheckpointError. Collective."""
-    value, error = None, None
-    try:
-        value = step()
-    except CheckpointError as failed:
-        error = failed
-    except Exception as failed:
-        error = CheckpointError(str(failed) if isinstance(failed, MegavlmError) else repr(failed))
-    errors: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(errors, error, group=group)
-    for told in filter(None, errors):
-        raise told
-    return cast(Value, value)
+
+    def as_checkpoint_error() -> Value:
+        try:
+            return step()
+        except CheckpointError:
+            raise
+        except Exception as failed:
+            told = str(failed) if isinstance(failed, MegavlmError) else repr(failed)
+            raise CheckpointError(told) from failed
+
+    return agreed(as_checkpoint_error, group)
 
 
 @contextmanager

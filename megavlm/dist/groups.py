@@ -89,10 +89,10 @@ def from_first_rank(text: str) -> str:
     return _from_first(text, None)
 
 
-def from_all_ranks(value: Plain) -> list[Plain]:
-    """What each rank has, in their order; collective. It travels pickled, as above."""
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+def from_all_ranks(value: Plain, group: dist.ProcessGroup | None = None) -> list[Plain]:
+    """What each rank (of a group) has, in their order; collective. It travels pickled, as above."""
+    values: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
     return values
 
 
@@ -130,9 +130,7 @@ def sum_over_copies(*counts: int) -> list[int]:
 
 def from_copies(value: Plain) -> list[Plain]:
     """What each copy of the model has, in their order; collective. It travels pickled, as above."""
-    values: list[Any] = [None] * data_ranks()
-    dist.all_gather_object(values, value, group=copies_group())
-    return values
+    return from_all_ranks(value, copies_group())
 
 
 def _model_group() -> dist.ProcessGroup:

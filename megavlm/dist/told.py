@@ -18,14 +18,14 @@ ASKED_SECONDS = 1.0
 """Rank 0, whose process has the ranks' store, stays so long for others to ask it."""
 
 
-def agreed(step: Callable[[], Value]) -> Value:
-    """What it returns; a user's mistake that one rank finds is raised on all. Collective."""
+def agreed(step: Callable[[], Value], group: dist.ProcessGroup | None = None) -> Value:
+    """What it returns; a MegavlmError of one rank is raised on all (of a group). Collective."""
     value, error = None, None
     try:
         value = step()
     except MegavlmError as failed:
         error = failed
-    for found in filter(None, groups.from_all_ranks(error)):
+    for found in filter(None, groups.from_all_ranks(error, group)):
         raise found
     return cast(Value, value)
 
